@@ -1,0 +1,118 @@
+"""The losses of ScaleKD, unweighted, as pure functions (arXiv 2411.06786, sections 3.2 and 3.4).
+
+All are computed in float32, also under autocast: unit vectors and sums over hundreds of tokens
+lose too much in half precision.
+
+Shapes in this file: B images, N = H*W tokens, D channels, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+__all__ = ["frequency_mimicking_loss", "logit_distillation_loss", "spatial_mimicking_loss", "task_loss"]
+
+TASK_LOSSES = ("cross_entropy", "binary_cross_entropy")
+
+
+def _float32(*tensors: Tensor) -> tuple[torch.autocast, list[Tensor]]:
+    return torch.autocast(tensors[0].device.type, enabled=False), [tensor.float() for tensor in tensors]
+
+
+def _tokens(feature_map: Tensor) -> Tensor:
+    return feature_map.flatten(2).transpose(1, 2)  # (B, D, H, W) -> (B, N, D)
+
+
+def _check_shapes(tokens: Tensor, teacher_map: Tensor) -> None:
+    expected = (teacher_map.shape[0], teacher_map.shape[2] * teacher_map.shape[3], teacher_map.shape[1])
+    if tuple(tokens.shape) != expected:
+        raise ValueError(
+            f"`tokens` must be (B, H*W, D) = {expected} for a `teacher_map` of shape {tuple(teacher_map.shape)}, "
+            f"got {tuple(tokens.shape)}."
+        )
+
+
+def _unit_distance(tokens: Tensor, targets: Tensor) -> Tensor:
+    """1/B · Σ ||p/||p|| − t/||t|| ||²: a sum over tokens and channels, a mean over images only."""
+    difference = F.normalize(tokens, dim=-1) - F.normalize(targets, dim=-1)
+    return difference.square().sum() / tokens.shape[0]
+
+
+def spatial_mimicking_loss(tokens: Tensor, teacher_map: Tensor) -> Tensor:
+    """Distance of unit vectors, token by token (section 3.2, the original view).
+
+    Args:
+        tokens: (B, H*W, D), the projected student tokens.
+        teacher_map: (B, D, H, W), the teacher's last map.
+
+    Returns:
+        A float32 scalar in [0, 4 * H * W]: a sum over tokens, a mean over images.
+    """
+    _check_shapes(tokens, teacher_map)
+    context, (tokens, teacher_map) = _float32(tokens, teacher_map)
+    with context:
+        return _unit_distance(tokens, _tokens(teacher_map))
+
+
+def frequency_mimicking_loss(tokens: Tensor, teacher_map: Tensor) -> Tensor:
+    """The same distance after each channel's direct component is removed (section 3.2, the second view).
+
+    The paper transforms the grid with a 2-D DCT-II, sets coefficient [0, 0] of every channel to zero
+    and transforms back. The basis function of that coefficient is constant and the DCT is orthonormal,
+    so this is exactly the subtraction of the channel's mean over the grid; no transform is needed.
+
+    Args and returns are those of `spatial_mimicking_loss`.
+    """
+    _check_shapes(tokens, teacher_map)
+    context, (tokens, teacher_map) = _float32(tokens, teacher_map)
+    with context:
+        targets = _tokens(teacher_map)
+        return _unit_distance(tokens - tokens.mean(1, keepdim=True), targets - targets.mean(1, keepdim=True))
+
+
+def logit_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · cross_entropy(softmax(t/T), log_softmax(s/T)), averaged over images (section 3.4).
+
+    The cross-entropy form: the KL divergence plus the teacher's entropy, hence not 0 at equality.
+
+    Args:
+        student_logits, teacher_logits: (B, K).
+        temperature: T, softens both distributions.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"`student_logits` {tuple(student_logits.shape)} and `teacher_logits` {tuple(teacher_logits.shape)} "
+            "must have the same shape: the two models must know the same classes. "
+            "With `logit_weight=0` the teacher teaches through its features alone."
+        )
+    context, (student_logits, teacher_logits) = _float32(student_logits, teacher_logits)
+    with context:
+        target = F.softmax(teacher_logits / temperature, dim=-1)
+        return F.cross_entropy(student_logits / temperature, target) * temperature**2
+
+
+def task_loss(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label_smoothing: float = 0.0) -> Tensor:
+    """The student's own loss against the labels.
+
+    Args:
+        logits: (B, K).
+        labels: (B,) class indices, -100 where an image does not count, or (B, K) soft labels.
+        kind: "cross_entropy", or "binary_cross_entropy" over sigmoids: a sum over classes and a mean
+            over images, as the published ResNet-50 runs use it.
+        label_smoothing: in [0, 1), the share of the target spread evenly over the classes.
+    """
+    context, (logits,) = _float32(logits)
+    with context:
+        if kind == "cross_entropy":
+            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        if kind != "binary_cross_entropy":
+            raise ValueError(f"`task_loss` must be one of {TASK_LOSSES}, got {kind!r}.")
+        num_classes = logits.shape[-1]
+        counted = labels >= 0 if labels.ndim == 1 else torch.ones_like(labels[:, 0], dtype=torch.bool)
+        target = F.one_hot(labels.clamp(min=0), num_classes).float() if labels.ndim == 1 else labels.float()
+        target = target * (1 - label_smoothing) + label_smoothing / num_classes
+        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
+        return (losses * counted).sum() / counted.sum()
