@@ -11,6 +11,7 @@ and both P_v and M_v are compared with the teacher's last map in view v.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ class MimickingHeads(nn.Module):
         losses = {}
         for view, view_loss in VIEW_LOSSES.items():
             penultimate, last = f"penultimate_{view}", f"last_{view}"
-            perceived = None
+            perceived: Any = None
             if hasattr(self, penultimate):
                 perceived = last_stage(getattr(self, penultimate)(student_penultimate))
             if penultimate in self.terms:

@@ -1,0 +1,30 @@
+"""ScaleKD knowledge distillation from strong vision transformers, as a Hugging Face `Trainer`."""
+
+from .config import ScaleKDConfig
+from .distiller import ScaleKDModel, ScaleKDOutput
+from .heads import MimickingHeads
+from .losses import frequency_mimicking_loss, logit_distillation_loss, spatial_mimicking_loss
+from .metrics import TopKAccuracy
+from .projector import CrossAttentionProjector
+from .students import Student, load_student
+from .teachers import Teacher, load_teacher
+from .trainer import NonFiniteLossError, ScaleKDTrainer
+
+
+__all__ = [
+    "CrossAttentionProjector",
+    "MimickingHeads",
+    "NonFiniteLossError",
+    "ScaleKDConfig",
+    "ScaleKDModel",
+    "ScaleKDOutput",
+    "ScaleKDTrainer",
+    "Student",
+    "Teacher",
+    "TopKAccuracy",
+    "frequency_mimicking_loss",
+    "load_student",
+    "load_teacher",
+    "logit_distillation_loss",
+    "spatial_mimicking_loss",
+]

@@ -1,0 +1,273 @@
+"""From `datasets` objects, map-style or streaming, to samples of `pixel_values` and `labels`.
+
+Randomness belongs to the image: what augmentation draws depends on the seed, the pass over the data
+and the image alone, and so not on the number of workers or ranks, nor on restarts. In a stream an image
+is known by its encoded bytes, in a map-style data set by its row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from .loading import ImageSpec
+
+
+__all__ = ["ImageDataset", "ImageStream", "Preparation", "collate", "dataset_labels", "prepare_dataset"]
+
+logger = logging.getLogger(__name__)
+
+
+def dataset_labels(dataset: Any, label_column: str) -> list[str] | None:
+    """Class names of a `datasets` object with a `ClassLabel` column, else None."""
+    features = getattr(dataset, "features", None) or {}
+    feature = features.get(label_column)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Samples to a batch: pixel_values (B, 3, height, width) and, where there are any, labels (B,) or (B, K)."""
+    batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+    if samples[0].get("labels") is not None:
+        batch["labels"] = torch.stack([torch.as_tensor(sample["labels"]) for sample in samples])
+    return batch
+
+
+class Preparation:
+    """A row of the data set to a sample: decode, transform (augment in training), normalise for the student.
+
+    Args:
+        spec: size, normalisation, interpolation and evaluation crop of the student.
+        training: augment with a random resized crop and flips; otherwise resize and crop the centre.
+        image_column, label_column: names in the row; rows without the label column give no labels.
+        crop_scale: range of the area that the random crop keeps.
+        hflip: probability of a horizontal flip.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        spec: ImageSpec,
+        training: bool,
+        image_column: str = "image",
+        label_column: str = "label",
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        hflip: float = 0.5,
+        seed: int = 0,
+    ):
+        self.training, self.seed = training, seed
+        self.image_column, self.label_column = image_column, label_column
+        augmentation: dict[str, Any] = {}
+        if training:
+            augmentation = {"scale": tuple(crop_scale), "hflip": hflip, "color_jitter": None}
+        self.transform = create_transform(
+            (3, *spec.size),
+            is_training=training,
+            mean=spec.mean,
+            std=spec.std,
+            interpolation=spec.interpolation,
+            crop_pct=spec.crop_pct,
+            **augmentation,
+        )
+
+    def __call__(self, row: dict[str, Any], pass_number: int, identity: Any) -> dict[str, Any]:
+        image = _decode(row[self.image_column])
+        if self.training:
+            with _seeded(self.seed, pass_number, identity):
+                pixel_values = self.transform(image)
+        else:
+            pixel_values = self.transform(image)
+        sample = {"pixel_values": pixel_values}
+        if row.get(self.label_column) is not None:
+            sample["labels"] = row[self.label_column]
+        return sample
+
+
+def _decode(image: Any) -> Image.Image:
+    if isinstance(image, dict):
+        image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
+    elif isinstance(image, bytes):
+        image = Image.open(io.BytesIO(image))
+    elif isinstance(image, str):
+        image = Image.open(image)
+    elif isinstance(image, (list, np.ndarray)):
+        image = Image.fromarray(np.asarray(image, dtype=np.uint8))
+    return image.convert("RGB")
+
+
+@contextmanager
+def _seeded(*parts: Any) -> Iterator[None]:
+    """Seed Python, NumPy and torch from `parts`, and put their states back afterwards."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little")
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.random.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+class ImageDataset(Dataset):
+    """A map-style `datasets.Dataset` with its preparation."""
+
+    def __init__(self, rows: datasets.Dataset, preparation: Preparation):
+        self.rows, self.preparation = rows, preparation
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the start of each pass."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.preparation(self.rows[index], int(self._epoch), index)
+
+
+class ImageStream(IterableDataset):
+    """A streaming data set, read once by ranks x workers; endless and reshuffled each pass in training.
+
+    Each reader takes every n-th shard, or every n-th row where there are fewer shards than readers (then
+    every reader reads all bytes; only its own rows are decoded). Batches come from the workers in turn,
+    so the position of a stopped run follows from the number of batches it consumed.
+
+    Args:
+        stream: a `datasets.IterableDataset`.
+        preparation: row to sample.
+        seed, buffer_size: of the shuffle of each pass.
+    """
+
+    def __init__(self, stream: datasets.IterableDataset, preparation: Preparation, seed: int, buffer_size: int):
+        self.stream = _undecoded(stream, preparation.image_column)
+        self.preparation, self.seed, self.buffer_size = preparation, seed, buffer_size
+        self.rank, self.world_size = 0, 1
+        self.batch_size, self.consumed_batches = 1, 0
+
+    def loader(self, batch_size: int, rank: int, world_size: int, consumed_batches: int, **options: Any) -> DataLoader:
+        """The training data loader of one rank, `consumed_batches` batches after the start."""
+        self.rank, self.world_size = rank, world_size
+        self.batch_size, self.consumed_batches = batch_size, consumed_batches
+        readers = world_size * max(1, options.get("num_workers", 0))
+        if self.stream.num_shards < readers:
+            logger.warning(
+                "The stream has %d shards for %d readers (ranks x workers): each reader reads all bytes and decodes "
+                "its share. More shards, or fewer workers, save reading.",
+                self.stream.num_shards,
+                readers,
+            )
+        return DataLoader(self, batch_size=batch_size, collate_fn=collate, **options)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker, workers = _worker()
+        if not self.preparation.training:
+            yield from (self._prepare(row, 0) for row in _share(self.stream, worker, workers))
+            return
+        worker = (worker + self.consumed_batches) % workers  # the worker whose turn it is comes first
+        done = (self.consumed_batches - worker + workers - 1) // workers  # batches this worker gave before
+        reader, readers = self.rank * workers + worker, self.world_size * workers
+        yield from self._endless(reader, readers, done * self.batch_size)
+
+    def _endless(self, reader: int, readers: int, skip: int) -> Iterator[dict[str, Any]]:
+        shuffled = self.stream.shuffle(seed=self.seed, buffer_size=self.buffer_size)
+        for pass_number in itertools.count():
+            shuffled.set_epoch(pass_number)
+            seen = 0
+            for row in _share(shuffled, reader, readers):
+                seen += 1
+                if skip:
+                    skip -= 1  # bytes are read, nothing is decoded
+                    continue
+                yield self._prepare(row, pass_number)
+            if not seen and not pass_number:
+                raise ValueError(
+                    f"Reader {reader} of {readers} (ranks x workers) found no image in the stream: it has fewer rows or "
+                    "shards than readers. Use fewer workers."
+                )
+
+    def _prepare(self, row: dict[str, Any], pass_number: int) -> dict[str, Any]:
+        image = row[self.preparation.image_column]
+        encoded = image.get("bytes") if isinstance(image, dict) else None
+        identity = hashlib.blake2b(encoded, digest_size=8).digest() if encoded is not None else repr(image)
+        return self.preparation(row, pass_number, identity)
+
+
+def _worker() -> tuple[int, int]:
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info is not None else (0, 1)
+
+
+def _undecoded(stream: datasets.IterableDataset, image_column: str) -> datasets.IterableDataset:
+    features = stream.features or {}
+    return stream.decode(False) if isinstance(features.get(image_column), datasets.Image) else stream
+
+
+def _share(stream: datasets.IterableDataset, reader: int, readers: int) -> Iterator[dict[str, Any]]:
+    """Every row that one of `readers` takes. `iter` with batches does not split by worker a second time."""
+    if readers > 1 and stream.num_shards >= readers:
+        stream, readers = stream.shard(readers, reader, contiguous=False), 1
+    rows = (row for batch in stream.iter(batch_size=64) for row in _rows(batch))
+    yield from rows if readers == 1 else itertools.islice(rows, reader, None, readers)
+
+
+def _rows(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))
+
+
+def prepare_dataset(
+    dataset: Any, name: str, make: Callable[[], Preparation], seed: int = 0, buffer_size: int = 1000
+) -> Any:
+    """Check a data set and give it its preparation; one that yields `pixel_values` already stays as it is.
+
+    Args:
+        dataset: a `datasets.Dataset`, a `datasets.IterableDataset`, or a torch data set of finished samples.
+        name: the argument that errors name.
+        make: builds the preparation.
+
+    Raises:
+        ValueError: an empty data set, or one without the image or label column.
+    """
+    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        streaming = isinstance(dataset, datasets.IterableDataset)
+        columns = dataset.column_names
+        first: dict[str, Any] | None = None
+        if streaming:
+            first = next(iter(dataset.take(1)), None)
+            columns = columns or (list(first) if first else [])
+        if (first is None) if streaming else (len(dataset) == 0):
+            raise ValueError(f"`{name}` is empty: there is not one image in it. Check its files and its split.")
+        if "pixel_values" in columns:
+            return dataset.with_format("torch")
+        preparation = make()
+        for argument in ("image_column", "label_column"):
+            column = getattr(preparation, argument)
+            if column not in columns:
+                raise ValueError(
+                    f"`{name}` has no column {column!r}, its columns are {columns}. Set `{argument}` to one of them."
+                )
+        if streaming:
+            return ImageStream(dataset, preparation, seed, buffer_size)
+        return ImageDataset(dataset, preparation)
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty: there is not one image in it. Check its files and its split.")
+    return dataset

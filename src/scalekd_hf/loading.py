@@ -1,0 +1,242 @@
+"""Image classifiers by name or module, from timm or transformers, with what is known of their images and labels.
+
+One path serves teachers and students. A name is looked up in this order: a local folder (saved by
+timm or by transformers), `timm/<name>`, `hf-hub:<id>`, and any other Hub id through transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+
+__all__ = ["Classifier", "ImageSpec", "load_classifier"]
+
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """The images that a model was made for: size (height, width) in pixels, normalisation, evaluation crop."""
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+
+    def updated(self, **changes: Any) -> ImageSpec:
+        """A copy with the changes that are not None; an int `size` means a square."""
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if isinstance(changes.get("size"), int):
+            changes["size"] = (changes["size"], changes["size"])
+        tupled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        return replace(self, **tupled)
+
+
+@dataclass
+class Classifier:
+    """A module with its library ("timm" or "transformers"), image specification and label names, if known."""
+
+    module: Any
+    library: str
+    spec: ImageSpec
+    name: str
+    labels: list[str] | None
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes K; 0 without a classifier head."""
+        if self.library == "timm":
+            return int(self.module.num_classes)
+        return int(self.module.config.num_labels)
+
+
+def load_classifier(
+    name_or_module: str | nn.Module,
+    *,
+    role: str,
+    pretrained: bool,
+    labels: list[str] | None = None,
+    image_size: int | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    crop_pct: float | None = None,
+    **model_args: Any,
+) -> Classifier:
+    """Load or wrap an image classifier.
+
+    Args:
+        name_or_module: Hub id or local folder of a transformers classifier, `timm/<name>`, `hf-hub:<id>`,
+            the folder of a saved timm model, or a module.
+        role: the argument that errors name, "teacher" or "student".
+        pretrained: load weights; otherwise build the architecture with fresh ones.
+        labels: class names that a new head is built for.
+        image_size: pixels, for models that are built for one size.
+        mean, std, crop_pct: replace what the model's own data configuration says.
+        **model_args: passed to `timm.create_model` or to the transformers configuration.
+
+    Raises:
+        ValueError: a name that cannot be found, or a module that is neither timm's nor transformers'.
+    """
+    if isinstance(name_or_module, nn.Module):
+        if model_args or image_size:
+            given = {**model_args, **({"image_size": image_size} if image_size else {})}
+            raise ValueError(f"`{role}` is a module already: {given} can only be given together with a name.")
+        classifier = _wrap_module(name_or_module, role)
+    elif _is_timm(name_or_module):
+        classifier = _load_timm(name_or_module, role, pretrained, labels, image_size, model_args)
+    else:
+        classifier = _load_transformers(name_or_module, role, pretrained, labels, image_size, model_args)
+    classifier.spec = classifier.spec.updated(mean=mean, std=std, crop_pct=crop_pct)
+    if labels is not None and classifier.labels is None and classifier.num_labels == len(labels):
+        classifier.labels = list(labels)
+    return classifier
+
+
+def _is_timm(name: str) -> bool:
+    if Path(name).is_dir():
+        config = Path(name, "config.json")
+        return config.is_file() and "architecture" in json.loads(config.read_text())
+    return name.startswith(("timm/", "hf-hub:", "local-dir:"))
+
+
+def _wrap_module(module: nn.Module, role: str) -> Classifier:
+    name = type(module).__name__
+    if isinstance(module, PreTrainedModel):
+        labels = _config_labels(module.config)
+        if hasattr(module, "timm_model"):
+            return _timm_classifier(module.timm_model, name, labels)
+        return Classifier(module, "transformers", _config_spec(module.config), name, labels)
+    if hasattr(module, "forward_features") and hasattr(module, "pretrained_cfg"):
+        return _timm_classifier(module, name)
+    raise ValueError(
+        f"`{role}` must be an image classifier of timm or transformers, or its name; got a {name}. Only those can "
+        "be saved so that `from_pretrained` loads them again."
+    )
+
+
+def _load_timm(
+    name: str,
+    role: str,
+    pretrained: bool,
+    labels: list[str] | None,
+    image_size: int | None,
+    model_args: dict[str, Any],
+) -> Classifier:
+    timm_name = f"local-dir:{name}" if Path(name).is_dir() else name.removeprefix("timm/")
+    if labels is not None:
+        model_args = {"num_classes": len(labels), **model_args}
+    if image_size is not None:
+        model_args = {"img_size": image_size, **model_args}
+    try:
+        try:
+            module = timm.create_model(timm_name, pretrained=pretrained, **model_args)
+        except TypeError:
+            if model_args.pop("img_size", None) is None:  # most CNNs take any size and no such argument
+                raise
+            module = timm.create_model(timm_name, pretrained=pretrained, **model_args)
+    except (RuntimeError, OSError, ValueError, AssertionError, TypeError) as error:
+        close = difflib.get_close_matches(timm_name.split(".")[0], timm.list_models(), n=3)
+        hint = (
+            f" Did you mean {', '.join(f'timm/{match}' for match in close)}?" if "nknown model" in str(error) else ""
+        )
+        raise ValueError(
+            f"`{role}` {name!r} could not be built by timm with {model_args or 'no arguments'}: {error}.{hint}"
+        ) from error
+    classifier = _timm_classifier(module, name)
+    classifier.spec = classifier.spec.updated(size=image_size)
+    return classifier
+
+
+def _timm_classifier(module: Any, name: str, labels: list[str] | None = None) -> Classifier:
+    data = resolve_model_data_config(module)
+    size = tuple(data["input_size"][1:])
+    patch_embed = getattr(module, "patch_embed", getattr(module, "stem", None))
+    if built_for := getattr(patch_embed, "img_size", None):  # wins over the configuration of its source
+        size = tuple(built_for)
+    spec = ImageSpec(size, tuple(data["mean"]), tuple(data["std"]), data["interpolation"], data["crop_pct"])
+    names = module.pretrained_cfg.get("label_names")
+    if labels is None and names:
+        labels = list(names.values()) if isinstance(names, dict) else list(names)
+    if labels is not None and len(labels) != module.num_classes:
+        labels = None
+    return Classifier(module, "timm", spec, name, labels, dict(getattr(module, "_model_args", {})))
+
+
+def _load_transformers(
+    name: str,
+    role: str,
+    pretrained: bool,
+    labels: list[str] | None,
+    image_size: int | None,
+    model_args: dict[str, Any],
+) -> Classifier:
+    changes = dict(model_args)
+    if labels is not None:
+        changes |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if image_size is not None:
+        changes["image_size"] = image_size
+    try:
+        config = AutoConfig.from_pretrained(name, **changes)
+        if pretrained:
+            new_head = labels is not None
+            module = AutoModelForImageClassification.from_pretrained(
+                name, config=config, ignore_mismatched_sizes=new_head
+            )
+        else:
+            module = AutoModelForImageClassification.from_config(config)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"`{role}` {name!r} is neither a local folder, nor `timm/<name>`, nor an image classifier on the Hub that "
+            f"transformers can load: {reason} "
+            "Check the spelling, `hf auth login` for gated models, and the connection."
+        ) from error
+    classifier = _wrap_module(module, role)
+    classifier.name = name
+    if classifier.library == "transformers":
+        classifier.spec = _processor_spec(name, classifier.spec).updated(size=image_size)
+    return classifier
+
+
+def _config_labels(config: Any) -> list[str] | None:
+    names = [str(config.id2label[index]) for index in sorted(config.id2label)] if config.id2label else []
+    unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return None if unnamed else names
+
+
+def _config_spec(config: Any) -> ImageSpec:
+    size = getattr(config, "image_size", None) or 224
+    return ImageSpec().updated(size=tuple(size) if isinstance(size, (list, tuple)) else size)
+
+
+def _processor_spec(name: str, default: ImageSpec) -> ImageSpec:
+    """The preprocessing that was published with a transformers model, where there is one."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(name).to_dict()
+    except (OSError, ValueError):
+        return default
+    resize, crop = processor.get("size") or {}, processor.get("crop_size") or {}
+    final = crop if processor.get("do_center_crop") and crop else resize
+    height = final.get("height") or final.get("shortest_edge")
+    width = final.get("width") or final.get("shortest_edge")
+    shortest = resize.get("shortest_edge") or resize.get("height")
+    crop_pct = processor.get("crop_pct") or (height / shortest if height and shortest else None)
+    resample = processor.get("resample")
+    return default.updated(
+        size=(height, width) if height and width else None,
+        mean=processor.get("image_mean"),
+        std=processor.get("image_std"),
+        interpolation=INTERPOLATIONS[int(resample)] if resample is not None else None,
+        crop_pct=crop_pct,
+    )

@@ -1,0 +1,184 @@
+"""Student folders that transformers and timm load, and checkpoints that a run resumes from.
+
+A student folder holds `model.safetensors`, `config.json` and `preprocessor_config.json`. A checkpoint is
+a student folder plus the heads and the trainer's own files. The teacher is in neither.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+from transformers import BitImageProcessor
+
+from .loading import INTERPOLATIONS
+from .students import Student
+
+
+__all__ = ["load_checkpoint", "load_student_weights", "save_heads", "save_student"]
+
+logger = logging.getLogger(__name__)
+
+STUDENT_FILE, HEADS_FILE, RUN_STATE_FILE = "model.safetensors", "mimicking_heads.safetensors", "scalekd_state.json"
+
+
+def check_rebuildable(student: Student) -> None:
+    """Refuse a timm student that its saved configuration would not rebuild, before any work is lost.
+
+    Raises:
+        ValueError: a timm module whose constructor arguments are unknown.
+    """
+    if student.classifier.library != "timm":
+        return
+    module, arguments = student.model, student.classifier.model_args
+    architecture = module.pretrained_cfg.get("architecture")
+    try:
+        with torch.device("meta"):
+            rebuilt = timm.create_model(architecture, **{**arguments, "num_classes": module.num_classes})
+        shapes = {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}
+        same = shapes == {name: tensor.shape for name, tensor in module.state_dict().items()}
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        logger.debug("Rebuilding %s failed: %s", architecture, error)
+        same = False
+    if not same:
+        raise ValueError(
+            f"`student` is a timm {type(module).__name__} that `timm.create_model({architecture!r}, **{arguments})` does "
+            "not rebuild, so that nobody could load it once saved. Give its name and its arguments instead: "
+            "`load_student('timm/<name>', **arguments)`."
+        )
+
+
+def save_student(student: Student, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write a student folder.
+
+    Args:
+        student: what to save.
+        folder: made where it does not exist; a student in it is replaced.
+        state_dict: full weights by the names of `student.model`, where the module's own are sharded.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_dict = student.model.state_dict() if state_dict is None else state_dict
+    if student.classifier.library == "timm":
+        state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
+        save_file(state_dict, folder / STUDENT_FILE, metadata={"format": "pt"})
+        _save_timm_config(student, folder)
+    else:
+        student.model.save_pretrained(folder, state_dict=state_dict)
+        _image_processor(student).save_pretrained(folder)
+
+
+def _save_timm_config(student: Student, folder: Path) -> None:
+    spec = student.spec
+    config_file = folder / "config.json"
+    save_config_for_hf(
+        student.model,
+        str(config_file),
+        model_config={"label_names": student.labels} if student.labels else None,
+        model_args=student.classifier.model_args,
+        data_config={
+            "input_size": (3, *spec.size),
+            "mean": spec.mean,
+            "std": spec.std,
+            "interpolation": spec.interpolation,
+            "crop_pct": spec.crop_pct,
+        },
+    )
+    config = json.loads(config_file.read_text())
+    config.get("model_args", {}).pop("num_classes", None)  # transformers would pass it twice
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _image_processor(student: Student) -> BitImageProcessor:
+    """The evaluation transform as an image processor: resize the shorter side, crop the centre, normalise."""
+    spec = student.spec
+    return BitImageProcessor(
+        size={"shortest_edge": int(min(spec.size) / spec.crop_pct)},
+        crop_size={"height": spec.size[0], "width": spec.size[1]},
+        resample=INTERPOLATIONS.index(spec.interpolation),
+        image_mean=list(spec.mean),
+        image_std=list(spec.std),
+    )
+
+
+def load_student_weights(student: Student, folder: str | Path) -> None:
+    """Load the weights of a student folder into a student of the same architecture, strictly.
+
+    Raises:
+        ValueError: a missing or unreadable file, or weights of another architecture.
+    """
+    state_dict = _read(Path(folder), STUDENT_FILE)
+    if student.classifier.library == "transformers":
+        loaded = type(student.model).from_pretrained(folder, config=student.model.config)  # undoes renames on disk
+        state_dict = loaded.state_dict()
+    _load_strictly(student.model, state_dict, Path(folder))
+
+
+def save_heads(heads: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write the mimicking heads into a checkpoint."""
+    state_dict = heads.state_dict() if state_dict is None else state_dict
+    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, Path(folder) / HEADS_FILE)
+
+
+def load_checkpoint(student: Student, heads: nn.Module | None, folder: str | Path) -> None:
+    """Load student and heads of a checkpoint.
+
+    Raises:
+        ValueError: a checkpoint with a missing, unreadable or unsuitable file.
+    """
+    load_student_weights(student, folder)
+    if heads is not None:
+        _load_strictly(heads, _read(Path(folder), HEADS_FILE), Path(folder))
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Refuse a checkpoint that training cannot go on from, before anything of it is loaded.
+
+    Raises:
+        ValueError: a folder without readable trainer state.
+    """
+    state_file = Path(folder) / "trainer_state.json"
+    try:
+        json.loads(state_file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(_broken(Path(folder), state_file.name, error)) from error
+    for name in ("optimizer.pt", "scheduler.pt"):
+        file = Path(folder) / name
+        try:
+            if file.exists():
+                torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:  # noqa: BLE001  what torch raises depends on where the file was cut
+            raise ValueError(_broken(Path(folder), name, error)) from error
+
+
+def _read(folder: Path, name: str) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(_broken(folder, name, error)) from error
+
+
+def _load_strictly(module: nn.Module, state_dict: dict[str, Tensor], folder: Path) -> None:
+    try:
+        module.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights in {str(folder)!r} do not fit this {type(module).__name__}: {error} Resume with the models and "
+            "settings that the run was started with."
+        ) from error
+
+
+def _broken(folder: Path, name: str, error: Any) -> str:
+    others = sorted(path.name for path in folder.parent.glob("checkpoint-*") if path != folder)
+    remedy = (
+        f"Other checkpoints beside it: {', '.join(others)}." if others else "There is no other checkpoint beside it."
+    )
+    return f"The checkpoint {str(folder)!r} cannot be used: {name} is missing or damaged ({error}). {remedy}"

@@ -1,0 +1,270 @@
+"""Students: any classifier of timm or transformers, tapped where the method wants its two maps.
+
+Where to tap is found by a dry run with one image. The autograd graph says at which modules the
+whole network passes through a single tensor (outputs of blocks and stages, not of their branches);
+their shapes say which of those belong to the last stage and to the one before it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .loading import Classifier, load_classifier
+
+
+__all__ = ["Student", "Tap", "load_student"]
+
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+MAX_PREFIX_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A module whose output is tapped, and how to read it as a map (B, C, h, w)."""
+
+    module: str
+    layout: str  # "NCHW", "NHWC" or "tokens"
+    dim: int
+    grid: tuple[int, int]
+    prefix: int = 0  # tokens before the patches
+
+    def as_map(self, output: Any) -> Tensor:
+        """The module's output as (B, C, h, w)."""
+        x = first_tensor(output)
+        if self.layout == "NHWC":
+            return x.permute(0, 3, 1, 2)
+        if self.layout == "tokens":
+            return x[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
+        return x
+
+
+class Student(nn.Module):
+    """A classifier that also returns its penultimate and last maps, from the same forward.
+
+    Attributes:
+        model: the classifier itself, what is saved and published.
+        taps: the two `Tap`s, found at their first use; `dims` and `grids` are theirs.
+        spec: the images it takes; labels: class names or None; num_labels: K.
+    """
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.model: Any = classifier.module
+        self.classifier = classifier
+        self.name, self.spec = classifier.name, classifier.spec
+        self.labels, self.num_labels = classifier.labels, classifier.num_labels
+        self._tapped: dict[str, Any] = {}
+        if not self.num_labels:
+            raise ValueError(
+                f"`student` {self.name!r} has no classifier head. Give it one with its number of classes."
+            )
+
+    @cached_property
+    def taps(self) -> tuple[Tap, Tap]:
+        taps = find_taps(self)
+        for tap in taps:
+            self.model.get_submodule(tap.module).register_forward_hook(partial(self._record, tap.module))
+        return taps
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Channels (C_p, C_l) of the two maps."""
+        return self.taps[0].dim, self.taps[1].dim
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Grids ((h, w), (h, w)) of the two maps."""
+        return self.taps[0].grid, self.taps[1].grid
+
+    def classify(self, pixel_values: Tensor) -> Tensor:
+        """Images (B, 3, height, width) to logits (B, K)."""
+        output = self.model(pixel_values)
+        return output.logits if isinstance(self.model, PreTrainedModel) else first_tensor(output)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, height, width) to the penultimate map, the last map (B, C, h, w each) and logits (B, K)."""
+        taps = self.taps
+        logits = self.classify(pixel_values)
+        penultimate, last = (tap.as_map(self._tapped[tap.module]) for tap in taps)
+        self._tapped.clear()
+        return penultimate, last, logits
+
+    def _record(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.training:
+            self._tapped[name] = output
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """One execution of a module in the dry run."""
+
+    name: str
+    module: nn.Module
+    tap: Tap
+    node: Any  # autograd node of its output
+    plain: bool  # its output is a tensor, not a tuple or model output
+
+
+def find_taps(student: Student) -> tuple[Tap, Tap]:
+    """The penultimate and last tap of a student, found by a dry run with one image of zeros.
+
+    Raises:
+        ValueError: a model that does not run at its image size, or without two maps to tap.
+    """
+    visits, logits = _dry_run(student)
+    cuts = [visit for visit in visits if _is_cut(visit.node, logits.grad_fn)]
+    if not cuts:
+        raise ValueError(
+            f"`student` {student.name!r} ({type(student.model).__name__}) has no module at which all information passes "
+            f"through one map larger than 1x1 at {student.spec.size[0]}x{student.spec.size[1]} px: nothing can be tapped. "
+            "Larger images may help."
+        )
+    same = [visit for visit in cuts if visit.node is cuts[-1].node and visit.plain]  # modules that hand on one tensor
+    last = min(same, key=lambda visit: len(visit.name))
+    blocks = [visit for visit in cuts if any(True for _ in visit.module.children()) and _has_matrix(visit.module)]
+    here = [visit for visit in blocks if visit.tap.grid == last.tap.grid]
+    before = [visit for visit in blocks if visit.tap.grid != last.tap.grid]
+    kinds = {_kind(visit) for visit in here if not isinstance(visit.module, CONTAINERS)}
+    if any(_kind(visit) in kinds for visit in before):  # the same kind of block on a larger grid: hierarchical
+        penultimate = before[-1]
+    else:
+        penultimate = _isotropic_penultimate(student, here)
+    return penultimate.tap, last.tap
+
+
+def _isotropic_penultimate(student: Student, visits: list[_Visit]) -> _Visit:
+    """Block 9 of 12 in a ViT (3/4 of the depth), the third from the end elsewhere (published settings)."""
+    kinds = Counter(_kind(visit) for visit in visits if not isinstance(visit.module, CONTAINERS))
+    kind, depth = kinds.most_common(1)[0] if kinds else ("", 0)
+    if depth < 2:
+        raise ValueError(
+            f"`student` {student.name!r} ({type(student.model).__name__}) has no two stages or blocks to tap "
+            f"at {student.spec.size[0]}x{student.spec.size[1]} px."
+        )
+    blocks = [visit for visit in visits if _kind(visit) == kind]
+    has_attention = any("attn" in name or "attention" in name for name, _ in blocks[0].module.named_children())
+    position = max(1, 3 * depth // 4) if has_attention else max(1, depth - 2)  # 1-based
+    return blocks[position - 1]
+
+
+def _kind(visit: _Visit) -> str:
+    return type(visit.module).__name__
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters())
+
+
+def _dry_run(student: Student) -> tuple[list[_Visit], Tensor]:
+    """Every module that put out a map, in the order in which they finished, and the logits."""
+    visits: list[_Visit] = []
+    grids: list[tuple[int, int]] = []
+    names = {module: name for name, module in student.model.named_modules() if name}
+
+    def record(module: nn.Module, args: tuple, output: Any) -> None:
+        x = first_tensor(output)
+        tap = _read_layout(names[module], x, student, grids) if isinstance(x, Tensor) and x.requires_grad else None
+        if tap is not None:
+            visits.append(_Visit(tap.module, module, tap, x.grad_fn, x is output))
+
+    hooks = [module.register_forward_hook(record) for module in names]
+    was_training = [(module, module.training) for module in student.model.modules()]
+    parameter = next(student.model.parameters())
+    image = torch.zeros(1, 3, *student.spec.size, device=parameter.device, dtype=parameter.dtype, requires_grad=True)
+    try:
+        student.model.eval()
+        with torch.enable_grad():
+            logits = student.classify(image)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"`student` {student.name!r} does not run on images of {student.spec.size[0]}x{student.spec.size[1]} px: "
+            f"{error} Choose an `image_size` that fits its patches, windows and strides."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in was_training:
+            module.training = mode
+    return visits, logits
+
+
+def _read_layout(name: str, x: Tensor, student: Student, grids: list[tuple[int, int]]) -> Tap | None:
+    """How to read an output as a map larger than 1x1 with the image's aspect ratio, or None if it is none."""
+    height, width = student.spec.size
+
+    def fits(h: int, w: int) -> bool:
+        return h * w > 1 and abs(h * width - w * height) <= max(height, width) and h <= height and w <= width
+
+    if x.ndim == 4:
+        nchw, nhwc = fits(*x.shape[2:]), fits(*x.shape[1:3])
+        if nhwc and (not nchw or getattr(student.model, "output_fmt", "") == "NHWC"):
+            return Tap(name, "NHWC", x.shape[3], (x.shape[1], x.shape[2]))
+        if not nchw:
+            return None
+        grid = (x.shape[2], x.shape[3])
+        grids.append(grid)
+        return Tap(name, "NCHW", x.shape[1], grid)
+    if x.ndim == 3:
+        for grid in _token_grids(x.shape[1], (height, width), grids):
+            prefix = x.shape[1] - grid[0] * grid[1]
+            if fits(*grid):
+                return Tap(name, "tokens", x.shape[2], grid, prefix)
+    return None
+
+
+def _token_grids(tokens: int, size: tuple[int, int], grids: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Grids that `tokens` may stand for: one seen as a map earlier (the patch embedding), else of the image's shape."""
+    for h, w in reversed(grids):
+        if 0 <= tokens - h * w <= MAX_PREFIX_TOKENS and h * w > tokens // 2:
+            yield h, w
+    for prefix in range(min(MAX_PREFIX_TOKENS, tokens)):
+        h = round(((tokens - prefix) * size[0] / size[1]) ** 0.5)
+        if h and (tokens - prefix) % h == 0 and abs(h * size[1] - (tokens - prefix) // h * size[0]) < max(size):
+            yield h, (tokens - prefix) // h
+
+
+def _is_cut(node: Any, logits_node: Any) -> bool:
+    """Whether every path from the logits back to the image passes through `node`."""
+    if node is None:
+        return False
+    seen, stack = {node}, [logits_node]
+    if logits_node is node:
+        return False
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if hasattr(current, "variable") and not isinstance(current.variable, nn.Parameter):
+            return False  # a leaf that is no parameter is the image
+        stack.extend(parent for parent, _ in current.next_functions if parent is not None)
+    return True
+
+
+def first_tensor(output: Any) -> Any:
+    """The tensor of a module's output: itself, or the first of a tuple, list or model output."""
+    while isinstance(output, (tuple, list, dict)) and len(output):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def load_student(name_or_module: str | nn.Module, *, pretrained: bool = False, **kwargs: Any) -> Student:
+    """A student from a name or module.
+
+    Args:
+        name_or_module: see `load_classifier`.
+        pretrained: start from its published weights. The paper trains students from scratch.
+        **kwargs: `labels` (names of the classes of a new head), `image_size`, `mean`, `std`, `crop_pct`, and
+            arguments of the model itself, see `load_classifier`.
+    """
+    if isinstance(name_or_module, Student):
+        return name_or_module
+    return Student(load_classifier(name_or_module, role="student", pretrained=pretrained, **kwargs))
