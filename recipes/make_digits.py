@@ -30,7 +30,9 @@ def enlarge(cells: np.ndarray) -> Image.Image:
 
 def main() -> None:
     digits = load_digits()
-    train, test = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
+    train, test = train_test_split(
+        np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0
+    )
     FOLDER.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", test)):
         data = datasets.Dataset.from_dict(

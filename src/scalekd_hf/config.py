@@ -158,6 +158,8 @@ class ScaleKDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore[assignment]
         for name in ("spatial_weight", "frequency_weight", "last_frequency_weight"):
             self._check(name, "must not be negative", lambda value: value >= 0)
         for name in ("logit_weight", "label_smoothing_factor", "hflip"):

@@ -188,7 +188,7 @@ class ImageStream(IterableDataset):
         yield from self._endless(reader, readers, done * self.batch_size)
 
     def _endless(self, reader: int, readers: int, skip: int) -> Iterator[dict[str, Any]]:
-        shuffled = self.stream.shuffle(seed=self.seed, buffer_size=self.buffer_size)
+        shuffled = self.stream.shuffle(seed=self.seed, buffer_size=self.buffer_size, max_buffer_input_shards=1)
         for pass_number in itertools.count():
             shuffled.set_epoch(pass_number)
             seen = 0

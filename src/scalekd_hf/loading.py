@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
@@ -113,10 +113,11 @@ def _is_timm(name: str) -> bool:
 def _wrap_module(module: nn.Module, role: str) -> Classifier:
     name = type(module).__name__
     if isinstance(module, PreTrainedModel):
-        labels = _config_labels(module.config)
-        if hasattr(module, "timm_model"):
-            return _timm_classifier(module.timm_model, name, labels)
-        return Classifier(module, "transformers", _config_spec(module.config), name, labels)
+        labels, source = _config_labels(module.config), module.config.name_or_path
+        if hasattr(module, "timm_model"):  # transformers' wrapper keeps the data configuration to itself
+            return _timm_classifier(module.timm_model, source or name, labels, module.config.pretrained_cfg)
+        spec = _config_spec(module.config)
+        return Classifier(module, "transformers", _processor_spec(source, spec) if source else spec, name, labels)
     if hasattr(module, "forward_features") and hasattr(module, "pretrained_cfg"):
         return _timm_classifier(module, name)
     raise ValueError(
@@ -158,8 +159,10 @@ def _load_timm(
     return classifier
 
 
-def _timm_classifier(module: Any, name: str, labels: list[str] | None = None) -> Classifier:
-    data = resolve_model_data_config(module)
+def _timm_classifier(
+    module: Any, name: str, labels: list[str] | None = None, pretrained_cfg: dict[str, Any] | None = None
+) -> Classifier:
+    data = resolve_data_config(pretrained_cfg=pretrained_cfg or module.pretrained_cfg)
     size = tuple(data["input_size"][1:])
     patch_embed = getattr(module, "patch_embed", getattr(module, "stem", None))
     if built_for := getattr(patch_embed, "img_size", None):  # wins over the configuration of its source

@@ -23,7 +23,7 @@ from .loading import INTERPOLATIONS
 from .students import Student
 
 
-__all__ = ["load_checkpoint", "load_student_weights", "save_heads", "save_student"]
+__all__ = ["check_output_dir", "load_checkpoint", "load_student_weights", "save_heads", "save_student"]
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +137,25 @@ def load_checkpoint(student: Student, heads: nn.Module | None, folder: str | Pat
     load_student_weights(student, folder)
     if heads is not None:
         _load_strictly(heads, _read(Path(folder), HEADS_FILE), Path(folder))
+
+
+def check_output_dir(folder: str | Path, overwrite: bool) -> list[Path]:
+    """Refuse an output folder that holds a run, before any work is done.
+
+    Returns:
+        The checkpoints and the student in it, which are to go when `overwrite` is true.
+
+    Raises:
+        ValueError: it holds a run and `overwrite` is false.
+    """
+    folder = Path(folder)
+    held = sorted(path for path in (*folder.glob("checkpoint-*"), folder / STUDENT_FILE) if path.exists())
+    if held and not overwrite:
+        raise ValueError(
+            f"`output_dir` {str(folder)!r} holds a run already ({', '.join(path.name for path in held)}). Resume it with "
+            "`resume_from_checkpoint=True`, delete it with `overwrite_output_dir=True`, or choose another."
+        )
+    return held
 
 
 def check_checkpoint(folder: str | Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from .config import ScaleKDConfig
@@ -21,8 +21,8 @@ from .heads import MimickingHeads
 from .metrics import compute_accuracy, keep_top5
 from .saving import (
     RUN_STATE_FILE,
-    STUDENT_FILE,
     check_checkpoint,
+    check_output_dir,
     check_rebuildable,
     load_checkpoint,
     save_heads,
@@ -167,12 +167,16 @@ class ScaleKDTrainer(Trainer):
         self._reset_log()
         self._resumed_step = self.images_seen = 0
         if checkpoint is None:
-            self._guard_output_dir()
+            self._clear_output_dir()
         else:
             check_checkpoint(Path(checkpoint))
             self._read_run_state(Path(checkpoint))
         if isinstance(self.train_dataset, ImageStream):
             self.args.ignore_data_skip = True  # it starts where the checkpoint stands
+            if checkpoint and self._resumed_step >= self.args.max_steps:  # the parent would train one step more
+                self._load_from_checkpoint(checkpoint)
+                self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+                return TrainOutput(self._resumed_step, float("nan"), {})
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def compute_loss(
@@ -276,14 +280,8 @@ class ScaleKDTrainer(Trainer):
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-    def _guard_output_dir(self) -> None:
-        folder = Path(str(self.args.output_dir))
-        held = sorted(path for path in (*folder.glob("checkpoint-*"), folder / STUDENT_FILE) if path.exists())
-        if held and not self.args.overwrite_output_dir:
-            raise ValueError(
-                f"`output_dir` {str(folder)!r} holds a run already ({', '.join(path.name for path in held)}). Resume it "
-                "with `resume_from_checkpoint=True`, delete it with `overwrite_output_dir=True`, or choose another."
-            )
+    def _clear_output_dir(self) -> None:
+        held = check_output_dir(str(self.args.output_dir), self.args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()  # everyone has looked before anything goes
         if self.args.should_save:
             for path in held:
@@ -307,10 +305,9 @@ def build_model(
         student, teacher, args: see `ScaleKDTrainer`.
         labels: class names of the data set, for a student that is built by name.
     """
-    options: dict[str, Any] = {"crop_pct": args.crop_pct}
-    if isinstance(student, str):
-        options |= {"labels": labels, "image_size": args.image_size}
+    options: dict[str, Any] = {"labels": labels, "image_size": args.image_size} if isinstance(student, str) else {}
     student = load_student(student, **options)
+    student.spec = student.spec.updated(size=args.image_size, crop_pct=args.crop_pct)
     settings: dict[str, Any] = {"task_loss": args.task_loss, "label_smoothing": args.label_smoothing_factor}
     if teacher is None:
         return ScaleKDModel(student, **settings)

@@ -1,0 +1,95 @@
+"""Distil a strong vision transformer into a student with ScaleKD.
+
+    accelerate launch recipes/distill.py [CONFIG.yaml] [--any_field value ...]
+
+Without a configuration this is the quickstart: handwritten digits, a small Swin teacher, a small CNN student, first
+alone, then distilled; minutes on a CPU. `--baseline` adds the student alone to any other run.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from transformers import AutoModelForImageClassification, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
+from scalekd_hf.data import dataset_labels
+from scalekd_hf.recipe import DistillArguments, load_data, parse_config, write_config
+from scalekd_hf.saving import check_output_dir
+
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
+def run(arguments: DistillArguments, config: ScaleKDConfig, data: tuple, teacher_name: str | None) -> dict[str, float]:
+    """Train one student, with a teacher or alone, save it, and evaluate what was saved."""
+    train, evaluation = data
+    set_seed(config.seed)  # alone and distilled start from the same weights
+    student = load_student(
+        arguments.student,
+        pretrained=arguments.student_pretrained,
+        labels=dataset_labels(train, config.label_column),
+        image_size=config.image_size,
+        **arguments.student_args,
+    )
+    teacher = None
+    if teacher_name is not None:
+        teacher = load_teacher(
+            teacher_name,
+            last_blocks=config.teacher_last_blocks,
+            image_size=config.teacher_image_size,
+            **arguments.teacher_args,
+        )
+    trainer = ScaleKDTrainer(student, teacher, config, train, evaluation)
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint is True:
+        checkpoint = get_last_checkpoint(config.output_dir)  # none yet: the run was stopped before it began
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if evaluation is None:
+        return {}
+    # What was saved is evaluated, loaded as its users load it.
+    return evaluate(AutoModelForImageClassification.from_pretrained(config.output_dir), config, evaluation)
+
+
+def evaluate(model: object, config: ScaleKDConfig, evaluation: object) -> dict[str, float]:
+    """Accuracy of a classifier, with its own image size and evaluation crop."""
+    config = dataclasses.replace(config, image_size=None, crop_pct=None)
+    metrics = ScaleKDTrainer(model, None, config, eval_dataset=evaluation).evaluate()
+    return {key.removeprefix("eval_"): value for key, value in metrics.items()}
+
+
+def main() -> None:
+    arguments, config = parse_config(DistillArguments, default_config=QUICKSTART)
+    if not config.resume_from_checkpoint:
+        check_output_dir(config.output_dir, config.overwrite_output_dir)
+    data = load_data(arguments)
+    if config.process_index == 0:
+        write_config(arguments, config, Path(config.output_dir) / "config_resolved.yaml")
+    results = {}
+    if arguments.baseline:
+        alone = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / "alone"))
+        results["student alone"] = run(arguments, alone, data, None)
+    results["student distilled"] = run(arguments, config, data, arguments.teacher)
+    if data[1] is not None and config.logit_weight:  # then its labels are the data's
+        teacher = load_student(arguments.teacher, pretrained=True, **arguments.teacher_args)
+        results = {"teacher": evaluate(teacher, config, data[1]), **results}
+    if config.process_index == 0:
+        report(results, Path(config.output_dir))
+
+
+def report(results: dict[str, dict[str, float]], folder: Path) -> None:
+    """Print the table of accuracies and write them to results.json."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    rows = {name: metrics for name, metrics in results.items() if metrics}
+    if rows:
+        print(f"\n{'':<20}{'top-1':>8}{'top-5':>8}")
+    for name, metrics in rows.items():
+        print(f"{name:<20}{metrics['top1']:>8.2%}{metrics['top5']:>8.2%}")
+    print(f"\nThe student is in {folder}: AutoModelForImageClassification.from_pretrained({str(folder)!r})")
+
+
+if __name__ == "__main__":
+    main()

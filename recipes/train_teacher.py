@@ -1,0 +1,37 @@
+"""Fine-tune any image classifier on your own data, so that it can teach: it then knows your labels.
+
+accelerate launch recipes/train_teacher.py recipes/configs/quickstart_teacher.yaml [--any_field value ...]
+"""
+
+from scalekd_hf import ScaleKDTrainer, load_student
+from scalekd_hf.data import dataset_labels
+from scalekd_hf.recipe import TeacherArguments, load_data, parse_config, write_config
+from scalekd_hf.saving import check_output_dir
+
+
+def main() -> None:
+    arguments, config = parse_config(TeacherArguments)
+    if not config.resume_from_checkpoint:
+        check_output_dir(config.output_dir, config.overwrite_output_dir)
+    train, evaluation = load_data(arguments)
+    model = load_student(
+        arguments.model,
+        pretrained=arguments.pretrained,
+        labels=dataset_labels(train, config.label_column),
+        image_size=config.image_size,
+        **arguments.model_args,
+    )
+    trainer = ScaleKDTrainer(model, None, config, train, evaluation)
+    if config.process_index == 0:
+        write_config(arguments, config, f"{config.output_dir}/config_resolved.yaml")
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    if evaluation is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        if trainer.is_world_process_zero():
+            print(f"top-1 {metrics['eval_top1']:.2%}, saved in {config.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What the recipes share: settings from YAML and the command line, and data sets from names or files."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from transformers import HfArgumentParser
+
+from .config import ScaleKDConfig
+
+
+__all__ = ["DataArguments", "DistillArguments", "TeacherArguments", "load_data", "parse_config", "write_config"]
+
+FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+
+
+@dataclass
+class DataArguments:
+    """Where the images come from.
+
+    Args:
+        dataset: data set on the Hub, or a local folder that `datasets.load_dataset` understands.
+        train_files, eval_files: glob patterns of Parquet, WebDataset or Arrow files, instead of `dataset`.
+        dataset_config: configuration of the data set.
+        train_split, eval_split: its splits.
+        streaming: read while training, without a download first.
+    """
+
+    dataset: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a local folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    train_files: str | None = field(default=None, metadata={"help": "Files to train on, instead of `dataset`."})
+    eval_files: str | None = field(default=None, metadata={"help": "Files to evaluate on, instead of `dataset`."})
+    streaming: bool = field(default=True, metadata={"help": "Read while training, without a download first."})
+
+
+@dataclass
+class DistillArguments(DataArguments):
+    """The pair, and whether the student is first trained alone.
+
+    Args:
+        student, teacher: names as `load_student` and `load_teacher` take them.
+        student_args, teacher_args: further arguments of the models, as JSON or a mapping.
+        student_pretrained: start from the student's published weights.
+        baseline: first train the same student alone, with the same data, budget and settings, and report both.
+    """
+
+    student: str = field(default="", metadata={"help": "Name or folder of the student."})
+    student_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the student, as JSON."})
+    student_pretrained: bool = field(default=False, metadata={"help": "Start from the student's published weights."})
+    teacher: str = field(default="", metadata={"help": "Name or folder of the teacher."})
+    teacher_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the teacher, as JSON."})
+    baseline: bool = field(
+        default=False, metadata={"help": "First train the same student alone with the same settings; report both."}
+    )
+
+    def __post_init__(self) -> None:
+        self.student_args = _mapping(self.student_args, "student_args")
+        self.teacher_args = _mapping(self.teacher_args, "teacher_args")
+        for name in ("student", "teacher"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is missing: name a model, a Hub id or a folder.")
+
+
+@dataclass
+class TeacherArguments(DataArguments):
+    """The classifier that becomes a teacher.
+
+    Args:
+        model: name as `load_student` takes it.
+        model_args: further arguments of the model, as JSON or a mapping.
+        pretrained: start from its published weights, with a new head for the data's classes.
+    """
+
+    model: str = field(default="", metadata={"help": "Name or folder of the classifier."})
+    model_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the model, as JSON."})
+    pretrained: bool = field(default=True, metadata={"help": "Start from its published weights."})
+
+    def __post_init__(self) -> None:
+        self.model_args = _mapping(self.model_args, "model_args")
+        if not self.model:
+            raise ValueError("`model` is missing: name a model, a Hub id or a folder.")
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"`{name}` must be a mapping or JSON, got {value!r} ({error}).") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a mapping, got {value!r}.")
+    return dict(value or {})
+
+
+def parse_config(
+    arguments_class: type, argv: Sequence[str] | None = None, default_config: Path | None = None
+) -> tuple[Any, ScaleKDConfig]:
+    """Read `[CONFIG.yaml] [--any_field value ...]`; the command line wins over the file.
+
+    Args:
+        arguments_class: the recipe's own dataclass, beside `ScaleKDConfig`.
+        argv: the words after the script; those of this process by default.
+        default_config: the file to read where none is named.
+
+    Returns:
+        An instance of `arguments_class`, and the `ScaleKDConfig`.
+
+    Raises:
+        ValueError: a file that cannot be read, an unknown key or a value of the wrong kind.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    config_file = words.pop(0) if words and not words[0].startswith("-") else default_config
+    parser = HfArgumentParser([arguments_class, ScaleKDConfig])  # type: ignore[list-item]
+    known = {f.name for cls in (arguments_class, ScaleKDConfig) for f in fields(cls) if f.init}
+    settings = _read_yaml(Path(config_file)) if config_file else {}
+    for key in settings:
+        _check_known(key, known, f"{config_file}: `{key}`")
+    for word in words:
+        if word.startswith("--") and word not in ("--help", "--no-help"):
+            name = word[2:].split("=")[0].replace("-", "_")
+            _check_known(name.removeprefix("no_"), known | {name} & {f"no_{k}" for k in known}, f"`--{name}`")
+    arguments, config = parser.parse_args_into_dataclasses([*_as_words(settings), *words])
+    return arguments, config
+
+
+def _check_known(name: str, known: set[str], shown: str) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(f"{shown} is not a setting.{f' Did you mean `{close[0]}`?' if close else ''}")
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(file.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"The configuration {str(file)!r} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"The configuration {str(file)!r} must be a mapping of settings, got {settings!r}.")
+    return settings
+
+
+def _as_words(settings: dict[str, Any]) -> list[str]:
+    """A mapping as command line words, so that one parser converts both (YAML reads 1e-4 as text)."""
+    words: list[str] = []
+    for key, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{key}", *(str(item) for item in values)]
+    return words
+
+
+def write_config(arguments: Any, config: ScaleKDConfig, file: str | Path) -> None:
+    """Write every setting of a run as YAML that `parse_config` reads again; tokens are left out."""
+    settings = {**{f.name: getattr(arguments, f.name) for f in fields(arguments)}, **config.to_dict()}
+    known = {f.name for cls in (type(arguments), ScaleKDConfig) for f in fields(cls) if f.init}
+    kept = {key: value for key, value in settings.items() if key in known and value not in (None, [], {})}
+    kept = {key: value for key, value in kept.items() if not key.endswith("_token")}
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(kept, sort_keys=True))
+
+
+def load_data(arguments: DataArguments) -> tuple[Any, Any]:
+    """The training and the evaluation data set.
+
+    Raises:
+        ValueError: no source, files that do not exist, or a data set that cannot be loaded.
+    """
+    if arguments.dataset is None and arguments.train_files is None:
+        raise ValueError("There is no data: set `dataset`, or `train_files` and `eval_files`.")
+    train = _load_split(arguments, arguments.train_files, arguments.train_split)
+    evaluation = None
+    if arguments.dataset is not None or arguments.eval_files is not None:
+        evaluation = _load_split(arguments, arguments.eval_files, arguments.eval_split)
+    return train, evaluation
+
+
+def _load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any:
+    if pattern is not None:
+        files = sorted(glob.glob(pattern, recursive=True))
+        if not files:
+            raise ValueError(f"No file matches {pattern!r}, seen from {str(Path.cwd())!r}.")
+        suffix = Path(files[0]).suffix
+        if suffix not in FORMATS:
+            raise ValueError(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}.")
+        return datasets.load_dataset(FORMATS[suffix], data_files=files, split="train", streaming=arguments.streaming)
+    try:
+        return datasets.load_dataset(
+            arguments.dataset, arguments.dataset_config, split=split, streaming=arguments.streaming
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`dataset` {arguments.dataset!r} (configuration {arguments.dataset_config!r}, split {split!r}) cannot be "
+            f"loaded: {error} Gated data sets need their terms accepted on the Hub and `hf auth login`."
+        ) from error

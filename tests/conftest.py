@@ -1,0 +1,38 @@
+"""Small real models and data that the tests share."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import pytest
+import torch
+from helpers import DIGITS
+
+
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def _few_threads_and_a_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_cache(tmp_path_factory):
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The first 96 training images of the digits, map-style."""
+    return datasets.Dataset.from_parquet(str(DIGITS / "train-00000-of-00004.parquet")).select(range(96))
+
+
+@pytest.fixture(scope="session")
+def digits_stream():
+    """All training digits, streaming, four shards."""
+    files = sorted(str(file) for file in DIGITS.glob("train-*.parquet"))
+    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)

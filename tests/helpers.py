@@ -1,0 +1,136 @@
+"""Builders of small models and settings, and the places of data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForImageClassification, SwinConfig, ViTConfig
+
+from scalekd_hf import ScaleKDConfig, load_student
+
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "recipes" / "data" / "digits"
+GOLDEN = ROOT.parent / "shared" / "golden"
+
+SMALL_SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 12,
+    "depths": (1, 2, 2),
+    "num_heads": (1, 2, 4),
+}
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+
+
+def timm_swin(num_classes=10, **changes):
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=num_classes, **{**SMALL_SWIN, **changes})
+
+
+def timm_vit(num_classes=10, **changes):
+    return timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **{**SMALL_VIT, **changes})
+
+
+def transformers_swin(**changes):
+    options = {"image_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "num_labels": 10}
+    return build(SwinConfig(**{**options, "depths": [1, 2, 2], "num_heads": [1, 2, 4], **changes}))
+
+
+def transformers_vit(**changes):
+    options = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+    return build(ViTConfig(**{**options, "intermediate_size": 48, "num_labels": 10, **changes}))
+
+
+def build(config):
+    return AutoModelForImageClassification.from_config(config)
+
+
+TEACHERS = {
+    "timm_swin": timm_swin,
+    "timm_vit": timm_vit,
+    "timm_vit_mean_pooling": lambda: timm_vit(class_token=False, global_pool="avg"),
+    "timm_vit_registers": lambda: timm_vit(reg_tokens=3),
+    "transformers_swin": transformers_swin,
+    "transformers_vit": transformers_vit,
+}
+
+
+def small_student(**changes):
+    """A convolutional student without BatchNorm, so that batches can be split exactly."""
+    options = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "patch_size": 2, "num_classes": 10, "image_size": 32}
+    return load_student("timm/convnext_atto", **{**options, **changes})
+
+
+def settings(folder, **changes):
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 32,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "hflip": 0.0,
+        "stem_norm": "layer",
+    }
+    return ScaleKDConfig(**{**options, **changes})
+
+
+def golden(name):
+    """Tensors and configuration of one file of the authors' code, or a skip with the reason."""
+    file = GOLDEN / f"{name}.safetensors"
+    if not file.exists():
+        pytest.skip(f"the golden tensors of the authors' code are not here ({file.name})")
+    with safe_open(file, "pt") as tensors:
+        values = {key: tensors.get_tensor(key) for key in tensors.keys()}
+        return values, json.loads((tensors.metadata() or {}).get("config", "{}"))
+
+
+def projector_weights(values, prefix):
+    """Golden weights under `prefix`, with the 1x1 convolution of the queries as the linear layer that it is."""
+    weights = {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
+    return {key: value[..., 0, 0] if key == "query_proj.weight" else value for key, value in weights.items()}
+
+
+def assert_close(actual, expected, name=""):
+    """Equal to 1e-4 relative, against the largest magnitude of the tensor."""
+    expected = expected.reshape(actual.shape)
+    scale = expected.abs().max().clamp(min=1e-6)
+    error = ((actual - expected).abs().max() / scale).item()
+    assert error < 1e-4, f"{name}: relative difference {error:.2e}"
+
+
+def assert_gradients(module, expected):
+    """Every parameter's gradient equals the expected one; where that is rounding noise around 0, both are.
+
+    Exactly 0 in exact arithmetic: what adds a constant to all keys, to a map before BatchNorm, or to all
+    tokens before the direct component is removed.
+    """
+    assert set(expected) == {name for name, _ in module.named_parameters()}
+    noise = 1e-5 * max(gradient.abs().max() for gradient in expected.values())
+    for name, parameter in module.named_parameters():
+        if expected[name].abs().max() < noise:
+            assert parameter.grad.abs().max() < noise, name
+        else:
+            assert_close(parameter.grad, expected[name], name)
+
+
+def run(*words, env=None, timeout=300):
+    """Run a command from the repository's root; returns the finished process with its text."""
+    command = [str(word) for word in words]
+    if command[0] == "python":
+        command[0] = sys.executable
+    return subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, capture_output=True, text=True)
+
+
+def images(count=2, size=32):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
