@@ -60,7 +60,9 @@ def frequency_loss(tokens, teacher_map):
     """The same after a DCT over the grid, coefficient [0, 0] set to zero, and the inverse."""
     height, width = teacher_map.shape[2:]
     maps = tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
-    return spatial_loss(without_direct_component(maps).flatten(2).transpose(1, 2), without_direct_component(teacher_map))
+    return spatial_loss(
+        without_direct_component(maps).flatten(2).transpose(1, 2), without_direct_component(teacher_map)
+    )
 
 
 class _WithoutDirectComponent(torch.autograd.Function):

@@ -35,7 +35,9 @@ def test_projector_equals_the_authors(name):
     assert_close(projector.eval()(student, queries), values["out.tokens_eval"], "tokens in eval mode")
 
 
-@pytest.mark.parametrize(("view", "loss"), [("spatial", spatial_mimicking_loss), ("frequency", frequency_mimicking_loss)])
+@pytest.mark.parametrize(
+    ("view", "loss"), [("spatial", spatial_mimicking_loss), ("frequency", frequency_mimicking_loss)]
+)
 def test_view_losses_equal_the_authors(view, loss):
     values, _ = golden("losses")
     tokens = values["in.student_tokens"].requires_grad_()

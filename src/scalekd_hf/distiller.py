@@ -166,6 +166,7 @@ class ScaleKDModel(nn.Module):
         if labels is not None and (self.weights["task"] or not self.training):
             smoothing = self.label_smoothing if self.training else 0.0
             losses["task"] = task_loss(logits, labels, self.task_loss, smoothing)
+        losses = {term: losses[term] for term in LOSS_TERMS if term in losses}
         if not losses:
             if self.training:
                 raise ValueError("`labels` are missing: without a teacher there is no other loss than the task's.")

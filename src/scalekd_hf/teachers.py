@@ -41,7 +41,7 @@ class Teacher(nn.Module):
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
         self.requires_grad_(False)
         self.eval()
-        self._check_image_size()
+        self._check()
         self._measure()
 
     def train(self, mode: bool = True) -> Teacher:
@@ -78,7 +78,7 @@ class Teacher(nn.Module):
         patch = self._patch_size()
         return self.spec.size[0] // patch[0], self.spec.size[1] // patch[1]
 
-    def _check_image_size(self) -> None:
+    def _check(self) -> None:
         patch, (height, width) = self._patch_size(), self.spec.size
         if height % patch[0] or width % patch[1]:
             raise ValueError(
@@ -114,10 +114,13 @@ class PlainTeacher(Teacher):
     def __init__(self, classifier: Classifier, last_blocks: int = 2):
         self.last_blocks = last_blocks
         super().__init__(classifier)
-        if not 1 <= last_blocks <= len(self._blocks()):
+
+    def _check(self) -> None:
+        super()._check()
+        if not 1 <= self.last_blocks <= len(self._blocks()):
             raise ValueError(
                 f"`teacher_last_blocks` must be between 1 and the {len(self._blocks())} blocks of `teacher` "
-                f"{self.name!r}, got {last_blocks}."
+                f"{self.name!r}, got {self.last_blocks}."
             )
 
     def entry(self) -> nn.Module:
