@@ -160,7 +160,7 @@ class ScaleKDConfig(TrainingArguments):
         super().__post_init__()
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore[assignment]
-        for name in ("spatial_weight", "frequency_weight", "last_frequency_weight"):
+        for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):
             self._check(name, "must not be negative", lambda value: value >= 0)
         for name in ("logit_weight", "label_smoothing_factor", "hflip"):
             self._check(name, "must be between 0 and 1", lambda value: 0 <= value <= 1)

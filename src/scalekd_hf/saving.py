@@ -158,24 +158,26 @@ def check_output_dir(folder: str | Path, overwrite: bool) -> list[Path]:
     return held
 
 
-def check_checkpoint(folder: str | Path) -> None:
+def check_checkpoint(folder: str | Path, sharded: bool) -> None:
     """Refuse a checkpoint that training cannot go on from, before anything of it is loaded.
 
+    Args:
+        folder: the checkpoint.
+        sharded: its optimiser is kept by DeepSpeed or FSDP, in files of their own.
+
     Raises:
-        ValueError: a folder without readable trainer state.
+        ValueError: a folder without readable trainer state, optimiser or scheduler.
     """
-    state_file = Path(folder) / "trainer_state.json"
+    folder = Path(folder)
     try:
-        json.loads(state_file.read_text())
+        json.loads((folder / "trainer_state.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(_broken(Path(folder), state_file.name, error)) from error
-    for name in ("optimizer.pt", "scheduler.pt"):
-        file = Path(folder) / name
+        raise ValueError(_broken(folder, "trainer_state.json", error)) from error
+    for name in () if sharded else ("optimizer.pt", "scheduler.pt"):
         try:
-            if file.exists():
-                torch.load(file, map_location="meta", weights_only=True)
-        except Exception as error:  # noqa: BLE001  what torch raises depends on where the file was cut
-            raise ValueError(_broken(Path(folder), name, error)) from error
+            torch.load(folder / name, map_location="meta", weights_only=True)
+        except Exception as error:  # what torch raises depends on where the file was cut
+            raise ValueError(_broken(folder, name, error)) from error
 
 
 def _read(folder: Path, name: str) -> dict[str, Tensor]:

@@ -169,7 +169,7 @@ class ScaleKDTrainer(Trainer):
         if checkpoint is None:
             self._clear_output_dir()
         else:
-            check_checkpoint(Path(checkpoint))
+            check_checkpoint(checkpoint, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
             self._read_run_state(Path(checkpoint))
         if isinstance(self.train_dataset, ImageStream):
             self.args.ignore_data_skip = True  # it starts where the checkpoint stands

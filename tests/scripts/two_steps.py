@@ -1,0 +1,38 @@
+"""Two steps of distillation in one or more processes; rank 0 writes what happened. Started by torchrun in the tests."""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import DIGITS, settings, small_student, timm_swin
+
+from scalekd_hf import ScaleKDTrainer
+
+
+def main(folder: str, batch: str) -> None:
+    data = datasets.Dataset.from_parquet(str(DIGITS / "train-00000-of-00004.parquet")).select(range(96))
+    torch.manual_seed(0)
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": int(batch)}
+    trainer = ScaleKDTrainer(small_student(), timm_swin(), settings(folder, **options), data)
+    trainer.train()
+    flat = torch.cat([parameter.detach().flatten() for parameter in trainer.student.parameters()])
+    everyone = trainer.accelerator.gather(flat[None])
+    if trainer.is_world_process_zero():
+        result = {
+            "world_size": trainer.accelerator.num_processes,
+            "distributed_type": str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1],
+            "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "weights": flat.tolist(),
+            "equal_on_all_ranks": all(torch.equal(other, flat) for other in everyone),
+        }
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "log.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

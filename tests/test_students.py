@@ -1,0 +1,201 @@
+"""Students: any timm or transformers classifier whose stages the dry run finds."""
+
+import pytest
+import timm
+import torch
+from helpers import build, images, timm_swin
+from transformers import (
+    ConvNextConfig,
+    MobileNetV1Config,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+)
+
+from scalekd_hf import load_student
+
+
+def timm_student(name, **changes):
+    return lambda: timm.create_model(name, num_classes=10, **changes)
+
+
+# name: (model built small, image size, ((C_p, grid_p), (C_l, grid_l)))
+STUDENTS = {
+    "timm_resnet": (timm_student("resnet18", channels=(8, 16, 24, 32)), 64, ((24, (4, 4)), (32, (2, 2)))),
+    "timm_mobilenetv1": (timm_student("mobilenetv1_100"), 64, ((512, (4, 4)), (1024, (2, 2)))),
+    "timm_convnext": (
+        timm_student("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 12, 16, 24)),
+        64,
+        ((16, (4, 4)), (24, (2, 2))),
+    ),
+    "timm_swin": (timm_swin, 32, ((24, (8, 8)), (48, (4, 4)))),
+    "timm_vit": (
+        timm_student("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=12, num_heads=2),
+        32,
+        ((24, (4, 4)), (24, (4, 4))),
+    ),
+    "timm_mixer": (
+        timm_student("mixer_s16_224", img_size=64),
+        64,
+        ((512, (4, 4)), (512, (4, 4))),
+    ),
+    "transformers_resnet": (
+        lambda: build(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], num_labels=10)
+        ),
+        64,
+        ((24, (4, 4)), (32, (2, 2))),
+    ),
+    "transformers_mobilenetv1": (
+        lambda: build(MobileNetV1Config(depth_multiplier=0.25, image_size=64, num_labels=10)),
+        64,
+        ((128, (4, 4)), (256, (2, 2))),
+    ),
+    "transformers_convnext": (
+        lambda: build(ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 2, 1], image_size=64, num_labels=10)),
+        64,
+        ((16, (4, 4)), (24, (2, 2))),
+    ),
+    "transformers_swin": (
+        lambda: build(
+            SwinConfig(
+                image_size=32,
+                patch_size=2,
+                window_size=4,
+                embed_dim=12,
+                depths=[1, 2, 2],
+                num_heads=[1, 2, 4],
+                num_labels=10,
+            )
+        ),
+        32,
+        ((24, (8, 8)), (48, (4, 4))),
+    ),
+    "transformers_vit": (
+        lambda: build(
+            ViTConfig(
+                image_size=32,
+                patch_size=8,
+                hidden_size=24,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                intermediate_size=48,
+                num_labels=10,
+            )
+        ),
+        32,
+        ((24, (4, 4)), (24, (4, 4))),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", STUDENTS)
+def test_one_forward_gives_two_maps_and_the_classifiers_own_logits(family):
+    make, size, expected = STUDENTS[family]
+    student = load_student(make())
+    student.spec = student.spec.updated(size=size)
+    assert tuple(zip(student.dims, student.grids, strict=True)) == expected
+    calls = []
+    student.model.register_forward_hook(lambda *_: calls.append(1))
+    student.train()
+    penultimate, last, logits = student(images(2, size))
+    assert len(calls) == 1
+    assert [penultimate.shape, last.shape] == [(2, dim, *grid) for dim, grid in expected]
+    assert logits.shape == (2, 10)
+    first = next(student.model.parameters())
+    for value in (penultimate, last):
+        (gradient,) = torch.autograd.grad(value.square().sum(), first, retain_graph=True)
+        assert gradient.abs().sum() > 0
+    student.eval()
+    with torch.no_grad():
+        outputs = student.model(images(2, size))
+        assert torch.equal(student.classify(images(2, size)), getattr(outputs, "logits", outputs))
+
+
+def test_isotropic_students_are_tapped_at_the_published_blocks():
+    vit = load_student(STUDENTS["timm_vit"][0](), mean=None)
+    vit.spec = vit.spec.updated(size=32)
+    mixer = load_student(STUDENTS["timm_mixer"][0]())
+    assert [tap.module for tap in vit.taps] == ["blocks.8", "norm"]  # blocks 9 and 12 of 12, counted from 1
+    assert [tap.module for tap in mixer.taps] == ["blocks.5", "norm"]  # the third from the end of 8, and the last
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "maps"),
+    [
+        ("resnet50", ["layer3", "layer4"], ((1024, (14, 14)), (2048, (7, 7)))),
+        ("mobilenetv1_100", ["blocks.3", "bn2"], ((512, (14, 14)), (1024, (7, 7)))),
+        ("convnext_tiny", ["stages.2", "stages"], ((384, (14, 14)), (768, (7, 7)))),
+        ("swin_tiny_patch4_window7_224", ["layers.2", "norm"], ((384, (14, 14)), (768, (7, 7)))),
+        ("mixer_s16_224", ["blocks.5", "norm"], ((512, (14, 14)), (512, (14, 14)))),
+        ("vit_small_patch16_224", ["blocks.8", "norm"], ((384, (14, 14)), (384, (14, 14)))),
+    ],
+)
+def test_full_size_students_are_tapped_as_published(name, modules, maps):
+    with torch.device("meta"):
+        student = load_student(f"timm/{name}")
+    assert [tap.module for tap in student.taps] == modules
+    assert tuple(zip(student.dims, student.grids, strict=True)) == maps
+
+
+def test_prefix_tokens_are_left_out_of_the_maps():
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=4,
+        num_heads=2,
+        reg_tokens=3,
+        num_classes=10,
+    )
+    student = load_student(model).train()
+    assert [tap.prefix for tap in student.taps] == [4, 4]
+    expected = model.forward_features(images())[:, 4:]
+    assert torch.equal(student(images())[1].flatten(2).transpose(1, 2), expected)
+
+
+def test_images_need_not_be_square():
+    model = timm.create_model("resnet18", channels=(8, 16, 24, 32), num_classes=10)
+    student = load_student(model)
+    student.spec = student.spec.updated(size=(64, 96))
+    assert student.grids == ((4, 6), (2, 3))
+
+
+def test_a_student_by_name_is_built_for_the_labels_and_the_size():
+    student = load_student("timm/vit_tiny_patch16_224", labels=["cat", "dog"], image_size=32, patch_size=8, depth=2)
+    assert (student.num_labels, student.labels, student.spec.size) == (2, ["cat", "dog"], (32, 32))
+    assert student.grids == ((4, 4), (4, 4))
+
+
+def test_the_dry_run_leaves_the_model_as_it_was():
+    model = timm.create_model("resnet18", channels=(8, 16, 24, 32), num_classes=10).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    student = load_student(model)
+    student.spec = student.spec.updated(size=64)
+    assert student.taps
+    assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: load_student("timm/resnet81"), "`student` 'timm/resnet81'.*Did you mean"),
+        (lambda: load_student("no-such-team/no-such-model"), "`student`.*neither a local folder"),
+        (lambda: load_student(timm.create_model("resnet18", num_classes=0)), "no classifier head"),
+        (lambda: load_student(torch.nn.Linear(2, 2)), "image classifier of timm or transformers"),
+        (lambda: load_student("timm/resnet18", image_size=2, num_classes=10).taps, "larger than 1x1 at 2x2 px"),
+        (lambda: load_student(STUDENTS["timm_vit"][0](), image_size=64), "a module already"),
+    ],
+)
+def test_unsuitable_students_are_refused_with_the_reason(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_image_size_the_student_cannot_take_is_refused():
+    student = load_student(STUDENTS["timm_vit"][0]())
+    student.spec = student.spec.updated(size=36)
+    with pytest.raises(ValueError, match="does not run on images of 36x36 px"):
+        _ = student.taps

@@ -1,0 +1,306 @@
+"""Training: what changes, what is logged, what is equal to what, and what is refused."""
+
+import json
+import math
+
+import datasets
+import pytest
+import torch
+from helpers import SMALL_SWIN, run, settings, small_student, timm_swin, timm_vit
+
+from scalekd_hf import NonFiniteLossError, ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
+from scalekd_hf.distiller import LOSS_TERMS
+
+
+def trainer_for(folder, train=None, evaluation=None, teacher="swin", student=None, **changes):
+    torch.manual_seed(0)
+    teacher = {"swin": timm_swin, "vit": timm_vit}[teacher]() if isinstance(teacher, str) else teacher
+    return ScaleKDTrainer(student or small_student(), teacher, settings(folder, **changes), train, evaluation)
+
+
+def weights(trainer):
+    return {name: tensor.detach().clone() for name, tensor in trainer.student.state_dict().items()}
+
+
+def largest_difference(first, second):
+    assert first.keys() == second.keys()
+    return max((first[name].float() - second[name].float()).abs().max().item() for name in first)
+
+
+@pytest.mark.parametrize("teacher", ["swin", "vit"])
+def test_training_changes_all_of_student_and_heads_and_nothing_of_the_teacher(tmp_path, digits, teacher):
+    trainer = trainer_for(tmp_path, digits, teacher=teacher)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    for name, tensor in trainer.model.state_dict().items():
+        if name.startswith("teacher.") or "relative_position_index" in name:
+            assert torch.equal(tensor, before[name]), name
+        else:
+            assert not torch.equal(tensor, before[name]), name
+    optimised = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert not optimised & {id(parameter) for parameter in trainer.model.teacher.parameters()}
+
+
+def test_the_log_holds_each_term_averaged_since_the_last_log(tmp_path, digits):
+    every = trainer_for(tmp_path / "1", digits, max_steps=4, logging_steps=1)
+    every.train()
+    second = trainer_for(tmp_path / "2", digits, max_steps=4, logging_steps=2, gradient_accumulation_steps=1)
+    second.train()
+    ones = [entry for entry in every.state.log_history if "loss" in entry]
+    twos = [entry for entry in second.state.log_history if "loss" in entry]
+    assert [entry["images_seen"] for entry in ones] == [8, 16, 24, 32]
+    assert [entry["images_seen"] for entry in twos] == [16, 32]
+    for name in (*LOSS_TERMS, "loss"):
+        assert twos[0][name] == pytest.approx((ones[0][name] + ones[1][name]) / 2, rel=1e-4), name
+    weights = every.model.weights
+    assert ones[0]["loss"] == pytest.approx(sum(weights[name] * ones[0][name] for name in weights), rel=1e-4)
+    assert all(entry["images_per_second"] > 0 for entry in ones)
+
+
+def test_evaluation_reports_top1_and_top5_of_the_student_alone(tmp_path, digits):
+    trainer = trainer_for(tmp_path, evaluation=digits)
+    trainer.model.teacher.forward = None  # would fail if called
+    metrics = trainer.evaluate()
+    batch = trainer.data_collator([trainer.eval_dataset[row] for row in range(len(digits))])
+    with torch.no_grad():
+        ranked = trainer.student.model.eval()(batch["pixel_values"]).topk(5).indices
+    hits = ranked == batch["labels"][:, None]
+    assert metrics["eval_top1"] == pytest.approx(hits[:, 0].float().mean().item())
+    assert metrics["eval_top5"] == pytest.approx(hits.any(1).float().mean().item())
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, digits, digits_stream, kind, workers):
+    data = digits if kind == "map" else digits_stream
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": workers}
+    options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "shuffle_buffer_size": 64}
+    whole = trainer_for(tmp_path / "whole", data, **options)
+    whole.train()
+    resumed = trainer_for(tmp_path / "whole", data, student=small_student(drop_path_rate=0.0), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.state.global_step == 6 and resumed.images_seen == whole.images_seen == 48
+    assert largest_difference(weights(whole), weights(resumed)) == 0
+
+
+def test_resuming_a_finished_run_trains_nothing_more(tmp_path, digits_stream):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    finished = trainer_for(tmp_path, digits_stream, **options)
+    finished.train()
+    again = trainer_for(tmp_path, digits_stream, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert largest_difference(weights(finished), weights(again)) == 0
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path, digits):
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.05}
+    trainer = trainer_for(tmp_path, digits, digits, **options)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses.index(min(losses)) + 1 == int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_accumulating_two_by_four_equals_one_by_eight(tmp_path, digits):
+    results = []
+    for batch, accumulation in ((8, 1), (4, 2)):
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "optim": "sgd"}
+        trainer = trainer_for(tmp_path / str(batch), digits, max_steps=2, learning_rate=0.1, **options)
+        trainer.train()
+        results.append((weights(trainer), trainer.state.log_history[0]))
+    assert largest_difference(results[0][0], results[1][0]) < 1e-6
+    for name in (*LOSS_TERMS, "loss"):
+        assert results[0][1][name] == pytest.approx(results[1][1][name], rel=1e-5), name
+
+
+def test_mixed_precision_clipping_and_label_smoothing_train(tmp_path, digits):
+    trainer = trainer_for(tmp_path, digits, bf16=True, max_grad_norm=0.1, label_smoothing_factor=0.1)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
+    assert trainer.model.label_smoothing == 0.1
+    assert all(tensor.dtype == torch.float32 for tensor in trainer.student.parameters())
+
+
+@pytest.mark.slow
+def test_torch_compile_gives_the_same_losses(tmp_path, digits):
+    losses = []
+    for compiled in (False, True):
+        trainer = trainer_for(tmp_path / str(compiled), digits, torch_compile=compiled, max_steps=2)
+        trainer.train()
+        trainer.save_model()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_two_processes_take_the_same_step_as_one(tmp_path):
+    logs = []
+    for processes, batch in ((1, 8), (2, 4)):
+        folder = tmp_path / str(processes)
+        words = ["python", "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29571"]
+        result = run(*words, "tests/scripts/two_steps.py", folder, batch)
+        assert result.returncode == 0, result.stderr[-3000:]
+        logs.append(json.loads((folder / "log.json").read_text()))
+    one, two = logs
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert two["distributed_type"] == "MULTI_CPU"
+    for first, second in zip(one["history"], two["history"], strict=True):
+        assert first["images_seen"] == second["images_seen"]
+        for name in (*LOSS_TERMS, "loss"):
+            assert first[name] == pytest.approx(second[name], rel=1e-5), name
+    assert one["weights"] == pytest.approx(two["weights"], rel=1e-5, abs=1e-7)
+    assert two["equal_on_all_ranks"]
+
+
+class DivergingTeacher(torch.nn.Module):
+    """Replaces a teacher's head: logits that are not a number after some good batches."""
+
+    def __init__(self, head, good_batches):
+        super().__init__()
+        self.head, self.good_batches = head, good_batches
+
+    def forward(self, x, **options):
+        self.good_batches -= 1
+        return self.head(x, **options) * (float("nan") if self.good_batches < 0 else 1.0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, digits):
+    teacher = load_teacher(timm_swin())
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "logging_steps": 100}
+    trainer = trainer_for(tmp_path, digits, teacher=teacher, **options)
+    teacher.model.head = DivergingTeacher(teacher.model.head, good_batches=3)
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 4: task=[\d.]+, logit=nan, penultimate_spatial=[\d.]+.*checkpoint-2"
+    ):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    kept = load_student(str(tmp_path / "checkpoint-2"), pretrained=True)
+    assert all(torch.isfinite(tensor).all() for tensor in kept.state_dict().values())
+
+
+def test_a_student_alone_trains_with_the_task_loss(tmp_path, digits):
+    trainer = ScaleKDTrainer(small_student(), None, settings(tmp_path), digits)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["task"] == pytest.approx(entry["loss"], rel=1e-5) and "logit" not in entry
+
+
+def test_models_may_be_names_and_data_may_be_finished_samples(tmp_path):
+    teacher = tmp_path / "teacher"
+    from scalekd_hf.saving import save_student
+
+    save_student(load_student("timm/swin_tiny_patch4_window7_224", labels=list("ab"), **SMALL_SWIN), teacher)
+    images = torch.randn(8, 3, 32, 32)
+    data = datasets.Dataset.from_dict({"pixel_values": images.tolist(), "labels": [0, 1] * 4})
+    args = settings(tmp_path / "run", image_size=32, max_steps=1)
+    model = load_student("timm/vit_tiny_patch16_224", labels=list("ab"), image_size=32, patch_size=8, depth=2)
+    trainer = ScaleKDTrainer(model, str(teacher), args, data, data)
+    trainer.train()
+    assert "eval_top1" in trainer.evaluate()
+    assert trainer.model.teacher.labels == ["a", "b"]
+
+
+def test_a_different_normalisation_and_size_are_converted_on_the_device():
+    from scalekd_hf.distiller import PixelConverter
+    from scalekd_hf.loading import ImageSpec
+
+    student = ImageSpec((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    images = torch.rand(2, 3, 32, 32)
+
+    def normalised(spec):
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
+        return (images - mean) / std
+
+    other = ImageSpec((32, 32), (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    assert torch.allclose(PixelConverter(student, other)(normalised(student)), normalised(other), atol=1e-6)
+    same = PixelConverter(student, student)
+    assert same(images) is images
+    larger = ImageSpec((48, 64), student.mean, student.std)
+    assert PixelConverter(student, larger)(images).shape == (2, 3, 48, 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: {"teacher": timm_swin(num_classes=7)}, "teacher has 7 classes and the student 10.*logit_weight=0"),
+        (lambda d: {"teacher": timm_swin(num_classes=0)}, "teacher has 0 classes and the student 10"),
+        (
+            lambda d: {"train": d.cast_column("label", datasets.ClassLabel(num_classes=12))},
+            "`train_dataset` has 12 classes",
+        ),
+        (
+            lambda d: {"train": d.rename_column("image", "picture")},
+            "`train_dataset` has no column 'image'.*picture.*image_column",
+        ),
+        (lambda d: {"train": d.remove_columns("label")}, "no column 'label'.*`label_column`"),
+        (lambda d: {"train": d.select([])}, "`train_dataset` is empty"),
+        (lambda d: {"evaluation": datasets.IterableDataset.from_generator(list)}, "`eval_dataset` is empty"),
+        (lambda d: {"penultimate_num_heads": 7}, "7 heads for 24 channels"),
+        (lambda d: {"student": torch.nn.Linear(2, 2)}, "`student` must be an image classifier"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(tmp_path, digits, make, message):
+    options = make(digits)
+    with pytest.raises(ValueError, match=message):
+        trainer_for(tmp_path, **{"train": digits, **options})
+
+
+def test_label_names_in_another_order_are_refused(tmp_path, digits):
+    student = small_student(labels=list("0123456789"))
+    other = digits.cast_column("label", datasets.ClassLabel(names=list("9876543210")))
+    with pytest.raises(
+        ValueError, match="Label 0 is '9' to the `train_dataset` and '0' to the student.*another order"
+    ):
+        trainer_for(tmp_path, other, student=student)
+
+
+def test_a_teacher_with_other_labels_teaches_through_features(tmp_path, digits):
+    trainer = trainer_for(tmp_path, digits, teacher=timm_swin(num_classes=7), logit_weight=0.0, max_steps=1)
+    trainer.train()
+    assert "logit" not in trainer.state.log_history[0] and "task" in trainer.state.log_history[0]
+
+
+def test_an_output_folder_that_holds_a_run_is_not_overwritten_silently(tmp_path, digits):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    first = trainer_for(tmp_path, digits, **options)
+    first.train()
+    first.save_model()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"holds a run already \(checkpoint-1, checkpoint-2, model.safetensors\).*resume"
+    ):
+        trainer_for(tmp_path, digits, **options).train()
+    trainer_for(tmp_path, digits, **{**options, "max_steps": 1}, overwrite_output_dir=True).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
+    assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "notes.txt").exists()
+
+
+def test_there_must_be_a_checkpoint_to_resume_from(tmp_path, digits):
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        trainer_for(tmp_path, digits).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "mimicking_heads.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"]
+)
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_refused_with_the_file_and_the_others(tmp_path, digits, file, damage):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_for(tmp_path, digits, **options).train()
+    damaged = tmp_path / "checkpoint-2" / file
+    content = damaged.read_bytes()
+    damaged.unlink()
+    if damage == "cut":
+        damaged.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"checkpoint-2.*{file} is missing or damaged.*checkpoint-1"):
+        trainer_for(tmp_path, digits, **options).train(resume_from_checkpoint=True)
+
+
+def test_only_a_scalekd_config_is_taken(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(ValueError, match="`args` must be a `ScaleKDConfig`, got a `TrainingArguments`"):
+        ScaleKDTrainer(small_student(), None, TrainingArguments(output_dir=str(tmp_path)))
+    assert isinstance(ScaleKDConfig(output_dir=str(tmp_path)), TrainingArguments)
