@@ -3,6 +3,8 @@
 accelerate launch recipes/train_teacher.py recipes/configs/quickstart_teacher.yaml [--any_field value ...]
 """
 
+from transformers import set_seed
+
 from scalekd_hf import ScaleKDTrainer, load_student
 from scalekd_hf.data import dataset_labels
 from scalekd_hf.recipe import TeacherArguments, load_data, parse_config, write_config
@@ -14,6 +16,7 @@ def main() -> None:
     if not config.resume_from_checkpoint:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
     train, evaluation = load_data(arguments)
+    set_seed(config.seed)
     model = load_student(
         arguments.model,
         pretrained=arguments.pretrained,

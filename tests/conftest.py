@@ -4,6 +4,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads that wait for each other cost more than they give
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
@@ -15,8 +16,11 @@ from helpers import DIGITS
 datasets.disable_progress_bars()
 
 
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def _few_threads_and_a_seed():
+def _seed():
     torch.manual_seed(0)
 
 

@@ -69,6 +69,14 @@ def test_evaluation_reports_top1_and_top5_of_the_student_alone(tmp_path, digits)
     assert metrics["eval_top5"] == pytest.approx(hits.any(1).float().mean().item())
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_evaluated_on_every_image_once(tmp_path, digits_stream, workers):
+    trainer = trainer_for(tmp_path, dataloader_num_workers=workers, per_device_eval_batch_size=100)
+    prediction = trainer.predict(digits_stream)
+    expected = [row["label"] for row in digits_stream.remove_columns("image")]
+    assert prediction.label_ids.tolist() == expected and len(expected) == 1437
+
+
 @pytest.mark.parametrize("kind", ["map", "stream"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, digits, digits_stream, kind, workers):
@@ -152,6 +160,7 @@ def test_two_processes_take_the_same_step_as_one(tmp_path):
             assert first[name] == pytest.approx(second[name], rel=1e-5), name
     assert one["weights"] == pytest.approx(two["weights"], rel=1e-5, abs=1e-7)
     assert two["equal_on_all_ranks"]
+    assert one["evaluated"] == two["evaluated"] and [len(labels) for labels in one["evaluated"].values()] == [96, 180]
 
 
 class DivergingTeacher(torch.nn.Module):

@@ -79,6 +79,7 @@ class ScaleKDTrainer(Trainer):
         args = args if args is not None else ScaleKDConfig(output_dir="scalekd_output")
         if not isinstance(args, ScaleKDConfig):
             raise ValueError(f"`args` must be a `ScaleKDConfig`, got a `{type(args).__name__}`.")
+        args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
         set_seed(args.seed)
         labels = dataset_labels(train_dataset if train_dataset is not None else eval_dataset, args.label_column)
         distiller = build_model(model, teacher, args, labels)
@@ -142,10 +143,35 @@ class ScaleKDTrainer(Trainer):
             self.args.world_size,
             consumed_batches=self._resumed_step * self.args.gradient_accumulation_steps,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=False,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The parent's; a raw data set is prepared first, and a stream is read by at most one worker.
+
+        Several workers end a stream with several short batches, of which the parent would lose images.
+        """
+        named: Any = self.eval_dataset
+        if isinstance(eval_dataset, str):
+            eval_dataset = named[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self._prepare_data(dataset, "eval_dataset", self.student, self.args)
+        if not isinstance(dataset, ImageStream):
+            return super().get_eval_dataloader(dataset)
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=min(1, self.args.dataloader_num_workers),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """That of an evaluation."""
+        return self.get_eval_dataloader(test_dataset)
 
     # Training
 
