@@ -1,6 +1,7 @@
 """Builders of small models and settings, and the places of data."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from scalekd_hf import ScaleKDConfig, load_student
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "recipes" / "data" / "digits"
-GOLDEN = ROOT.parent / "shared" / "golden"
+GOLDEN = Path(os.environ.get("SCALEKD_GOLDEN", ROOT.parent / "shared" / "golden"))
 
 SMALL_SWIN = {
     "img_size": 32,

@@ -164,6 +164,16 @@ def test_gradients_reach_the_penultimate_stage_along_both_paths_and_no_teacher_p
     assert trained and all(parameter.grad is not None for _, parameter in trained)
 
 
+def test_one_step_is_one_forward_of_the_student_and_one_of_the_teacher():
+    model = distiller()
+    calls = []
+    model.student.model.register_forward_hook(lambda *_: calls.append("student"))
+    model.teacher.model.patch_embed.register_forward_hook(lambda *_: calls.append("teacher"))
+    model.teacher.model.head.register_forward_hook(lambda *_: calls.append("teacher's head"))
+    model(images(), torch.tensor([1, 2]))
+    assert sorted(calls) == ["student", "teacher", "teacher's head"]
+
+
 def test_the_loss_is_the_weighted_sum_of_its_terms():
     model = distiller(logit_weight=0.3, temperature=2.0, label_smoothing=0.1)
     output = model(images(), torch.tensor([1, 2]))

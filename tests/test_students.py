@@ -194,8 +194,16 @@ def test_unsuitable_students_are_refused_with_the_reason(make, message):
         make()
 
 
+@pytest.mark.parametrize("family", ["timm_vit", "timm_mixer", "transformers_vit", "transformers_swin"])
+def test_an_image_size_that_the_patch_does_not_divide_is_refused(family):
+    student = load_student(STUDENTS[family][0]())
+    student.spec = student.spec.updated(size=student.spec.size[0] + 1)
+    with pytest.raises(ValueError, match=r"`student`.*patches of .* do not divide its image size .*`image_size`"):
+        _ = student.taps
+
+
 def test_an_image_size_the_student_cannot_take_is_refused():
     student = load_student(STUDENTS["timm_vit"][0]())
-    student.spec = student.spec.updated(size=36)
-    with pytest.raises(ValueError, match="does not run on images of 36x36 px"):
+    student.spec = student.spec.updated(size=40)
+    with pytest.raises(ValueError, match="does not run on images of 40x40 px"):
         _ = student.taps

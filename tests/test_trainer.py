@@ -6,7 +6,7 @@ import math
 import datasets
 import pytest
 import torch
-from helpers import SMALL_SWIN, run, settings, small_student, timm_swin, timm_vit
+from helpers import SMALL_SWIN, run, settings, small_student, timm_swin, timm_vit, transformers_vit
 
 from scalekd_hf import NonFiniteLossError, ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.distiller import LOSS_TERMS
@@ -87,6 +87,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, digits, digits_str
     whole.train()
     resumed = trainer_for(tmp_path / "whole", data, student=small_student(drop_path_rate=0.0), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert [entry["epoch"] for entry in resumed.state.log_history] == [
+        entry["epoch"] for entry in whole.state.log_history
+    ]
     assert resumed.state.global_step == 6 and resumed.images_seen == whole.images_seen == 48
     assert largest_difference(weights(whole), weights(resumed)) == 0
 
@@ -254,6 +257,11 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, digits, make, me
     options = make(digits)
     with pytest.raises(ValueError, match=message):
         trainer_for(tmp_path, **{"train": digits, **options})
+
+
+def test_a_module_without_label_names_gets_those_of_the_data(tmp_path, digits):
+    trainer = ScaleKDTrainer(transformers_vit(), None, settings(tmp_path), digits)
+    assert trainer.student.model.config.id2label == dict(enumerate("0123456789"))
 
 
 def test_label_names_in_another_order_are_refused(tmp_path, digits):

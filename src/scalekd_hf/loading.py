@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 __all__ = ["Classifier", "ImageSpec", "load_classifier"]
 
+SIZE_OPTIONS = {"student": "image_size", "teacher": "teacher_image_size"}
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
 
 
@@ -101,6 +102,30 @@ def load_classifier(
     if labels is not None and classifier.labels is None and classifier.num_labels == len(labels):
         classifier.labels = list(labels)
     return classifier
+
+
+def check_patches(classifier: Classifier, role: str) -> None:
+    """Refuse an image size that the patches of a transformer or mixer do not divide.
+
+    Raises:
+        ValueError: it names both, and the option to set.
+    """
+    module = classifier.module
+    if classifier.library == "timm":
+        embedding = getattr(module, "patch_embed", getattr(module, "stem", None))
+        patch = getattr(embedding, "patch_size", None)
+    else:
+        has_attention = any(hasattr(module.config, name) for name in ("num_attention_heads", "num_heads"))
+        patch = getattr(module.config, "patch_size", None) if has_attention else None
+    if not isinstance(patch, (int, tuple, list)):
+        return
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    height, width = classifier.spec.size
+    if height % patch_height or width % patch_width:
+        raise ValueError(
+            f"`{role}` {classifier.name!r} cuts images into patches of {patch_height}x{patch_width} px, which do not "
+            f"divide its image size {height}x{width}. Choose a multiple with `{SIZE_OPTIONS[role]}`."
+        )
 
 
 def _is_timm(name: str) -> bool:

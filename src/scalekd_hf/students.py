@@ -7,6 +7,7 @@ their shapes say which of those belong to the last stage and to the one before i
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .loading import Classifier, load_classifier
+from .loading import Classifier, check_patches, load_classifier
 
 
 __all__ = ["Student", "Tap", "load_student"]
@@ -67,8 +68,16 @@ class Student(nn.Module):
                 f"`student` {self.name!r} has no classifier head. Give it one with its number of classes."
             )
 
+    def name_labels(self, labels: list[str]) -> None:
+        """Give the classes the names that the data set has for them, so that they are saved with the student."""
+        self.labels = list(labels)
+        if isinstance(self.model, PreTrainedModel):
+            self.model.config.id2label = dict(enumerate(labels))
+            self.model.config.label2id = {label: index for index, label in enumerate(labels)}
+
     @cached_property
     def taps(self) -> tuple[Tap, Tap]:
+        check_patches(dataclasses.replace(self.classifier, spec=self.spec), "student")
         taps = find_taps(self)
         for tap in taps:
             self.model.get_submodule(tap.module).register_forward_hook(partial(self._record, tap.module))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .loading import Classifier, load_classifier
+from .loading import Classifier, check_patches, load_classifier
 
 
 __all__ = ["Teacher", "load_teacher"]
@@ -41,6 +41,7 @@ class Teacher(nn.Module):
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
         self.requires_grad_(False)
         self.eval()
+        check_patches(classifier, "teacher")
         self._check()
         self._measure()
 
@@ -79,12 +80,7 @@ class Teacher(nn.Module):
         return self.spec.size[0] // patch[0], self.spec.size[1] // patch[1]
 
     def _check(self) -> None:
-        patch, (height, width) = self._patch_size(), self.spec.size
-        if height % patch[0] or width % patch[1]:
-            raise ValueError(
-                f"`teacher` {self.name!r} cuts images into patches of {patch[0]}x{patch[1]} px, which do not divide its "
-                f"image size {height}x{width}. Choose a multiple with `teacher_image_size`."
-            )
+        height, width = self.spec.size
         for grid, window in self._stages():
             if window and any(cells > side and cells % side for cells, side in zip(grid, window, strict=True)):
                 raise ValueError(

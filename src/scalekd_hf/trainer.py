@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from .config import ScaleKDConfig
@@ -88,6 +88,7 @@ class ScaleKDTrainer(Trainer):
             if names := dataset_labels(dataset, args.label_column):
                 student = distiller.student
                 check_labels(f"`{name}`", len(names), names, student.num_labels, student.labels)
+                student.name_labels(names)
         if kwargs.get("compute_metrics") is None:
             kwargs["compute_metrics"] = compute_accuracy
             kwargs["preprocess_logits_for_metrics"] = keep_top5
@@ -102,6 +103,8 @@ class ScaleKDTrainer(Trainer):
             eval_dataset=self._prepare_data(eval_dataset, "eval_dataset", distiller.student, args),
             **kwargs,
         )
+        if isinstance(self.train_dataset, ImageStream):
+            self.add_callback(_StreamProgress)
 
     @property
     def student(self) -> Student:
@@ -203,7 +206,9 @@ class ScaleKDTrainer(Trainer):
                 self._load_from_checkpoint(checkpoint)
                 self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
                 return TrainOutput(self._resumed_step, float("nan"), {})
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self._stop_if_not_finite()
+        return result
 
     def compute_loss(
         self,
@@ -313,6 +318,13 @@ class ScaleKDTrainer(Trainer):
             for path in held:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.accelerator.wait_for_everyone()
+
+
+class _StreamProgress(TrainerCallback):
+    """Counts the "epoch" of an endless stream from the whole run: the parent counts from where it was resumed."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / state.max_steps
 
 
 class NonFiniteLossError(FloatingPointError):
