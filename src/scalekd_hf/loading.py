@@ -15,7 +15,14 @@ from typing import Any
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
 
 
 __all__ = ["Classifier", "ImageSpec", "load_classifier"]
@@ -59,7 +66,7 @@ class Classifier:
         """Number of classes K; 0 without a classifier head."""
         if self.library == "timm":
             return int(self.module.num_classes)
-        return int(self.module.config.num_labels)
+        return int(self.module.config.num_labels) if "ForImageClassification" in type(self.module).__name__ else 0
 
 
 def load_classifier(
@@ -104,22 +111,31 @@ def load_classifier(
     return classifier
 
 
+def patch_size(classifier: Classifier) -> tuple[int, int] | None:
+    """Sides (height, width) in pixels of the patches of a transformer or mixer; None for other models."""
+    module = classifier.module
+    if classifier.library == "timm":
+        embedding = getattr(module, "patch_embed", getattr(module, "stem", None))
+        patch = getattr(embedding, "patch_size", None)
+    else:
+        config = getattr(module.config, "vision_config", module.config)
+        has_attention = any(hasattr(config, name) for name in ("num_attention_heads", "num_heads"))
+        patch = getattr(config, "patch_size", None) if has_attention else None
+    if isinstance(patch, int):
+        return patch, patch
+    return (patch[0], patch[1]) if isinstance(patch, (tuple, list)) else None
+
+
 def check_patches(classifier: Classifier, role: str) -> None:
     """Refuse an image size that the patches of a transformer or mixer do not divide.
 
     Raises:
         ValueError: it names both, and the option to set.
     """
-    module = classifier.module
-    if classifier.library == "timm":
-        embedding = getattr(module, "patch_embed", getattr(module, "stem", None))
-        patch = getattr(embedding, "patch_size", None)
-    else:
-        has_attention = any(hasattr(module.config, name) for name in ("num_attention_heads", "num_heads"))
-        patch = getattr(module.config, "patch_size", None) if has_attention else None
-    if not isinstance(patch, (int, tuple, list)):
+    patch = patch_size(classifier)
+    if patch is None:
         return
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    patch_height, patch_width = patch
     height, width = classifier.spec.size
     if height % patch_height or width % patch_width:
         raise ValueError(
@@ -216,13 +232,12 @@ def _load_transformers(
         changes["image_size"] = image_size
     try:
         config = AutoConfig.from_pretrained(name, **changes)
+        headless = type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        auto = AutoModel if headless and role == "teacher" else AutoModelForImageClassification
         if pretrained:
-            new_head = labels is not None
-            module = AutoModelForImageClassification.from_pretrained(
-                name, config=config, ignore_mismatched_sizes=new_head
-            )
+            module = auto.from_pretrained(name, config=config, ignore_mismatched_sizes=labels is not None)
         else:
-            module = AutoModelForImageClassification.from_config(config)
+            module = auto.from_config(config)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -244,7 +259,7 @@ def _config_labels(config: Any) -> list[str] | None:
 
 
 def _config_spec(config: Any) -> ImageSpec:
-    size = getattr(config, "image_size", None) or 224
+    size = getattr(getattr(config, "vision_config", config), "image_size", None) or 224
     return ImageSpec().updated(size=tuple(size) if isinstance(size, (list, tuple)) else size)
 
 

@@ -56,12 +56,13 @@ class Student(nn.Module):
         spec: the images it takes; labels: class names or None; num_labels: K.
     """
 
-    def __init__(self, classifier: Classifier):
+    def __init__(self, classifier: Classifier, tap_names: tuple[str, str] | None = None):
         super().__init__()
         self.model: Any = classifier.module
         self.classifier = classifier
         self.name, self.spec = classifier.name, classifier.spec
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
+        self.tap_names = tap_names
         self._tapped: dict[str, Any] = {}
         if not self.num_labels:
             raise ValueError(
@@ -129,6 +130,8 @@ def find_taps(student: Student) -> tuple[Tap, Tap]:
         ValueError: a model that does not run at its image size, or without two maps to tap.
     """
     visits, logits = _dry_run(student)
+    if student.tap_names is not None:
+        return _named_taps(student, visits, student.tap_names)
     cuts = [visit for visit in visits if _is_cut(visit.node, logits.grad_fn)]
     if not cuts:
         raise ValueError(
@@ -136,21 +139,55 @@ def find_taps(student: Student) -> tuple[Tap, Tap]:
             f"through one map larger than 1x1 at {student.spec.size[0]}x{student.spec.size[1]} px: nothing can be tapped. "
             "Larger images may help."
         )
-    same = [visit for visit in cuts if visit.node is cuts[-1].node and visit.plain]  # modules that hand on one tensor
-    last = min(same, key=lambda visit: len(visit.name))
+    same = [visit for visit in cuts if visit.node is cuts[-1].node]  # modules that hand on one tensor
+    last = min(same, key=lambda visit: (not visit.plain, len(visit.name)))
     blocks = [visit for visit in cuts if any(True for _ in visit.module.children()) and _has_matrix(visit.module)]
     here = [visit for visit in blocks if visit.tap.grid == last.tap.grid]
     before = [visit for visit in blocks if visit.tap.grid != last.tap.grid]
     kinds = {_kind(visit) for visit in here if not isinstance(visit.module, CONTAINERS)}
     if any(_kind(visit) in kinds for visit in before):  # the same kind of block on a larger grid: hierarchical
-        penultimate = before[-1]
+        penultimate = _last_of_stage(before, visits, last.tap.grid)
     else:
         penultimate = _isotropic_penultimate(student, here)
     return penultimate.tap, last.tap
 
 
+def _last_of_stage(before: list[_Visit], visits: list[_Visit], last_grid: tuple[int, int]) -> _Visit:
+    """The last block of the penultimate stage, not the expansion with which a block of the last stage begins.
+
+    A block inside of what shrinks the grid belongs to the penultimate stage where it has that stage's width:
+    Swin of transformers merges at the end of a stage.
+    """
+    grid = before[-1].tap.grid
+
+    def shrinks(name: str) -> bool:
+        inner = [visit.tap.grid for visit in visits if visit.name.startswith(f"{name}.")]
+        output = [visit.tap.grid for visit in visits if visit.name == name]
+        return output == [last_grid] and max(h * w for h, w in inner) <= grid[0] * grid[1]
+
+    outside, inside = [], []
+    for visit in before:
+        if visit.tap.grid == grid:
+            parts = visit.name.split(".")
+            ancestors = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+            (inside if any(shrinks(name) for name in ancestors) else outside).append(visit)
+    if outside and (not inside or inside[-1].tap.dim != outside[-1].tap.dim):
+        return outside[-1]
+    return inside[-1]
+
+
+def _named_taps(student: Student, visits: list[_Visit], names: tuple[str, str]) -> tuple[Tap, Tap]:
+    by_name = {visit.name: visit.tap for visit in visits}
+    if len(names) != 2 or any(name not in by_name for name in names):
+        raise ValueError(
+            f"`student_taps` must name two modules of `student` {student.name!r} that put out maps, got {list(names)}. "
+            f"Those are: {', '.join(by_name)}."
+        )
+    return by_name[names[0]], by_name[names[1]]
+
+
 def _isotropic_penultimate(student: Student, visits: list[_Visit]) -> _Visit:
-    """Block 9 of 12 in a ViT (3/4 of the depth), the third from the end elsewhere (published settings)."""
+    """Block 9 of 12 in a ViT (3/4 of the depth), the third from the end in mixers and EVA-02 (published settings)."""
     kinds = Counter(_kind(visit) for visit in visits if not isinstance(visit.module, CONTAINERS))
     kind, depth = kinds.most_common(1)[0] if kinds else ("", 0)
     if depth < 2:
@@ -160,7 +197,8 @@ def _isotropic_penultimate(student: Student, visits: list[_Visit]) -> _Visit:
         )
     blocks = [visit for visit in visits if _kind(visit) == kind]
     has_attention = any("attn" in name or "attention" in name for name, _ in blocks[0].module.named_children())
-    position = max(1, 3 * depth // 4) if has_attention else max(1, depth - 2)  # 1-based
+    vit = has_attention and "eva" not in kind.lower()
+    position = max(1, 3 * depth // 4) if vit else max(1, depth - 2)  # 1-based
     return blocks[position - 1]
 
 
@@ -265,15 +303,23 @@ def first_tensor(output: Any) -> Any:
     return output
 
 
-def load_student(name_or_module: str | nn.Module, *, pretrained: bool = False, **kwargs: Any) -> Student:
+def load_student(
+    name_or_module: str | nn.Module,
+    *,
+    pretrained: bool = False,
+    taps: tuple[str, str] | list[str] | None = None,
+    **kwargs: Any,
+) -> Student:
     """A student from a name or module.
 
     Args:
         name_or_module: see `load_classifier`.
         pretrained: start from its published weights. The paper trains students from scratch.
+        taps: names of the two modules to tap, where others are wanted than those that the dry run finds.
         **kwargs: `labels` (names of the classes of a new head), `image_size`, `mean`, `std`, `crop_pct`, and
             arguments of the model itself, see `load_classifier`.
     """
     if isinstance(name_or_module, Student):
         return name_or_module
-    return Student(load_classifier(name_or_module, role="student", pretrained=pretrained, **kwargs))
+    classifier = load_classifier(name_or_module, role="student", pretrained=pretrained, **kwargs)
+    return Student(classifier, tuple(taps) if taps is not None else None)  # type: ignore[arg-type]

@@ -1,30 +1,34 @@
 """Frozen teachers: the last map, the logits, and the last stage as a function of its tokens.
 
-The last map is what the teacher's own classifier pools. For every adapter here
-`last_stage(tokens entering the last stage)` equals the last map, up to the prefix tokens (class,
-register) of a plain ViT, on which the published method runs no last stage (section 3.3).
+The last map is what the teacher's own classifier pools. `last_stage(tokens entering the last stage)`
+equals the last map for every family here. Plain transformers take patch tokens with or without their
+prefix (class, register) tokens: the method, as published, gives patch tokens alone (section 3.3).
 
-Shapes in this file: B images, N = H*W tokens, D channels.
+Shapes in this file: B images, P prefix tokens, N = H*W patch tokens, D channels.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .loading import Classifier, check_patches, load_classifier
+from .loading import Classifier, check_patches, load_classifier, patch_size
+from .students import first_tensor
 
 
 __all__ = ["Teacher", "load_teacher"]
+
+Grid = tuple[int, int]
 
 
 class Teacher(nn.Module):
     """A frozen classifier, seen as a map of its last stage, logits, and that last stage.
 
-    Stays in eval mode whatever `train()` is called with; no parameter requires a gradient, but
-    gradients pass through `last_stage` to its input.
+    Stays in eval mode whatever `train()` is called with (but for stochastic depth, where that was asked
+    for); no parameter requires a gradient, but gradients pass through `last_stage` to its input.
 
     Attributes:
         penultimate_dim, penultimate_grid: width D_p and grid (H_p, W_p) of the tokens entering the last stage.
@@ -32,29 +36,39 @@ class Teacher(nn.Module):
         spec: the images the teacher was made for; labels: its class names or None; num_labels: K or 0.
     """
 
-    family: ClassVar[tuple[str, str]]  # library, name of the class or of an ancestor
-
-    def __init__(self, classifier: Classifier):
+    def __init__(self, classifier: Classifier, layout: Layout, last_blocks: int, drop_path: float):
         super().__init__()
         self.model: Any = classifier.module
+        self.layout, self.last_blocks, self.drop_path = layout, last_blocks, drop_path
         self.name, self.spec = classifier.name, classifier.spec
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
+        self._patch = patch_size(classifier)
+        self._drop_paths = [module for module in self.model.modules() if "droppath" in type(module).__name__.lower()]
         self.requires_grad_(False)
         self.eval()
         check_patches(classifier, "teacher")
         self._check()
+        self._captured: dict[str, Any] = {}
+        self.entry().register_forward_pre_hook(self._keep_entering, with_kwargs=True)
+        self.exit().register_forward_hook(self._keep_last)
         self._measure()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Does nothing but call `eval()`: a teacher has no training mode."""
-        return super().train(False)
+        """Calls `eval()`: a teacher has no training mode; stochastic depth follows `mode` where it was asked for."""
+        super().train(False)
+        if self.drop_path:
+            for module in self._drop_paths:
+                module.training = mode
+        return self
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B, 3, height, width) to the last map (B, D, H, W) and logits (B, K), None without a head."""
-        tokens, logits = self._tokens_and_logits(pixel_values)
-        last_map = tokens.transpose(1, 2).unflatten(2, self.grid)
-        return last_map, logits if self.num_labels else None
+        output = self.model(pixel_values)
+        last_map = self._as_map(self._captured.pop("last"))
+        if not self.num_labels:
+            return last_map, None
+        return last_map, output.logits if hasattr(output, "logits") else first_tensor(output)
 
     def last_stage(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N_p, D_p) to (B, N, D) through the frozen last stage and the norm before pooling."""
@@ -64,52 +78,93 @@ class Teacher(nn.Module):
         """The module that receives the tokens entering the last stage as its first argument."""
         raise NotImplementedError
 
-    def _tokens_and_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Last tokens (B, N, D) without prefix, and logits, from one forward."""
+    def exit(self) -> nn.Module:
+        """The module that puts out the last map, or the tokens it is made of."""
         raise NotImplementedError
-
-    def _patch_size(self) -> tuple[int, int]:
-        raise NotImplementedError
-
-    def _stages(self) -> list[tuple[tuple[int, int], tuple[int, int] | None]]:
-        """(grid, attention window or None) of each stage; a plain ViT is one stage."""
-        return [(self._patch_grid(), None)]
-
-    def _patch_grid(self) -> tuple[int, int]:
-        patch = self._patch_size()
-        return self.spec.size[0] // patch[0], self.spec.size[1] // patch[1]
 
     def _check(self) -> None:
-        height, width = self.spec.size
-        for grid, window in self._stages():
-            if window and any(cells > side and cells % side for cells, side in zip(grid, window, strict=True)):
-                raise ValueError(
-                    f"`teacher` {self.name!r} attends in windows of {window[0]}x{window[1]} tokens, which do not divide "
-                    f"its grid {grid[0]}x{grid[1]} at image size {height}x{width}. Choose another `teacher_image_size`."
-                )
+        """Refuse an image size that the model's windows do not divide, and options that do not fit."""
+        if self.drop_path and not self._drop_paths:
+            raise ValueError(
+                f"`teacher_drop_path` is {self.drop_path}, but `teacher` {self.name!r} has no stochastic depth layers. "
+                "Give the teacher by name, so that it is built with them, or set it to 0."
+            )
+
+    def _as_map(self, output: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _grids(self) -> tuple[Grid, Grid]:
+        """Grids before and after the last stage; the model has run once."""
+        raise NotImplementedError
+
+    def _keep_entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tokens, *positions = args or (kwargs.pop("hidden_states"),)
+        self._captured["entering"] = (tokens.shape, tuple(positions), kwargs)
+
+    def _keep_last(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if "last" not in self._captured:
+            self._captured["last"] = first_tensor(output)
 
     def _measure(self) -> None:
         """Learn widths and grids, and that the model runs at its image size, from one image of zeros."""
-        seen: list[Tensor] = []
-        hook = self.entry().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         parameter = next(self.parameters())
         image = torch.zeros(1, 3, *self.spec.size, device=parameter.device, dtype=parameter.dtype)
-        try:
-            with torch.no_grad():
-                tokens, _ = self._tokens_and_logits(image)
-        finally:
-            hook.remove()
-        grids = [grid for grid, _ in self._stages()]
-        self.grid, self.penultimate_grid = grids[-1], grids[-2:][0]
-        self.penultimate_dim, self.dim = seen[0].shape[-1], tokens.shape[-1]
+        with torch.no_grad():
+            self.model(image)
+        self.penultimate_grid, self.grid = self._grids()
+        self.penultimate_dim = self._dim(self._captured["entering"][0])
+        self.dim = self._as_map(self._captured.pop("last")).shape[1]
+
+    def _dim(self, shape: torch.Size) -> int:
+        return shape[1] if self.layout.order == "NCHW" else shape[-1]
+
+    def _patch_grid(self) -> Grid:
+        assert self._patch is not None
+        return self.spec.size[0] // self._patch[0], self.spec.size[1] // self._patch[1]
 
 
 class PlainTeacher(Teacher):
     """Isotropic transformers: the last stage is the last `last_blocks` blocks and the norm before pooling."""
 
-    def __init__(self, classifier: Classifier, last_blocks: int = 2):
-        self.last_blocks = last_blocks
-        super().__init__(classifier)
+    def entry(self) -> nn.Module:
+        return self._blocks()[-self.last_blocks]
+
+    def exit(self) -> nn.Module:
+        return self.model.get_submodule(self.layout.norm) if self.layout.norm else self._blocks()[-1]
+
+    def last_stage(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (B, N, D), or with their prefix (B, P + N, D), to tokens of the same number.
+
+        Blocks get the position terms that they got from the model. Terms that are sized for the prefix
+        are kept in place by empty tokens that nothing attends to.
+        """
+        shape, positions, options = self._captured["entering"]
+        prefix = shape[1] - tokens.shape[1]
+        masked = self.layout.mask and prefix and self._has_position_terms(options)
+        if masked:
+            tokens = torch.cat([tokens.new_zeros(tokens.shape[0], prefix, tokens.shape[2]), tokens], dim=1)
+            hidden = tokens.new_zeros(1, 1, 1, tokens.shape[1])
+            hidden[..., :prefix] = float("-inf")
+            given = options.get(self.layout.mask)
+            options = {**options, self.layout.mask: hidden if given is None else given + hidden}
+        for block in self._blocks()[-self.last_blocks :]:
+            tokens = first_tensor(block(tokens, *positions, **options))
+        tokens = self.exit()(tokens) if self.layout.norm else tokens
+        self._captured.pop("last", None)
+        return tokens[:, prefix:] if masked else tokens
+
+    def _has_position_terms(self, options: dict[str, Any]) -> bool:
+        if self.layout.mask != "attn_mask":
+            return True  # tables of relative positions
+        return options.get("rope") is not None
+
+    def _blocks(self) -> Any:
+        for path in self.layout.blocks:
+            try:
+                return self.model.get_submodule(path)
+            except AttributeError:
+                continue  # renamed within transformers 5
+        raise AttributeError(f"{type(self.model).__name__} has none of {self.layout.blocks}")
 
     def _check(self) -> None:
         super()._check()
@@ -119,144 +174,189 @@ class PlainTeacher(Teacher):
                 f"{self.name!r}, got {self.last_blocks}."
             )
 
-    def entry(self) -> nn.Module:
-        return self._blocks()[-self.last_blocks]
+    def _as_map(self, output: Any) -> Tensor:
+        grid = self._patch_grid()
+        return output[:, output.shape[1] - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
-    def last_stage(self, tokens: Tensor) -> Tensor:
-        for block in self._blocks()[-self.last_blocks :]:
-            tokens = _first(block(tokens))
-        return self._norm()(tokens)
-
-    def _blocks(self) -> Any:
-        raise NotImplementedError
-
-    def _norm(self) -> Any:
-        raise NotImplementedError
+    def _grids(self) -> tuple[Grid, Grid]:
+        return self._patch_grid(), self._patch_grid()
 
 
-class TimmVit(PlainTeacher):
-    family = ("timm", "VisionTransformer")
-
-    def _blocks(self) -> Any:
-        return self.model.blocks
-
-    def _norm(self) -> Any:
-        return self.model.norm
-
-    def _tokens_and_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.model.forward_features(pixel_values)
-        return tokens[:, self.model.num_prefix_tokens :], self.model.forward_head(tokens)
-
-    def _patch_size(self) -> tuple[int, int]:
-        return _pair(self.model.patch_embed.patch_size)
-
-
-class TransformersVit(PlainTeacher):
-    family = ("transformers", "ViTForImageClassification")
-
-    def _blocks(self) -> Any:
-        vit = self.model.vit
-        return vit.layers if hasattr(vit, "layers") else vit.encoder.layer  # renamed within transformers 5
-
-    def _norm(self) -> Any:
-        return self.model.vit.layernorm
-
-    def _tokens_and_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.model.vit(pixel_values).last_hidden_state
-        return tokens[:, 1:], self.model.classifier(tokens[:, 0])
-
-    def _patch_size(self) -> tuple[int, int]:
-        return _pair(self.model.config.patch_size)
-
-
-class TimmSwin(Teacher):
-    family = ("timm", "SwinTransformer")
+class StagedTeacher(Teacher):
+    """Hierarchical models of which the last stage is a chain of modules on maps."""
 
     def entry(self) -> nn.Module:
-        return self.model.layers[-1]  # its first part is the 2x patch merging
+        return self._chain()[0]
+
+    def exit(self) -> nn.Module:
+        return self._chain()[-1]
 
     def last_stage(self, tokens: Tensor) -> Tensor:
         x = tokens.unflatten(1, self.penultimate_grid)  # (B, H_p, W_p, D_p)
-        return self.model.norm(self.model.layers[-1](x)).flatten(1, 2)
+        if self.layout.order == "NCHW":
+            x = x.permute(0, 3, 1, 2)
+        for module in self._chain():
+            x = first_tensor(module(x))
+        self._captured.pop("last", None)
+        return self._as_map(x).flatten(2).transpose(1, 2)
 
-    def _tokens_and_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.model.forward_features(pixel_values)  # (B, H, W, D)
-        return x.flatten(1, 2), self.model.forward_head(x)
+    def _chain(self) -> list[Any]:
+        modules = []
+        for path in self.layout.blocks:
+            parent, _, index = path.rpartition(".-")
+            modules.append(self.model.get_submodule(parent)[-int(index)] if parent else self.model.get_submodule(path))
+        return modules
 
-    def _patch_size(self) -> tuple[int, int]:
-        return _pair(self.model.patch_embed.patch_size)
+    def _check(self) -> None:
+        super()._check()
+        for stage in getattr(self.model, "layers", ()):  # Swin
+            block = stage.blocks[0]
+            self._check_window(tuple(block.input_resolution), tuple(block.window_size))
 
-    def _stages(self) -> list[tuple[tuple[int, int], tuple[int, int] | None]]:
-        blocks = [layer.blocks[0] for layer in self.model.layers]
-        return [(_pair(block.input_resolution), _pair(block.window_size)) for block in blocks]
+    def _check_window(self, grid: Grid, window: Grid) -> None:
+        if any(cells > side and cells % side for cells, side in zip(grid, window, strict=True)):
+            height, width = self.spec.size
+            raise ValueError(
+                f"`teacher` {self.name!r} attends in windows of {window[0]}x{window[1]} tokens, which do not divide its "
+                f"grid {grid[0]}x{grid[1]} at image size {height}x{width}. Choose another `teacher_image_size`."
+            )
+
+    def _as_map(self, output: Any) -> Tensor:
+        return output if self.layout.order == "NCHW" else output.permute(0, 3, 1, 2)
+
+    def _grids(self) -> tuple[Grid, Grid]:
+        shape = self._captured["entering"][0]
+        last = self._as_map(self._captured["last"]).shape
+        before = shape[2:] if self.layout.order == "NCHW" else shape[1:3]
+        return (before[0], before[1]), (last[2], last[3])
 
 
-class TransformersSwin(Teacher):
-    family = ("transformers", "SwinForImageClassification")
+class TransformersSwin(StagedTeacher):
+    """Swin and Swin V2 of transformers, whose merging sits at the end of the stage before, on tokens."""
 
     def entry(self) -> nn.Module:
-        return self._layers()[-2].downsample  # the 2x merging sits at the end of the stage before
+        return self._layers()[-2].downsample
+
+    def exit(self) -> nn.Module:
+        return self.model.base_model.layernorm
 
     def last_stage(self, tokens: Tensor) -> Tensor:
         tokens = self._layers()[-2].downsample(tokens, self.penultimate_grid)
-        return self.model.swin.layernorm(_first(self._layers()[-1](tokens, self.grid)))
+        tokens = self.exit()(first_tensor(self._layers()[-1](tokens, self.grid)))
+        self._captured.pop("last", None)
+        return tokens
 
     def _layers(self) -> Any:
-        return self.model.swin.encoder.layers
+        return self.model.base_model.encoder.layers
 
-    def _tokens_and_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model.swin(pixel_values)
-        return output.last_hidden_state, self.model.classifier(output.pooler_output)
+    def _stages(self) -> list[Grid]:
+        grids = [self._patch_grid()]
+        for _ in range(len(self._layers()) - 1):
+            grids.append(((grids[-1][0] + 1) // 2, (grids[-1][1] + 1) // 2))  # merging pads odd grids
+        return grids
 
-    def _patch_size(self) -> tuple[int, int]:
-        return _pair(self.model.config.patch_size)
+    def _check(self) -> None:
+        for grid in self._stages():
+            self._check_window(grid, (self.model.config.window_size, self.model.config.window_size))
+        super()._check()
 
-    def _stages(self) -> list[tuple[tuple[int, int], tuple[int, int] | None]]:
-        height, width = self._patch_grid()
-        stages: list[tuple[tuple[int, int], tuple[int, int] | None]] = []
-        for _ in self._layers():
-            stages.append(((height, width), _pair(self.model.config.window_size)))
-            height, width = (height + 1) // 2, (width + 1) // 2  # merging pads odd grids
-        return stages
+    def _as_map(self, output: Any) -> Tensor:
+        return output.transpose(1, 2).unflatten(2, self._stages()[-1])
+
+    def _grids(self) -> tuple[Grid, Grid]:
+        return self._stages()[-2], self._stages()[-1]
 
 
-ADAPTERS: tuple[type[Teacher], ...] = (TimmSwin, TimmVit, TransformersSwin, TransformersVit)
+@dataclass(frozen=True)
+class Layout:
+    """Where a family keeps its last stage.
+
+    Attributes:
+        adapter: the class that reads it.
+        blocks: of a plain transformer, the path of its blocks (the first that exists); of a hierarchical
+            model, the paths of the chain that is its last stage, `.-1` for the last child.
+        norm: path of the norm before pooling, of a plain transformer that has one there.
+        mask: the blocks' argument for an additive mask, where position terms are sized for the prefix.
+        order: of the maps in a hierarchical model.
+    """
+
+    adapter: type[Teacher]
+    blocks: tuple[str, ...] = ("blocks",)
+    norm: str = "norm"
+    mask: str = ""
+    order: str = "tokens"
+
+
+def _transformers_plain(base: str, norm: str = "layernorm", mask: str = "") -> Layout:
+    paths = tuple(f"{base}.{name}" for name in ("layers", "encoder.layer", "encoder.layers"))
+    return Layout(PlainTeacher, paths, f"{base}.{norm}" if norm else "", mask)
+
+
+LAYOUTS: dict[tuple[str, str], Layout] = {
+    ("timm", "VisionTransformer"): Layout(PlainTeacher),  # ViT, DeiT, DINOv2, CLIP, SigLIP
+    ("timm", "Eva"): Layout(PlainTeacher, mask="attn_mask"),  # EVA, EVA-02, DINOv3
+    ("timm", "Beit"): Layout(PlainTeacher, mask="shared_rel_pos_bias"),  # BEiT, BEiT v2
+    ("timm", "SwinTransformer"): Layout(StagedTeacher, ("layers.-1", "norm"), order="NHWC"),
+    ("timm", "SwinTransformerV2"): Layout(StagedTeacher, ("layers.-1", "norm"), order="NHWC"),
+    ("timm", "ConvNeXt"): Layout(StagedTeacher, ("stages.-1", "norm_pre"), order="NCHW"),
+    ("timm", "ResNet"): Layout(StagedTeacher, ("layer4",), order="NCHW"),
+    ("timm", "RegNet"): Layout(StagedTeacher, ("s4", "final_conv"), order="NCHW"),
+    ("transformers", "ViTForImageClassification"): _transformers_plain("vit"),
+    ("transformers", "DeiTForImageClassification"): _transformers_plain("deit"),
+    ("transformers", "DeiTForImageClassificationWithTeacher"): _transformers_plain("deit"),
+    ("transformers", "BeitForImageClassification"): _transformers_plain("beit", mask="attention_mask"),
+    ("transformers", "Dinov2ForImageClassification"): _transformers_plain("dinov2"),
+    ("transformers", "Dinov2WithRegistersForImageClassification"): _transformers_plain("dinov2_with_registers"),
+    ("transformers", "DINOv3ViTModel"): Layout(PlainTeacher, ("model.layer", "layer", "layers"), "norm"),
+    ("transformers", "CLIPForImageClassification"): _transformers_plain("vision_model", norm=""),
+    ("transformers", "SiglipForImageClassification"): _transformers_plain("vision_model", norm="post_layernorm"),
+    ("transformers", "SwinForImageClassification"): Layout(TransformersSwin),
+    ("transformers", "Swinv2ForImageClassification"): Layout(TransformersSwin),
+    ("transformers", "ConvNextForImageClassification"): Layout(
+        StagedTeacher, ("convnext.encoder.stages.-1",), order="NCHW"
+    ),
+    ("transformers", "ConvNextV2ForImageClassification"): Layout(
+        StagedTeacher, ("convnextv2.encoder.stages.-1",), order="NCHW"
+    ),
+    ("transformers", "ResNetForImageClassification"): Layout(
+        StagedTeacher, ("resnet.encoder.stages.-1",), order="NCHW"
+    ),
+}
 
 
 def load_teacher(
-    name_or_module: str | nn.Module, *, last_blocks: int = 2, pretrained: bool = True, **kwargs: Any
+    name_or_module: str | nn.Module,
+    *,
+    last_blocks: int = 2,
+    drop_path: float = 0.0,
+    pretrained: bool = True,
+    **kwargs: Any,
 ) -> Teacher:
     """A frozen teacher from a name or module.
 
     Args:
-        name_or_module: see `load_classifier`.
+        name_or_module: see `load_classifier`. Without a classifier head it teaches through its features alone.
         last_blocks: blocks that make the last stage of a plain ViT. Published: 2, of 12 or 24.
+        drop_path: rate of stochastic depth that the teacher runs with while its student trains, as in the
+            published loop; 0 for none. A module keeps the rate it was built with.
         pretrained: load its weights; turn off to inspect a pair without them.
         **kwargs: `image_size`, `mean`, `std`, and arguments of the model itself, see `load_classifier`.
 
     Raises:
-        ValueError: an unknown name, a model without transformer stages, an image size that patch or window
-            does not divide, or a wrong `last_blocks`.
+        ValueError: an unknown name, a model without a last stage that can run on its own, an image size that
+            patch or window does not divide, or a wrong `last_blocks`.
     """
     if isinstance(name_or_module, Teacher):
         return name_or_module
+    if drop_path and isinstance(name_or_module, str):
+        kwargs["drop_path_rate"] = drop_path
     classifier = load_classifier(name_or_module, role="teacher", pretrained=pretrained, **kwargs)
-    ancestors = {cls.__name__ for cls in type(classifier.module).__mro__}
-    for adapter in ADAPTERS:
-        library, class_name = adapter.family
-        if library == classifier.library and class_name in ancestors:
-            options: dict[str, Any] = {"last_blocks": last_blocks} if issubclass(adapter, PlainTeacher) else {}
-            return adapter(classifier, **options)
-    known = ", ".join(f"{class_name} ({library})" for library, class_name in (a.family for a in ADAPTERS))
+    for cls in type(classifier.module).__mro__:
+        layout = LAYOUTS.get((classifier.library, cls.__name__))
+        if layout is not None:
+            return layout.adapter(classifier, layout, last_blocks, drop_path)
+    known = ", ".join(f"{class_name} ({library})" for library, class_name in LAYOUTS)
     raise ValueError(
-        f"`teacher` {classifier.name!r} is a {type(classifier.module).__name__} of {classifier.library}, which has no "
-        f"transformer last stage that ScaleKD can run on the student's tokens. Teachers known: {known}."
+        f"`teacher` {classifier.name!r} is a {type(classifier.module).__name__} of {classifier.library}, of which no last "
+        f"stage is known that ScaleKD can run on the student's tokens. Teachers known: {known}."
     )
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value[0], value[1]) if isinstance(value, (tuple, list)) else (value, value)
