@@ -52,16 +52,6 @@ def build(config):
     return AutoModelForImageClassification.from_config(config)
 
 
-TEACHERS = {
-    "timm_swin": timm_swin,
-    "timm_vit": timm_vit,
-    "timm_vit_mean_pooling": lambda: timm_vit(class_token=False, global_pool="avg"),
-    "timm_vit_registers": lambda: timm_vit(reg_tokens=3),
-    "transformers_swin": transformers_swin,
-    "transformers_vit": transformers_vit,
-}
-
-
 def small_student(**changes):
     """A convolutional student without BatchNorm, so that batches can be split exactly."""
     options = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "patch_size": 2, "num_classes": 10, "image_size": 32}

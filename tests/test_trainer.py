@@ -90,7 +90,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, digits, digits_str
     assert [entry["epoch"] for entry in resumed.state.log_history] == [
         entry["epoch"] for entry in whole.state.log_history
     ]
-    assert resumed.state.global_step == 6 and resumed.images_seen == whole.images_seen == 48
+    assert resumed.state.global_step == 6 and resumed.loss_log.images_seen == whole.loss_log.images_seen == 48
     assert largest_difference(weights(whole), weights(resumed)) == 0
 
 

@@ -3,12 +3,13 @@
 from .config import ScaleKDConfig
 from .distiller import ScaleKDModel, ScaleKDOutput
 from .heads import MimickingHeads
+from .loss_log import NonFiniteLossError
 from .losses import frequency_mimicking_loss, logit_distillation_loss, spatial_mimicking_loss
 from .metrics import TopKAccuracy
 from .projector import CrossAttentionProjector
 from .students import Student, load_student
 from .teachers import Teacher, load_teacher
-from .trainer import NonFiniteLossError, ScaleKDTrainer
+from .trainer import ScaleKDTrainer
 
 
 __all__ = [

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm.optim
 from transformers import TrainingArguments
 
 from .losses import TASK_LOSSES
@@ -13,6 +14,8 @@ from .projector import STEM_NORMS
 
 
 __all__ = ["ScaleKDConfig"]
+
+LR_SCALINGS = ("linear", "sqrt")
 
 
 @dataclass
@@ -50,13 +53,18 @@ class ScaleKDConfig(TrainingArguments):
             `True` in the 100-epoch Swin-S to ResNet-50 run.
         teacher_last_blocks (`int`, *optional*, defaults to `2`):
             Blocks that count as the last stage of a plain ViT teacher (authors' code).
+        teacher_drop_path (`float`, *optional*, defaults to `0.0`):
+            Rate of stochastic depth that a teacher given by name runs with while its student trains. The authors' loop
+            left the teacher in training mode, with the rate it was built with.
+        student_taps (`list[str]`, *optional*):
+            Names of the two modules of the student to tap, where others are wanted than those that the dry run finds.
         task_loss (`str`, *optional*, defaults to `"cross_entropy"`):
             `"cross_entropy"`, or `"binary_cross_entropy"` over sigmoids. Published: the latter for ResNet-50, 300
             epochs. `label_smoothing_factor` applies to both.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the data set that holds the images.
         label_column (`str`, *optional*, defaults to `"label"`):
-            Column that holds the class indices.
+            Column that holds the class indices. `"none"` for images without labels: the task term is then absent.
         image_size (`int`, *optional*):
             Side of the student's images in pixels. By default the student's own.
         teacher_image_size (`int`, *optional*):
@@ -69,6 +77,36 @@ class ScaleKDConfig(TrainingArguments):
             Side of the centre crop over the shorter side after resizing, in evaluation. By default the student's own.
         shuffle_buffer_size (`int`, *optional*, defaults to `1000`):
             Images that a stream's shuffle buffer holds; shards are shuffled, too.
+        rand_augment (`float`, *optional*):
+            Magnitude of RandAugment, of 10, with timm's increasing set, two operations and magnitude noise 0.5.
+            Published: 8.75 for ResNet-50 and MobileNet-V1, 9 for ViT, Swin, ConvNeXt and EVA-02, 8 for Mixers.
+        random_erasing (`float`, *optional*, defaults to `0.0`):
+            Probability of erasing 0.02 to 1/3 of the area with pixel noise (published: 0.25).
+        mixup_alpha (`float`, *optional*, defaults to `0.0`):
+            Mixup's α; 0 for none. Published: 0.8 for ViT-B/14, 0.5 for Mixer-B/14.
+        cutmix_alpha (`float`, *optional*, defaults to `0.0`):
+            CutMix's α; 0 for none. Published: 1.0 for ViT-B/14. With both, each batch gets one of them.
+        repeated_augmentation (`int`, *optional*, defaults to `1`):
+            Times that an image comes in a row, augmented anew.
+        timm_optim (`str`, *optional*):
+            Name of an optimiser of timm, instead of `optim`. Published: `"lamb"`, and `"momentum"` (SGD, 0.9).
+        decay_all (`bool`, *optional*, defaults to `False`):
+            Weight decay also on norms, biases, position and bias tables, class tokens and queries. Published: `True`
+            with SGD, with LAMB and for Mixers.
+        base_batch_size (`int`, *optional*):
+            Global batch that `learning_rate` is for; the rate is scaled to the batch of the run.
+        lr_scaling (`str`, *optional*, defaults to `"linear"`):
+            `"linear"`, or `"sqrt"`, the rule for scaling it.
+        lr_milestones (`list[float]`, *optional*):
+            Shares of the run after which the rate falls to a tenth, instead of `lr_scheduler_type`. Published: 0.3, 0.6
+            and 0.9 for ResNet-50, 100 epochs.
+        images_per_epoch (`int`, *optional*):
+            Images in a pass over a stream that does not know it, so that `num_train_epochs` means something.
+        ema_decay (`float`, *optional*, defaults to `0.0`):
+            Decay per step of a moving average of the student, which is then evaluated and saved. Published: 0.9999 for
+            ViT, Swin, ConvNeXt, EVA-02 and two of the Mixers.
+        sync_batchnorm (`bool`, *optional*, defaults to `False`):
+            BatchNorm statistics over all processes, on GPUs. Published: `True` for ResNet-50, 100 epochs.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete the run that `output_dir` holds when training starts.
 
@@ -112,6 +150,12 @@ class ScaleKDConfig(TrainingArguments):
     teacher_last_blocks: int = field(
         default=2, metadata={"help": "Blocks that count as the last stage of a plain ViT teacher."}
     )
+    teacher_drop_path: float = field(
+        default=0.0, metadata={"help": "Rate of stochastic depth that the teacher runs with while its student trains."}
+    )
+    student_taps: list[str] | None = field(
+        default=None, metadata={"help": "Names of the two modules of the student to tap."}
+    )
     task_loss: str = field(
         default="cross_entropy", metadata={"help": "The student's own loss.", "choices": list(TASK_LOSSES)}
     )
@@ -136,6 +180,40 @@ class ScaleKDConfig(TrainingArguments):
     shuffle_buffer_size: int = field(
         default=1000, metadata={"help": "Images that a stream's shuffle buffer holds; shards are shuffled, too."}
     )
+
+    rand_augment: float | None = field(
+        default=None, metadata={"help": "Magnitude of RandAugment, of 10 (timm's increasing set, 2 operations)."}
+    )
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a part with pixel noise."})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup's α; 0 for none."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix's α; 0 for none."})
+    repeated_augmentation: int = field(
+        default=1, metadata={"help": "Times that an image comes in a row, augmented anew."}
+    )
+
+    # Optimisation
+    timm_optim: str | None = field(
+        default=None, metadata={"help": "Name of an optimiser of timm, such as lamb, instead of `optim`."}
+    )
+    decay_all: bool = field(
+        default=False, metadata={"help": "Weight decay also on norms, biases, position tables and queries."}
+    )
+    base_batch_size: int | None = field(
+        default=None, metadata={"help": "Global batch that `learning_rate` is for; the rate is scaled to the run's."}
+    )
+    lr_scaling: str = field(
+        default="linear", metadata={"help": "The rule for scaling it.", "choices": list(LR_SCALINGS)}
+    )
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "Shares of the run after which the rate falls to a tenth."}
+    )
+    images_per_epoch: int | None = field(
+        default=None, metadata={"help": "Images in a pass over a stream that does not know it."}
+    )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Decay of a moving average of the student, which is evaluated and saved."}
+    )
+    sync_batchnorm: bool = field(default=False, metadata={"help": "BatchNorm statistics over all processes, on GPUs."})
 
     # Run
     overwrite_output_dir: bool = field(
@@ -162,12 +240,18 @@ class ScaleKDConfig(TrainingArguments):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore[assignment]
         for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):
             self._check(name, "must not be negative", lambda value: value >= 0)
-        for name in ("logit_weight", "label_smoothing_factor", "hflip"):
+        shares = ("logit_weight", "label_smoothing_factor", "hflip", "random_erasing", "teacher_drop_path")
+        for name in shares:
             self._check(name, "must be between 0 and 1", lambda value: 0 <= value <= 1)
+        self._check("ema_decay", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
+        self._check("rand_augment", "must be between 0 and 10", lambda value: 0 <= value <= 10)
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            self._check(name, "must not be negative", lambda value: value >= 0)
         for name in ("temperature", "softmax_scale"):
             self._check(name, "must be positive", lambda value: value > 0)
         sizes = ("penultimate_num_heads", "last_num_heads", "image_size", "teacher_image_size")
-        for name in (*sizes, "teacher_last_blocks", "shuffle_buffer_size"):
+        counts = ("repeated_augmentation", "base_batch_size", "images_per_epoch")
+        for name in (*sizes, *counts, "teacher_last_blocks", "shuffle_buffer_size"):
             self._check(name, "must be at least 1", lambda value: value >= 1)
         self._check("crop_pct", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
         self._check(
@@ -175,10 +259,24 @@ class ScaleKDConfig(TrainingArguments):
             "must be two shares of the area, 0 < smallest <= largest <= 1",
             lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
         )
+        self._check(
+            "lr_milestones",
+            "must be rising shares of the run between 0 and 1",
+            lambda value: list(value) == sorted(value) and all(0 < share < 1 for share in value),
+        )
+        self._check("lr_scaling", f"must be one of {LR_SCALINGS}", lambda value: value in LR_SCALINGS)
+        known = timm.optim.list_optimizers()
+        self._check("timm_optim", f"must be an optimiser of timm {known}", lambda value: value in known)
+        self._check("student_taps", "must be the names of two modules", lambda value: len(value) == 2)
         self._check("stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
         self._check("task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
         for name in ("remove_unused_columns", "logging_nan_inf_filter"):
             self._check(name, f"must be False: {type(self).__dataclass_fields__[name].metadata['help']}", _is_off)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the images have labels."""
+        return self.label_column.lower() != "none"
 
     def _check(self, name: str, requirement: str, holds: Callable[[Any], bool]) -> None:
         value = getattr(self, name)

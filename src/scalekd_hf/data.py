@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import RandAugment
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from .loading import ImageSpec
 
@@ -30,6 +31,8 @@ from .loading import ImageSpec
 __all__ = ["ImageDataset", "ImageStream", "Preparation", "collate", "dataset_labels", "prepare_dataset"]
 
 logger = logging.getLogger(__name__)
+
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1-n2"  # as published; the magnitude is set afterwards
 
 
 def dataset_labels(dataset: Any, label_column: str) -> list[str] | None:
@@ -53,9 +56,12 @@ class Preparation:
     Args:
         spec: size, normalisation, interpolation and evaluation crop of the student.
         training: augment with a random resized crop and flips; otherwise resize and crop the centre.
-        image_column, label_column: names in the row; rows without the label column give no labels.
+        image_column, label_column: names in the row; None for images without labels.
         crop_scale: range of the area that the random crop keeps.
         hflip: probability of a horizontal flip.
+        rand_augment: magnitude of RandAugment, of 10; None for none.
+        random_erasing: probability of erasing a part with pixel noise.
+        repeats: times that an image comes in a row, augmented anew.
         seed: of the augmentation.
     """
 
@@ -64,16 +70,22 @@ class Preparation:
         spec: ImageSpec,
         training: bool,
         image_column: str = "image",
-        label_column: str = "label",
+        label_column: str | None = "label",
         crop_scale: tuple[float, float] = (0.08, 1.0),
         hflip: float = 0.5,
+        rand_augment: float | None = None,
+        random_erasing: float = 0.0,
+        repeats: int = 1,
         seed: int = 0,
     ):
-        self.training, self.seed = training, seed
+        self.training, self.seed, self.repeats = training, seed, repeats if training else 1
         self.image_column, self.label_column = image_column, label_column
         augmentation: dict[str, Any] = {}
         if training:
             augmentation = {"scale": tuple(crop_scale), "hflip": hflip, "color_jitter": None}
+            augmentation |= {"re_prob": random_erasing, "re_mode": "pixel"}
+            if rand_augment is not None:
+                augmentation["auto_augment"] = RAND_AUGMENT
         self.transform = create_transform(
             (3, *spec.size),
             is_training=training,
@@ -83,6 +95,8 @@ class Preparation:
             crop_pct=spec.crop_pct,
             **augmentation,
         )
+        if training and rand_augment is not None:
+            _set_magnitude(self.transform, rand_augment)
 
     def __call__(self, row: dict[str, Any], pass_number: int, identity: Any) -> dict[str, Any]:
         image = _decode(row[self.image_column])
@@ -92,9 +106,26 @@ class Preparation:
         else:
             pixel_values = self.transform(image)
         sample = {"pixel_values": pixel_values}
-        if row.get(self.label_column) is not None:
+        if self.label_column is not None and row.get(self.label_column) is not None:
             sample["labels"] = row[self.label_column]
         return sample
+
+
+def _set_magnitude(transform: Any, magnitude: float) -> None:
+    """Give timm's RandAugment a magnitude that is not whole, and a posterize that every Pillow takes.
+
+    At magnitude 10 the increasing set asks to keep 0 bits, which Pillow 13 refuses.
+    """
+    (augment,) = (step for step in transform.transforms if isinstance(step, RandAugment))
+    for operation in augment.ops:
+        operation.magnitude = magnitude
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    mask = 256 - 2 ** (8 - bits_to_keep)
+    return image.point(lambda value: value & mask)
 
 
 def _decode(image: Any) -> Image.Image:
@@ -141,7 +172,25 @@ class ImageDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.preparation(self.rows[index], int(self._epoch), index)
+        # Repeated augmentation counts on behind the last row: the same row, another draw.
+        return self.preparation(self.rows[index % len(self.rows)], int(self._epoch), index)
+
+
+class RepeatSampler(Sampler[int]):
+    """Each row of an `ImageDataset` several times in a row, a pass as long as without (repeated augmentation)."""
+
+    def __init__(self, data: ImageDataset):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[int]:
+        rows, preparation = len(self.data), self.data.preparation
+        generator = torch.Generator().manual_seed(preparation.seed + int(self.data._epoch))
+        order = torch.randperm(rows, generator=generator).tolist()
+        repeated = (row + again * rows for row in order for again in range(preparation.repeats))
+        return itertools.islice(repeated, rows)
 
 
 class ImageStream(IterableDataset):
@@ -162,6 +211,13 @@ class ImageStream(IterableDataset):
         self.preparation, self.seed, self.buffer_size = preparation, seed, buffer_size
         self.rank, self.world_size = 0, 1
         self.batch_size, self.consumed_batches = 1, 0
+
+    def known_length(self) -> int | None:
+        """Images in a pass, where the data set's own metadata say so."""
+        splits, split = self.stream.info.splits, self.stream.split
+        if not splits or split is None or str(split) not in splits:
+            return None
+        return splits[str(split)].num_examples or None
 
     def loader(self, batch_size: int, rank: int, world_size: int, consumed_batches: int, **options: Any) -> DataLoader:
         """The training data loader of one rank, `consumed_batches` batches after the start."""
@@ -194,21 +250,22 @@ class ImageStream(IterableDataset):
             seen = 0
             for row in _share(shuffled, reader, readers):
                 seen += 1
-                if skip:
-                    skip -= 1  # bytes are read, nothing is decoded
-                    continue
-                yield self._prepare(row, pass_number)
+                for repeat in range(self.preparation.repeats):
+                    if skip:
+                        skip -= 1  # bytes are read, nothing is decoded
+                    else:
+                        yield self._prepare(row, pass_number, repeat)
             if not seen and not pass_number:
                 raise ValueError(
                     f"Reader {reader} of {readers} (ranks x workers) found no image in the stream: it has fewer rows or "
                     "shards than readers. Use fewer workers."
                 )
 
-    def _prepare(self, row: dict[str, Any], pass_number: int) -> dict[str, Any]:
+    def _prepare(self, row: dict[str, Any], pass_number: int, repeat: int = 0) -> dict[str, Any]:
         image = row[self.preparation.image_column]
         encoded = image.get("bytes") if isinstance(image, dict) else None
         identity = hashlib.blake2b(encoded, digest_size=8).digest() if encoded is not None else repr(image)
-        return self.preparation(row, pass_number, identity)
+        return self.preparation(row, pass_number, (identity, repeat))
 
 
 def _worker() -> tuple[int, int]:
@@ -261,9 +318,10 @@ def prepare_dataset(
         preparation = make()
         for argument in ("image_column", "label_column"):
             column = getattr(preparation, argument)
-            if column not in columns:
+            if column is not None and column not in columns:
                 raise ValueError(
-                    f"`{name}` has no column {column!r}, its columns are {columns}. Set `{argument}` to one of them."
+                    f"`{name}` has no column {column!r}, its columns are {columns}. Set `{argument}` to one of them"
+                    f"{', or to none to train without labels' if argument == 'label_column' else ''}."
                 )
         if streaming:
             return ImageStream(dataset, preparation, seed, buffer_size)

@@ -23,7 +23,15 @@ from .loading import INTERPOLATIONS
 from .students import Student
 
 
-__all__ = ["check_output_dir", "load_checkpoint", "load_student_weights", "save_heads", "save_student"]
+__all__ = [
+    "check_output_dir",
+    "load_checkpoint",
+    "load_strictly",
+    "load_student_weights",
+    "read_tensors",
+    "save_heads",
+    "save_student",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +123,11 @@ def load_student_weights(student: Student, folder: str | Path) -> None:
     Raises:
         ValueError: a missing or unreadable file, or weights of another architecture.
     """
-    state_dict = _read(Path(folder), STUDENT_FILE)
+    state_dict = read_tensors(Path(folder), STUDENT_FILE)
     if student.classifier.library == "transformers":
         loaded = type(student.model).from_pretrained(folder, config=student.model.config)  # undoes renames on disk
         state_dict = loaded.state_dict()
-    _load_strictly(student.model, state_dict, Path(folder))
+    load_strictly(student.model, state_dict, Path(folder))
 
 
 def save_heads(heads: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -136,7 +144,7 @@ def load_checkpoint(student: Student, heads: nn.Module | None, folder: str | Pat
     """
     load_student_weights(student, folder)
     if heads is not None:
-        _load_strictly(heads, _read(Path(folder), HEADS_FILE), Path(folder))
+        load_strictly(heads, read_tensors(Path(folder), HEADS_FILE), Path(folder))
 
 
 def check_output_dir(folder: str | Path, overwrite: bool) -> list[Path]:
@@ -180,14 +188,14 @@ def check_checkpoint(folder: str | Path, sharded: bool) -> None:
             raise ValueError(_broken(folder, name, error)) from error
 
 
-def _read(folder: Path, name: str) -> dict[str, Tensor]:
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(folder / name)
     except (OSError, SafetensorError) as error:
         raise ValueError(_broken(folder, name, error)) from error
 
 
-def _load_strictly(module: nn.Module, state_dict: dict[str, Tensor], folder: Path) -> None:
+def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], folder: Path) -> None:
     try:
         module.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:

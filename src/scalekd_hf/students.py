@@ -165,7 +165,8 @@ def _last_of_stage(before: list[_Visit], visits: list[_Visit], last_grid: tuple[
         output = [visit.tap.grid for visit in visits if visit.name == name]
         return output == [last_grid] and max(h * w for h, w in inner) <= grid[0] * grid[1]
 
-    outside, inside = [], []
+    outside: list[_Visit] = []
+    inside: list[_Visit] = []
     for visit in before:
         if visit.tap.grid == grid:
             parts = visit.name.split(".")

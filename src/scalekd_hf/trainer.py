@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import math
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from .averaging import AveragedStudent
+from .building import build_model
 from .config import ScaleKDConfig
-from .data import ImageStream, Preparation, collate, dataset_labels, prepare_dataset
-from .distiller import ScaleKDModel, check_labels, feature_weights
-from .heads import MimickingHeads
+from .data import ImageDataset, ImageStream, Preparation, RepeatSampler, collate, dataset_labels, prepare_dataset
+from .distiller import check_labels
+from .loss_log import LossLog
 from .metrics import compute_accuracy, keep_top5
+from .optimization import decayed_parameters, scaled_learning_rate, step_schedule, timm_optimizer
 from .saving import (
     RUN_STATE_FILE,
     check_checkpoint,
@@ -28,13 +34,13 @@ from .saving import (
     save_heads,
     save_student,
 )
-from .students import Student, load_student
-from .teachers import Teacher, load_teacher
+from .students import Student
+from .teachers import Teacher
 
 
-__all__ = ["ScaleKDTrainer", "build_model"]
+__all__ = ["ScaleKDTrainer"]
 
-PUBLISHED_HEADS = (16, 24)  # Swin-L: penultimate and last projectors
+logger = logging.getLogger(__name__)
 
 
 class ScaleKDTrainer(Trainer):
@@ -93,8 +99,13 @@ class ScaleKDTrainer(Trainer):
             kwargs["compute_metrics"] = compute_accuracy
             kwargs["preprocess_logits_for_metrics"] = keep_top5
         kwargs.setdefault("data_collator", collate)
-        self._reset_log()
-        self.images_seen = 0
+        if args.timm_optim is not None:
+            kwargs.setdefault("optimizer_cls_and_kwargs", timm_optimizer(args, args.learning_rate))
+        if args.sync_batchnorm and args.world_size > 1:
+            if args.device.type != "cuda":
+                raise ValueError("`sync_batchnorm` needs GPUs: torch has no synchronised BatchNorm on the CPU.")
+            distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+        self.loss_log = LossLog()
         self._resumed_step = 0
         super().__init__(
             model=distiller,
@@ -105,6 +116,11 @@ class ScaleKDTrainer(Trainer):
         )
         if isinstance(self.train_dataset, ImageStream):
             self.add_callback(_StreamProgress)
+            self._count_steps(self.train_dataset)
+        self.averaged = AveragedStudent(self.student, args.ema_decay) if args.ema_decay else None
+        if self.averaged is not None:
+            self.add_callback(self.averaged)
+        self._mixup = self._make_mixup()
 
     @property
     def student(self) -> Student:
@@ -128,9 +144,12 @@ class ScaleKDTrainer(Trainer):
                 student.spec,
                 name == "train_dataset",
                 args.image_column,
-                args.label_column,
+                args.label_column if args.has_labels else None,
                 (args.crop_scale[0], args.crop_scale[1]),
                 args.hflip,
+                args.rand_augment,
+                args.random_erasing,
+                args.repeated_augmentation,
                 args.seed,
             )
 
@@ -150,6 +169,36 @@ class ScaleKDTrainer(Trainer):
             persistent_workers=False,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
+
+    def _count_steps(self, stream: ImageStream) -> None:
+        """Steps from epochs, where the stream or the settings know the number of images."""
+        images = self.args.images_per_epoch or stream.known_length()
+        if self.args.max_steps > 0:
+            return
+        if images is None:
+            raise ValueError(
+                "The length of the training stream is not known: set `max_steps`, or `images_per_epoch` so that "
+                f"`num_train_epochs` ({self.args.num_train_epochs}) can be counted."
+            )
+        batch = self.get_total_train_batch_size(self.args)
+        self.args.max_steps = math.ceil(self.args.num_train_epochs * images / batch)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.repeated_augmentation > 1 and isinstance(dataset, ImageDataset):
+            return RepeatSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
+
+    def _make_mixup(self) -> Mixup | None:
+        if not (self.args.mixup_alpha or self.args.cutmix_alpha):
+            return None
+        if self.args.per_device_train_batch_size % 2:
+            raise ValueError(
+                "Mixup and CutMix mix pairs: `per_device_train_batch_size` must be even, got "
+                f"{self.args.per_device_train_batch_size}."
+            )
+        classes = self.student.num_labels
+        return Mixup(self.args.mixup_alpha, self.args.cutmix_alpha, label_smoothing=0.0, num_classes=classes)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The parent's; a raw data set is prepared first, and a stream is read by at most one worker.
@@ -193,8 +242,10 @@ class ScaleKDTrainer(Trainer):
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
             if checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in `output_dir` {self.args.output_dir!r}.")
-        self._reset_log()
-        self._resumed_step = self.images_seen = 0
+        self._resumed_step = 0
+        self.loss_log.reset()
+        if self.averaged is not None:
+            self.averaged.restart()
         if checkpoint is None:
             self._clear_output_dir()
         else:
@@ -218,59 +269,69 @@ class ScaleKDTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The weighted loss in training, whose terms it adds up; the student's task loss in evaluation."""
+        if model.training and self._mixup is not None and "labels" in inputs:
+            inputs = self._mix(inputs)
         outputs = model(**inputs)
         if model.training:
-            self._add_terms(outputs.loss, outputs.losses)
-            self.images_seen += len(inputs["pixel_values"]) * self.args.world_size
+            images = len(inputs["pixel_values"]) * self.args.world_size
+            self.loss_log.add(self.state.global_step + 1, outputs.loss, outputs.losses, images)
         return (outputs.loss, {"loss": outputs.loss, "logits": outputs.logits}) if return_outputs else outputs.loss
 
-    def _reset_log(self) -> None:
-        self._term_names: list[str] = []
-        self._term_sums: Tensor | None = None  # (terms,) on the device: nothing waits for it before a log
-        self._first_bad: Tensor | None = None  # (1 + terms,) step and terms of the first loss that is not finite
-        self._micro_steps = 0
-        self._images_logged, self._time_logged = getattr(self, "images_seen", 0), time.perf_counter()
+    def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Mixup or CutMix of a batch, labels (B,) to (B, K); an odd image at the end of the data stays out."""
+        assert self._mixup is not None
+        even = len(inputs["labels"]) // 2 * 2
+        pixel_values, labels = self._mixup(inputs["pixel_values"][:even].clone(), inputs["labels"][:even])
+        return {**inputs, "pixel_values": pixel_values, "labels": labels}
 
-    def _add_terms(self, loss: Tensor, losses: dict[str, Tensor]) -> None:
-        if not self._micro_steps and not self._term_names:
-            self._term_names = list(losses)
-            self._images_logged, self._time_logged = self.images_seen, time.perf_counter()
-        terms = torch.stack([value.detach().float() for value in losses.values()])
-        if self._term_sums is None or self._first_bad is None:
-            self._term_sums = torch.zeros_like(terms)
-            self._first_bad = torch.cat([terms.new_full((1,), -1.0), torch.zeros_like(terms)])
-        self._term_sums += terms
-        self._micro_steps += 1
-        now = torch.cat([terms.new_full((1,), float(self.state.global_step + 1)), terms])
-        is_first = ~torch.isfinite(loss.detach()) & (self._first_bad[0] < 0)
-        self._first_bad = torch.where(is_first, now, self._first_bad)
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters with weight decay, see `decay_all`."""
+        return decayed_parameters(model, self.args.decay_all)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The parent's, with the rate scaled to the global batch."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        batch = self.get_total_train_batch_size(self.args)
+        rate = scaled_learning_rate(self.args, batch)
+        if not given and rate != self.args.learning_rate:
+            logger.warning(
+                "The global batch is %d, the learning rate %g is for %s: it is scaled to %g (%s).",
+                batch,
+                self.args.learning_rate,
+                self.args.base_batch_size,
+                rate,
+                self.args.lr_scaling,
+            )
+            for group in (*optimizer.param_groups, optimizer.defaults):
+                group["lr"] = rate
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The parent's, or steps at `lr_milestones`."""
+        optimizer = optimizer or self.optimizer
+        if self.lr_scheduler is None and self.args.lr_milestones and optimizer is not None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = step_schedule(optimizer, self.args.lr_milestones, num_training_steps, warmup)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, with the averaged student where there is one."""
+        with self.averaged.in_place() if self.averaged is not None else contextlib.nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each loss term averaged since the last log, images per second and images seen."""
-        if "loss" in logs and self._term_sums is not None:
+        if "loss" in logs:
             self._stop_if_not_finite()
-            means = self.accelerator.reduce(self._term_sums / self._micro_steps, "mean").tolist()
-            logs.update(zip(self._term_names, means, strict=True))
-            elapsed = time.perf_counter() - self._time_logged
-            logs["images_per_second"] = round((self.images_seen - self._images_logged) / elapsed, 2)
-            logs["images_seen"] = self.images_seen
-            self._term_sums.zero_()
-            self._micro_steps = 0
-            self._images_logged, self._time_logged = self.images_seen, time.perf_counter()
+            logs.update(self.loss_log.averages(self.accelerator))
         super().log(logs, start_time)
 
     def _stop_if_not_finite(self) -> None:
-        if self._first_bad is None:
-            return
-        for step, *terms in self.accelerator.gather(self._first_bad[None]).tolist():
-            if step >= 0:
-                values = ", ".join(f"{name}={value:.4g}" for name, value in zip(self._term_names, terms, strict=True))
-                last = get_last_checkpoint(self.args.output_dir) or "there is none"
-                raise NonFiniteLossError(
-                    f"The loss is not finite at step {int(step)}: {values}. Nothing was saved since; the last checkpoint "
-                    f"is kept: {last}. A lower `learning_rate`, `max_grad_norm`, a longer warm-up, or `bf16` instead of "
-                    "`fp16` may help."
-                )
+        self.loss_log.stop_if_not_finite(self.accelerator, get_last_checkpoint(str(self.args.output_dir)))
 
     # Saving and loading
 
@@ -290,26 +351,37 @@ class ScaleKDTrainer(Trainer):
                 return None
             return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
 
-        save_student(model.student, folder, part("student.model."))
+        student_state = part("student.model.")
+        if self.averaged is not None:
+            student_state = self.averaged.average.module.state_dict()
+        save_student(model.student, folder, student_state)
         if folder.name.startswith("checkpoint-"):
+            if self.averaged is not None:
+                self.averaged.save_trained(folder)
             if model.heads is not None:
                 save_heads(model.heads, folder, part("heads."))
-            (folder / RUN_STATE_FILE).write_text(json.dumps({"images_seen": self.images_seen}))
+            (folder / RUN_STATE_FILE).write_text(json.dumps({"images_seen": self.loss_log.images_seen}))
 
     def _read_run_state(self, checkpoint: Path) -> None:
         self._resumed_step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
         run_state = checkpoint / RUN_STATE_FILE
-        self.images_seen = json.loads(run_state.read_text())["images_seen"] if run_state.exists() else 0
+        if run_state.exists():
+            self.loss_log.reset(json.loads(run_state.read_text())["images_seen"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        distiller = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-        load_checkpoint(distiller.student, distiller.heads, resume_from_checkpoint)
+        self._load_weights(resume_from_checkpoint, resume=True)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+            self._load_weights(str(self.state.best_model_checkpoint), resume=False)
+
+    def _load_weights(self, folder: str, resume: bool) -> None:
+        distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        load_checkpoint(distiller.student, distiller.heads, folder)
+        if self.averaged is not None:
+            self.averaged.load(Path(folder), resume)
 
     def _clear_output_dir(self) -> None:
         held = check_output_dir(str(self.args.output_dir), self.args.overwrite_output_dir)
@@ -325,62 +397,3 @@ class _StreamProgress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / state.max_steps
-
-
-class NonFiniteLossError(FloatingPointError):
-    """Training was stopped because a loss was NaN or infinite."""
-
-
-def build_model(
-    student: str | nn.Module | Student,
-    teacher: str | nn.Module | Teacher | None,
-    args: ScaleKDConfig,
-    labels: list[str] | None = None,
-) -> ScaleKDModel:
-    """Student, teacher and heads as the settings describe them.
-
-    Args:
-        student, teacher, args: see `ScaleKDTrainer`.
-        labels: class names of the data set, for a student that is built by name.
-    """
-    options: dict[str, Any] = {"labels": labels, "image_size": args.image_size} if isinstance(student, str) else {}
-    student = load_student(student, **options)
-    student.spec = student.spec.updated(size=args.image_size, crop_pct=args.crop_pct)
-    settings: dict[str, Any] = {"task_loss": args.task_loss, "label_smoothing": args.label_smoothing_factor}
-    if teacher is None:
-        return ScaleKDModel(student, **settings)
-    size: dict[str, Any] = {"image_size": args.teacher_image_size} if isinstance(teacher, str) else {}
-    teacher = load_teacher(teacher, last_blocks=args.teacher_last_blocks, **size)
-    weights = (args.spatial_weight, args.frequency_weight, args.last_frequency_weight)
-    terms = tuple(feature_weights(*weights))
-    heads = None
-    if terms:
-        heads = MimickingHeads(
-            student.dims,
-            student.grids,
-            (teacher.penultimate_dim, teacher.dim),
-            (teacher.penultimate_grid, teacher.grid),
-            (
-                args.penultimate_num_heads or _largest_divisor(teacher.penultimate_dim, PUBLISHED_HEADS[0]),
-                args.last_num_heads or _largest_divisor(teacher.dim, PUBLISHED_HEADS[1]),
-            ),
-            softmax_scale=args.softmax_scale,
-            stem_norm=args.stem_norm,
-            learned_last_queries=args.learned_last_queries,
-            terms=terms,
-        )
-    return ScaleKDModel(
-        student,
-        teacher,
-        heads,
-        spatial_weight=args.spatial_weight,
-        frequency_weight=args.frequency_weight,
-        last_frequency_weight=args.last_frequency_weight,
-        logit_weight=args.logit_weight,
-        temperature=args.temperature,
-        **settings,
-    )
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)

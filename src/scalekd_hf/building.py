@@ -1,0 +1,84 @@
+"""From the settings to student, teacher and heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .config import ScaleKDConfig
+from .distiller import ScaleKDModel, feature_weights
+from .heads import MimickingHeads
+from .students import Student, load_student
+from .teachers import Teacher, load_teacher
+
+
+__all__ = ["build_model", "num_heads"]
+
+PUBLISHED_HEADS = (16, 24)  # Swin-L: penultimate and last projectors
+
+
+def build_model(
+    student: str | nn.Module | Student,
+    teacher: str | nn.Module | Teacher | None,
+    args: ScaleKDConfig,
+    labels: list[str] | None = None,
+) -> ScaleKDModel:
+    """Student, teacher and heads as the settings describe them.
+
+    Args:
+        student, teacher, args: see `ScaleKDTrainer`.
+        labels: class names of the data set, for a student that is built by name; without them the teacher's.
+    """
+    if teacher is not None:
+        size: dict[str, Any] = {"image_size": args.teacher_image_size} if isinstance(teacher, str) else {}
+        teacher = load_teacher(teacher, last_blocks=args.teacher_last_blocks, drop_path=args.teacher_drop_path, **size)
+        labels = labels or teacher.labels
+    options: dict[str, Any] = {"labels": labels, "image_size": args.image_size} if isinstance(student, str) else {}
+    student = load_student(student, **options)
+    student.spec = student.spec.updated(size=args.image_size, crop_pct=args.crop_pct)
+    if args.student_taps:
+        student.tap_names = (args.student_taps[0], args.student_taps[1])
+    settings: dict[str, Any] = {"task_loss": args.task_loss, "label_smoothing": args.label_smoothing_factor}
+    if teacher is None:
+        return ScaleKDModel(student, **settings)
+    return ScaleKDModel(
+        student,
+        teacher,
+        _build_heads(student, teacher, args),
+        spatial_weight=args.spatial_weight,
+        frequency_weight=args.frequency_weight,
+        last_frequency_weight=args.last_frequency_weight,
+        logit_weight=args.logit_weight,
+        temperature=args.temperature,
+        **settings,
+    )
+
+
+def _build_heads(student: Student, teacher: Teacher, args: ScaleKDConfig) -> MimickingHeads | None:
+    terms = tuple(feature_weights(args.spatial_weight, args.frequency_weight, args.last_frequency_weight))
+    if not terms:
+        return None
+    return MimickingHeads(
+        student.dims,
+        student.grids,
+        (teacher.penultimate_dim, teacher.dim),
+        (teacher.penultimate_grid, teacher.grid),
+        num_heads(teacher, args),
+        softmax_scale=args.softmax_scale,
+        stem_norm=args.stem_norm,
+        learned_last_queries=args.learned_last_queries,
+        terms=terms,
+    )
+
+
+def num_heads(teacher: Teacher, args: ScaleKDConfig) -> tuple[int, int]:
+    """Heads of the penultimate and the last projectors: as asked, else the largest divisors up to those of Swin-L."""
+    return (
+        args.penultimate_num_heads or _largest_divisor(teacher.penultimate_dim, PUBLISHED_HEADS[0]),
+        args.last_num_heads or _largest_divisor(teacher.dim, PUBLISHED_HEADS[1]),
+    )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)

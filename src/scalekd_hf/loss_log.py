@@ -1,0 +1,78 @@
+"""The loss terms between two logs, added up on the device, and the first loss that is not finite."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+__all__ = ["LossLog", "NonFiniteLossError"]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """Training was stopped because a loss was NaN or infinite."""
+
+
+class LossLog:
+    """Averages each loss term between two logs without waiting for the device before the log."""
+
+    def __init__(self) -> None:
+        self.images_seen = 0
+        self.reset()
+
+    def reset(self, images_seen: int = 0) -> None:
+        """Forget everything: a new `train()` begins, `images_seen` images after the run's start."""
+        self.images_seen = self._images_logged = images_seen
+        self._names: list[str] = []
+        self._sums: Tensor | None = None  # (terms,)
+        self._first_bad: Tensor | None = None  # (1 + terms,): step and terms of the first loss that is not finite
+        self._micro_steps = 0
+        self._time_logged = time.perf_counter()
+
+    def add(self, step: int, loss: Tensor, losses: dict[str, Tensor], images: int) -> None:
+        """Take in one micro-step: its weighted loss, its terms, and its images on all processes."""
+        terms = torch.stack([value.detach().float() for value in losses.values()])
+        if self._sums is None or self._first_bad is None:
+            self._names = list(losses)
+            self._time_logged = time.perf_counter()
+            self._sums = torch.zeros_like(terms)
+            self._first_bad = torch.cat([terms.new_full((1,), -1.0), self._sums])
+        self._sums += terms
+        self._micro_steps += 1
+        self.images_seen += images
+        now = torch.cat([terms.new_full((1,), float(step)), terms])
+        is_first = ~torch.isfinite(loss.detach()) & (self._first_bad[0] < 0)
+        self._first_bad = torch.where(is_first, now, self._first_bad)
+
+    def averages(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean of each term since the last call, over all processes; images per second and images seen."""
+        if self._sums is None or not self._micro_steps:
+            return {}
+        means = accelerator.reduce(self._sums / self._micro_steps, "mean").tolist()
+        elapsed = time.perf_counter() - self._time_logged
+        images = self.images_seen - self._images_logged
+        self._sums.zero_()
+        self._micro_steps = 0
+        self._images_logged, self._time_logged = self.images_seen, time.perf_counter()
+        averages = dict(zip(self._names, means, strict=True))
+        return averages | {"images_per_second": round(images / elapsed, 2), "images_seen": self.images_seen}
+
+    def stop_if_not_finite(self, accelerator: Accelerator, last_checkpoint: str | None) -> None:
+        """Stop on every process if a loss on any was not finite.
+
+        Raises:
+            NonFiniteLossError: with the first such step and its terms.
+        """
+        if self._first_bad is None:
+            return
+        for step, *terms in accelerator.gather(self._first_bad[None]).tolist():
+            if step >= 0:
+                values = ", ".join(f"{name}={value:.4g}" for name, value in zip(self._names, terms, strict=True))
+                raise NonFiniteLossError(
+                    f"The loss is not finite at step {int(step)}: {values}. Nothing was saved since; the last checkpoint "
+                    f"is kept: {last_checkpoint or 'there is none'}. A lower `learning_rate`, `max_grad_norm`, a longer "
+                    "warm-up, or `bf16` instead of `fp16` may help."
+                )
