@@ -3,11 +3,13 @@
     accelerate launch recipes/distill.py [CONFIG.yaml] [--any_field value ...]
 
 Without a configuration this is the quickstart: handwritten digits, a small Swin teacher, a small CNN student, first
-alone, then distilled; minutes on a CPU. `--baseline` adds the student alone to any other run.
+alone, then distilled; minutes on a CPU. `--baseline` adds the student alone to any other run. `--plan` (or
+`--plan json`) prints what the run would do, in seconds and without weights, data or GPU, and stops.
 """
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from transformers import AutoModelForImageClassification, set_seed
@@ -15,7 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.data import dataset_labels
-from scalekd_hf.recipe import DistillArguments, load_data, parse_config, write_config
+from scalekd_hf.plan import plan_run, without_gpu
+from scalekd_hf.recipe import DistillArguments, load_data, parse_config, take_plan, write_config
 from scalekd_hf.saving import check_output_dir
 
 
@@ -38,6 +41,7 @@ def run(arguments: DistillArguments, config: ScaleKDConfig, data: tuple, teacher
         teacher = load_teacher(
             teacher_name,
             last_blocks=config.teacher_last_blocks,
+            drop_path=config.teacher_drop_path,
             image_size=config.teacher_image_size,
             **arguments.teacher_args,
         )
@@ -62,7 +66,10 @@ def evaluate(model: object, config: ScaleKDConfig, evaluation: object) -> dict[s
 
 
 def main() -> None:
-    arguments, config = parse_config(DistillArguments, default_config=QUICKSTART)
+    plan_format, words = take_plan(sys.argv[1:])
+    if plan_format is not None:
+        raise SystemExit(print_plan(words, plan_format))
+    arguments, config = parse_config(DistillArguments, words, default_config=QUICKSTART)
     if not config.resume_from_checkpoint:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
     data = load_data(arguments)
@@ -78,6 +85,14 @@ def main() -> None:
         results = {"teacher": evaluate(teacher, config, data[1]), **results}
     if config.process_index == 0:
         report(results, Path(config.output_dir))
+
+
+def print_plan(words: list[str], plan_format: str) -> int:
+    """Print what the run would do; 1 if it would fail."""
+    arguments, config = parse_config(DistillArguments, [*words, *without_gpu()], default_config=QUICKSTART)
+    plan = plan_run(arguments, config, arguments.plan_processes)
+    print(json.dumps(plan.to_dict(), indent=2) if plan_format == "json" else plan.to_text())
+    return int(plan.error is not None)
 
 
 def report(results: dict[str, dict[str, float]], folder: Path) -> None:

@@ -138,6 +138,73 @@ def test_full_size_students_are_tapped_as_published(name, modules, maps):
     assert tuple(zip(student.dims, student.grids, strict=True)) == maps
 
 
+@pytest.mark.parametrize(
+    ("name", "penultimate"),
+    [
+        ("efficientnet_b0", "blocks.4"),
+        ("regnety_004", "s3"),
+        ("mobilenetv2_100", "blocks.4"),
+        ("mobilenetv3_large_100", "blocks.4"),
+        ("mobilenetv4_conv_small", "blocks.2"),
+        ("fastvit_t8", "stages.2"),
+        ("efficientformerv2_s0", "stages.2"),
+        ("poolformer_s12", "stages.2"),
+        ("deit_tiny_patch16_224", "blocks.8"),
+        ("pvt_v2_b0", "stages.2"),
+        ("resnet50d", "layer3"),
+        ("eva02_tiny_patch14_336", "blocks.9"),
+        ("mixer_b14_224", "blocks.9"),
+    ],
+)
+def test_further_students_are_tapped_at_the_end_of_their_stages(name, penultimate):
+    with torch.device("meta"):
+        student = load_student(f"timm/{name}", labels=["a", "b"])
+        assert student.taps[0].module == penultimate
+        assert student.grids[0][0] in (student.grids[1][0], 2 * student.grids[1][0])
+        maps = student.train()(torch.zeros(2, 3, *student.spec.size))
+    assert [value.shape[1:] for value in maps[:2]] == [
+        (dim, *grid) for dim, grid in zip(student.dims, student.grids, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("size", [56, 64])
+def test_further_students_run_small(size):
+    for name in (
+        "efficientnet_b0",
+        "regnety_004",
+        "mobilenetv3_large_100",
+        "mobilenetv4_conv_small",
+        "poolformer_s12",
+        "pvt_v2_b0",
+    ):
+        student = load_student(f"timm/{name}", labels=["a", "b"])
+        student.spec = student.spec.updated(size=size)
+        penultimate, last, logits = student.train()(images(2, size))
+        assert penultimate.shape[1:] == (student.dims[0], *student.grids[0]) and logits.shape == (2, 2)
+        assert last.shape[1:] == (student.dims[1], *student.grids[1])
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+@pytest.mark.parametrize("size", [196, 224, 256, 336, 384])
+def test_isotropic_students_without_class_token_take_other_sizes_and_patches(size, patch):
+    if size % patch:
+        with pytest.raises(ValueError, match="do not divide"), torch.device("meta"):
+            _ = load_student("timm/vit_small_patch16_224", image_size=size, patch_size=patch).taps
+        return
+    options = {"image_size": size, "patch_size": patch, "class_token": False, "global_pool": "avg"}
+    with torch.device("meta"):
+        student = load_student("timm/vit_small_patch16_224", **options)
+        assert student.grids == ((size // patch, size // patch),) * 2
+        assert [tap.prefix for tap in student.taps] == [0, 0]
+
+
+@pytest.mark.parametrize("size", [196, 224, 336])
+def test_mixers_take_other_sizes(size):
+    with torch.device("meta"):
+        student = load_student("timm/mixer_b14_224", image_size=size)
+        assert student.grids == ((size // 14, size // 14),) * 2
+
+
 def test_prefix_tokens_are_left_out_of_the_maps():
     model = timm.create_model(
         "vit_tiny_patch16_224",

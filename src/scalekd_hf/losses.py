@@ -8,6 +8,8 @@ Shapes in this file: B images, N = H*W tokens, D channels, K classes.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +20,11 @@ __all__ = ["frequency_mimicking_loss", "logit_distillation_loss", "spatial_mimic
 TASK_LOSSES = ("cross_entropy", "binary_cross_entropy")
 
 
-def _float32(*tensors: Tensor) -> tuple[torch.autocast, list[Tensor]]:
-    return torch.autocast(tensors[0].device.type, enabled=False), [tensor.float() for tensor in tensors]
+def _float32(*tensors: Tensor) -> tuple[AbstractContextManager, list[Tensor]]:
+    device = tensors[0].device.type
+    available = torch.amp.is_autocast_available(device)  # not on the meta device of a plan
+    context = torch.autocast(device, enabled=False) if available else nullcontext()
+    return context, [tensor.float() for tensor in tensors]
 
 
 def _tokens(feature_map: Tensor) -> Tensor:

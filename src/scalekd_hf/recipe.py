@@ -18,7 +18,15 @@ from transformers import HfArgumentParser
 from .config import ScaleKDConfig
 
 
-__all__ = ["DataArguments", "DistillArguments", "TeacherArguments", "load_data", "parse_config", "write_config"]
+__all__ = [
+    "DataArguments",
+    "DistillArguments",
+    "TeacherArguments",
+    "load_data",
+    "parse_config",
+    "take_plan",
+    "write_config",
+]
 
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
@@ -52,6 +60,7 @@ class DistillArguments(DataArguments):
         student, teacher: names as `load_student` and `load_teacher` take them.
         student_args, teacher_args: further arguments of the models, as JSON or a mapping.
         student_pretrained: start from the student's published weights.
+        plan_processes: processes that `--plan` counts with; by default those of the launch.
         baseline: first train the same student alone, with the same data, budget and settings, and report both.
     """
 
@@ -60,6 +69,7 @@ class DistillArguments(DataArguments):
     student_pretrained: bool = field(default=False, metadata={"help": "Start from the student's published weights."})
     teacher: str = field(default="", metadata={"help": "Name or folder of the teacher."})
     teacher_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the teacher, as JSON."})
+    plan_processes: int | None = field(default=None, metadata={"help": "Processes that `--plan` counts with."})
     baseline: bool = field(
         default=False, metadata={"help": "First train the same student alone with the same settings; report both."}
     )
@@ -130,8 +140,20 @@ def parse_config(
         if word.startswith("--") and word not in ("--help", "--no-help"):
             name = word[2:].split("=")[0].replace("-", "_")
             _check_known(name.removeprefix("no_"), known | {name} & {f"no_{k}" for k in known}, f"`--{name}`")
-    arguments, config = parser.parse_args_into_dataclasses([*_as_words(settings), *words])
+    arguments, config = parser.parse_args_into_dataclasses([*as_words(settings), *words])
     return arguments, config
+
+
+def take_plan(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take `--plan` or `--plan json` out of the words: "table", "json" or None, and the rest."""
+    rest = list(words)
+    if "--plan" not in rest:
+        return None, rest
+    place = rest.index("--plan")
+    rest.pop(place)
+    if place < len(rest) and rest[place] in ("table", "json"):
+        return rest.pop(place), rest
+    return "table", rest
 
 
 def _check_known(name: str, known: set[str], shown: str) -> None:
@@ -150,7 +172,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _as_words(settings: dict[str, Any]) -> list[str]:
+def as_words(settings: dict[str, Any]) -> list[str]:
     """A mapping as command line words, so that one parser converts both (YAML reads 1e-4 as text)."""
     words: list[str] = []
     for key, value in settings.items():

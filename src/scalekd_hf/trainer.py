@@ -107,16 +107,18 @@ class ScaleKDTrainer(Trainer):
             distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
         self.loss_log = LossLog()
         self._resumed_step = 0
+        train_dataset = self._prepare_data(train_dataset, "train_dataset", distiller.student, args)
+        if isinstance(train_dataset, ImageStream) and args.max_steps <= 0:
+            args.max_steps = _count_steps(train_dataset, args)
         super().__init__(
             model=distiller,
             args=args,
-            train_dataset=self._prepare_data(train_dataset, "train_dataset", distiller.student, args),
+            train_dataset=train_dataset,
             eval_dataset=self._prepare_data(eval_dataset, "eval_dataset", distiller.student, args),
             **kwargs,
         )
         if isinstance(self.train_dataset, ImageStream):
             self.add_callback(_StreamProgress)
-            self._count_steps(self.train_dataset)
         self.averaged = AveragedStudent(self.student, args.ema_decay) if args.ema_decay else None
         if self.averaged is not None:
             self.add_callback(self.averaged)
@@ -169,19 +171,6 @@ class ScaleKDTrainer(Trainer):
             persistent_workers=False,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
-
-    def _count_steps(self, stream: ImageStream) -> None:
-        """Steps from epochs, where the stream or the settings know the number of images."""
-        images = self.args.images_per_epoch or stream.known_length()
-        if self.args.max_steps > 0:
-            return
-        if images is None:
-            raise ValueError(
-                "The length of the training stream is not known: set `max_steps`, or `images_per_epoch` so that "
-                f"`num_train_epochs` ({self.args.num_train_epochs}) can be counted."
-            )
-        batch = self.get_total_train_batch_size(self.args)
-        self.args.max_steps = math.ceil(self.args.num_train_epochs * images / batch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -397,3 +386,15 @@ class _StreamProgress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / state.max_steps
+
+
+def _count_steps(stream: ImageStream, args: ScaleKDConfig) -> int:
+    """Steps from epochs, where the stream or the settings know the number of images."""
+    images = args.images_per_epoch or stream.known_length()
+    if images is None:
+        raise ValueError(
+            "The length of the training stream is not known: set `max_steps`, or `images_per_epoch` so that "
+            f"`num_train_epochs` ({args.num_train_epochs}) can be counted."
+        )
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil(args.num_train_epochs * images / batch)

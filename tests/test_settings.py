@@ -1,0 +1,235 @@
+"""What the recipes add to `TrainingArguments`: augmentation, soft labels, optimisers, rates, averaging."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import settings, small_student, timm_swin
+from PIL import Image
+
+from scalekd_hf import ScaleKDTrainer, load_student
+from scalekd_hf.data import ImageDataset, ImageStream, Preparation, RepeatSampler
+from scalekd_hf.loading import ImageSpec
+from scalekd_hf.optimization import decayed_parameters
+
+
+def trainer_for(folder, train=None, evaluation=None, **changes):
+    torch.manual_seed(0)
+    return ScaleKDTrainer(small_student(), timm_swin(), settings(folder, **changes), train, evaluation)
+
+
+def rates(trainer):
+    return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+
+
+@pytest.mark.parametrize("magnitude", [0, 5.5, 8.75, 9, 10])
+def test_rand_augment_works_at_every_magnitude(magnitude):
+    preparation = Preparation(ImageSpec((16, 16)), training=True, rand_augment=magnitude)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8))
+    operations = next(step for step in preparation.transform.transforms if hasattr(step, "ops")).ops
+    assert len(operations) == 15 and all(operation.magnitude == magnitude for operation in operations)
+    for operation in operations:
+        operation.prob = 1.0
+        for _ in range(20):  # the noise reaches every level
+            assert operation(image).size == (20, 20)
+
+
+def test_posterize_keeps_the_high_bits():
+    from scalekd_hf.data import _posterize
+
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    assert np.asarray(_posterize(image, 0)).max() == 0
+    assert np.array_equal(np.asarray(_posterize(image, 3)), np.asarray(image) & 0b11100000)
+    assert np.array_equal(np.asarray(_posterize(image, 8)), np.asarray(image))
+
+
+def test_random_erasing_puts_noise_in():
+    plain = Preparation(ImageSpec((32, 32)), training=True, crop_scale=(1.0, 1.0), hflip=0.0)
+    erasing = Preparation(ImageSpec((32, 32)), training=True, crop_scale=(1.0, 1.0), hflip=0.0, random_erasing=1.0)
+    row = {"image": Image.new("RGB", (32, 32), (120, 120, 120))}
+    changed = (plain(row, 0, 0)["pixel_values"] != erasing(row, 0, 0)["pixel_values"]).float().mean()
+    assert 0.01 < changed < 0.4
+    assert torch.equal(erasing(row, 0, 0)["pixel_values"], erasing(row, 0, 0)["pixel_values"])
+
+
+@pytest.mark.parametrize("task_loss", ["cross_entropy", "binary_cross_entropy"])
+def test_mixup_and_cutmix_give_soft_labels_to_the_task_loss_and_mixed_images_to_both_models(
+    tmp_path, digits, task_loss
+):
+    options = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "task_loss": task_loss, "label_smoothing_factor": 0.1}
+    trainer = trainer_for(tmp_path, digits, max_steps=2, **options)
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    trainer.train()
+    labels = seen[0]["labels"]
+    assert labels.shape == (8, 10) and torch.allclose(labels.sum(1), torch.ones(8))
+    assert ((labels > 0).sum(1) > 1).any()
+
+
+def test_mixing_needs_an_even_batch(tmp_path, digits):
+    with pytest.raises(ValueError, match="`per_device_train_batch_size` must be even, got 3"):
+        trainer_for(tmp_path, digits, mixup_alpha=0.5, per_device_train_batch_size=3)
+
+
+def test_repeated_augmentation_gives_each_image_several_times_in_a_row(tmp_path, digits, digits_stream):
+    preparation = Preparation(ImageSpec((32, 32)), training=True, repeats=3)
+    data = ImageDataset(digits, preparation)
+    order = list(RepeatSampler(data))
+    assert len(order) == len(digits) and [index % 96 for index in order[:3]] == [order[0]] * 3
+    first, again = data[order[0]], data[order[1]]
+    assert first["labels"] == again["labels"] and not torch.equal(first["pixel_values"], again["pixel_values"])
+    data.set_epoch(1)
+    assert list(RepeatSampler(data)) != order
+    stream = iter(ImageStream(digits_stream, preparation, seed=0, buffer_size=16).loader(3, 0, 1, 0))
+    batch = next(stream)
+    assert batch["labels"].unique().numel() == 1
+    assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+    trainer = trainer_for(tmp_path, digits, max_steps=2, repeated_augmentation=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_weight_decay_leaves_out_norms_biases_tables_and_queries(tmp_path):
+    model = trainer_for(tmp_path).model
+    decayed = decayed_parameters(model, decay_all=False)
+    left_out = [name for name, _ in model.named_parameters() if name not in decayed]
+    for part in ("norm.weight", ".bias", "pos_embed", "queries", "relative_position_bias_table"):
+        assert any(part in name for name in left_out) and not any(name.endswith(part) for name in decayed), part
+    assert "heads.last_spatial.attn.q.weight" in decayed
+    vit = load_student("timm/vit_tiny_patch16_224", image_size=32, depth=2)
+    assert {"model.cls_token", "model.pos_embed"}.isdisjoint(decayed_parameters(vit, decay_all=False))
+    assert len(decayed_parameters(model, decay_all=True)) == len(list(model.parameters()))
+
+
+def test_optimisers_of_timm_take_the_betas_and_the_momentum(tmp_path, digits):
+    trainer = trainer_for(tmp_path / "1", digits, max_steps=1, timm_optim="lamb", adam_beta2=0.95, weight_decay=0.1)
+    trainer.train()
+    group = trainer.optimizer.param_groups[0]
+    assert type(trainer.optimizer.optimizer).__name__ == "Lamb"
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.1)
+    trainer = trainer_for(tmp_path / "2", digits, max_steps=1, timm_optim="momentum")
+    trainer.train()
+    group = trainer.optimizer.param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (0.9, False)
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("linear", 0.01 * 16 / 64), ("sqrt", 0.01 * (16 / 64) ** 0.5)])
+def test_the_rate_is_scaled_to_the_global_batch_and_said(tmp_path, digits, caplog, rule, expected):
+    options = {"base_batch_size": 64, "lr_scaling": rule, "gradient_accumulation_steps": 2, "learning_rate": 0.01}
+    trainer = trainer_for(tmp_path, digits, max_steps=1, lr_scheduler_type="constant", **options)
+    trainer.train()
+    assert rates(trainer) == pytest.approx([expected])
+    assert trainer.args.learning_rate == 0.01
+    assert f"The global batch is 16, the learning rate 0.01 is for 64: it is scaled to {expected:g}" in caplog.text
+
+
+def test_cosine_decay_has_a_floor_and_its_warm_up_a_start(tmp_path, digits):
+    options = {"lr_scheduler_type": "cosine_warmup_with_min_lr", "warmup_steps": 3, "learning_rate": 0.1}
+    kwargs = {"min_lr": 0.01, "warmup_lr_rate": 0.25}
+    trainer = trainer_for(tmp_path, digits, max_steps=10, lr_scheduler_kwargs=kwargs, **options)
+    trainer.train()
+    assert rates(trainer)[:3] == pytest.approx([0.025, 0.0625, 0.1])
+    assert rates(trainer)[-1] == pytest.approx(0.01, abs=1e-3)
+    assert rates(trainer)[3:] == sorted(rates(trainer)[3:], reverse=True)
+
+
+def test_the_rate_falls_to_a_tenth_at_each_milestone(tmp_path, digits):
+    trainer = trainer_for(tmp_path, digits, max_steps=10, lr_milestones=[0.3, 0.6, 0.9], learning_rate=0.1)
+    trainer.train()
+    assert rates(trainer) == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 3 + [0.0001])
+
+
+def test_epochs_of_a_stream_are_counted(tmp_path, digits_stream):
+    options = {"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 100}
+    with pytest.raises(ValueError, match="length of the training stream is not known.*`images_per_epoch`"):
+        trainer_for(tmp_path, digits_stream, **options)
+    trainer = trainer_for(tmp_path, digits_stream, images_per_epoch=1437, **options)
+    assert trainer.args.max_steps == 8
+    known = digits_stream.map(lambda row: row)
+    known.info.splits = datasets.splits.SplitDict({"train": datasets.SplitInfo("train", num_examples=1437)})
+    assert trainer_for(tmp_path, known, **options).args.max_steps == 8
+
+
+def weights(module):
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def test_the_average_is_evaluated_and_saved_and_resumes_exactly(tmp_path, digits):
+    options = {"ema_decay": 0.5, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
+    whole = trainer_for(tmp_path, digits, digits, **options)
+    expected = weights(whole.student.model)
+
+    history = []
+    whole.add_callback(
+        type(
+            "Watch",
+            (type(whole.averaged).__mro__[1],),
+            {"on_step_end": lambda *_, **__: history.append(weights(whole.student.model))},
+        )()
+    )
+    whole.train()
+    for step in history:
+        expected = {name: 0.5 * expected[name] + 0.5 * step[name] for name in expected}
+    average = weights(whole.averaged.average.module)
+    assert all(torch.allclose(average[name], expected[name], atol=1e-6) for name in expected)
+
+    trained = weights(whole.student.model)
+    loss = whole.evaluate()["eval_loss"]
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in whole.student.model.state_dict().items())
+    whole.save_model(str(tmp_path / "final"))
+    saved = load_student(str(tmp_path / "final"), pretrained=True)
+    assert all(torch.equal(tensor, average[name]) for name, tensor in saved.model.state_dict().items())
+    assert ScaleKDTrainer(saved, None, settings(tmp_path / "e"), eval_dataset=digits).evaluate()[
+        "eval_loss"
+    ] == pytest.approx(loss)
+
+    resumed = trainer_for(tmp_path, digits, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in resumed.student.model.state_dict().items())
+    again = weights(resumed.averaged.average.module)
+    assert all(torch.equal(again[name], average[name]) for name in average)
+
+
+def test_distillation_without_labels_leaves_the_task_term_out(tmp_path, digits):
+    for name, data in (("map", digits), ("stream", digits.to_iterable_dataset())):
+        trainer = trainer_for(tmp_path / name, data.remove_columns("label"), label_column="none", max_steps=2)
+        trainer.train()
+        entry = trainer.state.log_history[0]
+        assert "task" not in entry and "logit" in entry and "last_frequency" in entry
+    labelled = trainer_for(tmp_path / "labels", digits, label_column="none", max_steps=1)
+    labelled.train()
+    assert "task" not in labelled.state.log_history[0]
+
+
+def test_without_labels_and_logits_the_features_teach(tmp_path, digits):
+    torch.manual_seed(0)
+    args = settings(tmp_path, label_column="none", logit_weight=0.0, max_steps=2)
+    trainer = ScaleKDTrainer(small_student(), timm_swin(num_classes=0), args, digits)
+    trainer.train()
+    assert set(trainer.state.log_history[0]) >= {"penultimate_spatial", "last_frequency"}
+    assert not {"task", "logit"} & set(trainer.state.log_history[0])
+
+
+def test_a_student_by_name_gets_the_classes_of_the_teacher_where_the_data_has_none(tmp_path, digits):
+    args = settings(tmp_path, label_column="none", image_size=32, max_steps=1, logit_weight=0.5)
+    teacher = load_student(timm_swin())
+    from scalekd_hf.saving import save_student
+
+    teacher.name_labels(list("abcdefghij"))
+    save_student(teacher, tmp_path / "teacher")
+    trainer = ScaleKDTrainer("timm/resnet18", str(tmp_path / "teacher"), args, digits)
+    assert trainer.student.labels == list("abcdefghij") and trainer.student.num_labels == 10
+
+
+def test_sync_batchnorm_on_one_process_changes_nothing(tmp_path, digits):
+    trainer = trainer_for(tmp_path, digits, sync_batchnorm=True, max_steps=1)
+    trainer.train()
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in trainer.model.modules())
+
+
+def test_taps_may_be_named(tmp_path, digits):
+    trainer = trainer_for(tmp_path, digits, student_taps=["stages.1", "stages.2"], max_steps=1)
+    trainer.train()
+    assert trainer.student.dims == (12, 16)
+    with pytest.raises(ValueError, match=r"`student_taps` must name two modules.*\['stages.1', 'nowhere'\].*stages.2"):
+        trainer_for(tmp_path / "2", digits, student_taps=["stages.1", "nowhere"])
