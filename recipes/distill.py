@@ -19,7 +19,7 @@ from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.data import dataset_labels
 from scalekd_hf.plan import plan_run, without_gpu
 from scalekd_hf.recipe import DistillArguments, load_data, parse_config, take_plan, write_config
-from scalekd_hf.saving import check_output_dir
+from scalekd_hf.saving import STUDENT_FILE, check_output_dir
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -49,8 +49,10 @@ def run(arguments: DistillArguments, config: ScaleKDConfig, data: tuple, teacher
     checkpoint = config.resume_from_checkpoint
     if checkpoint is True:
         checkpoint = get_last_checkpoint(config.output_dir)  # none yet: the run was stopped before it began
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    finished = Path(config.output_dir, STUDENT_FILE).exists()
+    if checkpoint is not None or not (config.resume_from_checkpoint and finished):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     if evaluation is None:
         return {}
@@ -77,7 +79,9 @@ def main() -> None:
         write_config(arguments, config, Path(config.output_dir) / "config_resolved.yaml")
     results = {}
     if arguments.baseline:
-        alone = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / "alone"))
+        folder = str(Path(config.output_dir) / "alone")
+        resume = True if config.resume_from_checkpoint else None  # a named checkpoint is the distilled student's
+        alone = dataclasses.replace(config, output_dir=folder, resume_from_checkpoint=resume)
         results["student alone"] = run(arguments, alone, data, None)
     results["student distilled"] = run(arguments, config, data, arguments.teacher)
     if data[1] is not None and config.logit_weight:  # then its labels are the data's

@@ -42,6 +42,13 @@ def test_the_defaults_are_those_published_for_swin_teachers(tmp_path):
     ("name", "value"),
     [
         ("spatial_weight", -0.1),
+        ("frequency_weight", float("inf")),
+        ("image_size", 32.5),
+        ("ema_decay", 1.0),
+        ("rand_augment", 11),
+        ("lr_milestones", [0.6, 0.3]),
+        ("timm_optim", "lam"),
+        ("student_taps", ["one"]),
         ("frequency_weight", -1),
         ("last_frequency_weight", -1),
         ("logit_weight", 1.5),

@@ -106,6 +106,45 @@ def test_a_reader_goes_on_where_it_stopped(stream_files, workers, consumed):
         assert torch.equal(expected["pixel_values"], actual["pixel_values"])
 
 
+def test_a_stream_without_features_augments_by_the_pixels(stream_files):
+    def first_pass():
+        stream = ImageStream(stream_of(stream_files).map(lambda row: row), training(), seed=5, buffer_size=8)
+        return take(iter(stream.loader(4, 0, 1, 0)), 3)
+
+    for one, two in zip(first_pass(), first_pass(), strict=True):
+        assert torch.equal(one["pixel_values"], two["pixel_values"])
+
+
+def test_an_image_is_known_by_its_bytes_not_by_its_path(tmp_path):
+    values = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "x.png"
+        picture(5).save(file)
+        stream = ImageStream(
+            datasets.Dataset.from_dict({"image": [0]}).to_iterable_dataset(), training(label_column=None), 0
+        )
+        values.append(stream._prepare({"image": {"bytes": None, "path": str(file)}}, 0)["pixel_values"])
+    assert torch.equal(*values)
+
+
+def test_sixteen_bit_images_and_floats_keep_their_range():
+    grey = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    encoded = io.BytesIO()
+    Image.fromarray(grey).save(encoded, "PNG")
+    plain = Preparation(SPEC, training=False)
+    deep = plain({"image": {"bytes": encoded.getvalue()}}, 0, 0)["pixel_values"]
+    eight = plain({"image": (grey // 256).astype(np.uint8)}, 0, 0)["pixel_values"]
+    share = plain({"image": (grey // 256) / 255.0}, 0, 0)["pixel_values"]
+    assert torch.equal(deep, eight) and (share - eight).abs().max() < 0.02
+
+
+def test_a_batch_with_some_labels_is_refused():
+    image = torch.zeros(3, 2, 2)
+    with pytest.raises(ValueError, match="1 of 2 images in a batch have no label"):
+        collate([{"pixel_values": image, "labels": 1}, {"pixel_values": image, "labels": None}])
+
+
 def test_augmenting_leaves_the_random_states_alone():
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     training()({"image": picture(1), "label": 1}, 0, 0)

@@ -42,7 +42,8 @@ def test_two_steps_of_every_recipe_with_small_models(name, tmp_path, digits):
     patch14 = "14" in name or "eva" in name
     size = 56 if patch14 else 64
     batch = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_strategy", "no"]
-    arguments, config = parse(name, tmp_path, *batch, "--image_size", str(size))
+    teacher_size = ["--teacher_image_size", str(size)] if "teacher_image_size" in RECIPES[name].read_text() else []
+    arguments, config = parse(name, tmp_path, *batch, "--image_size", str(size), *teacher_size)
     settings = yaml.safe_load(RECIPES[name].read_text())
     teacher = load_teacher(
         arguments.teacher,

@@ -34,7 +34,9 @@ def test_values_have_the_kind_of_their_setting(tmp_path):
         "student: timm/resnet18\nteacher: t\nlearning_rate: 1e-4\ncrop_scale: [0.5, 1]\nuse_cpu: true\n"
         f"student_args: {{depth: 2, name: x}}\nlast_num_heads: null\noutput_dir: {tmp_path}\nsave_strategy: 'no'\n"
     )
+    file.write_text(file.read_text().replace("'no'", "no"))
     arguments, config = parse_config(DistillArguments, [str(file)])
+    assert config.save_strategy == "no"
     assert (config.learning_rate, config.crop_scale, config.use_cpu) == (1e-4, [0.5, 1.0], True)
     assert arguments.student_args == {"depth": 2, "name": "x"} and config.last_num_heads is None
 
@@ -135,6 +137,28 @@ def test_the_quickstart_in_small(tmp_path):
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     again = json.loads((tmp_path / "run" / "results.json").read_text())
     assert again["student distilled"]["top1"] == results["student distilled"]["top1"]
+
+
+def test_the_baseline_is_not_resumed_from_the_distilled_student(tmp_path):
+    words = [
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        "2",
+        "--use_cpu",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+    ]
+    assert run("python", "recipes/distill.py", *words).returncode == 0
+    first = json.loads((tmp_path / "results.json").read_text())
+    alone = (tmp_path / "alone" / "model.safetensors").read_bytes()
+    resumed = run("python", "recipes/distill.py", *words, "--resume_from_checkpoint", tmp_path / "checkpoint-1")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert (tmp_path / "alone" / "model.safetensors").read_bytes() == alone
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert [run["top1"] for run in again.values()] == [run["top1"] for run in first.values()]
 
 
 def test_a_teacher_is_trained_on_the_users_labels_and_then_teaches(tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Re
 
 from scalekd_hf import ScaleKDTrainer, load_student
 from scalekd_hf.data import Preparation
-from scalekd_hf.saving import check_rebuildable, save_student
+from scalekd_hf.saving import check_rebuildable, load_student_weights, save_student
 
 
 LABELS = [f"digit {number}" for number in range(10)]
@@ -73,6 +73,28 @@ def test_the_published_preprocessing_is_the_one_that_is_evaluated(tmp_path, fami
     answer = pipeline("image-classification", model=str(tmp_path), top_k=1)(image)
     with torch.no_grad():
         assert answer[0]["label"] == LABELS[student.classify(ours[None]).argmax()]
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    for make, other in (
+        (transformers_vit, lambda: transformers_vit(num_hidden_layers=3)),
+        (lambda: small_student().model, lambda: small_student(depths=(1, 1, 1, 1)).model),
+    ):
+        save_student(load_student(make()), tmp_path)
+        with pytest.raises(ValueError, match="do not fit this"):
+            load_student_weights(load_student(other()), tmp_path)
+
+
+def test_a_student_with_arguments_that_no_file_can_hold_is_refused(tmp_path, digits):
+    student = load_student("timm/resnet18", labels=LABELS, act_layer=torch.nn.SiLU)
+    with pytest.raises(ValueError, match="does not rebuild from a saved configuration.*plain arguments"):
+        ScaleKDTrainer(student, None, settings(tmp_path), digits)
+
+
+def test_a_transformers_student_of_oblong_images_is_refused(tmp_path):
+    student = load_student(transformers_vit(image_size=(32, 48)))
+    with pytest.raises(ValueError, match="32x48 px.*Choose a square"):
+        check_rebuildable(student)
 
 
 def test_no_file_of_a_run_holds_the_teacher_or_a_pickled_model(tmp_path, digits):

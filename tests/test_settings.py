@@ -139,14 +139,15 @@ def test_the_rate_falls_to_a_tenth_at_each_milestone(tmp_path, digits):
     assert rates(trainer) == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 3 + [0.0001])
 
 
-def test_epochs_of_a_stream_are_counted(tmp_path, digits_stream):
-    options = {"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 100}
+def test_epochs_of_a_stream_are_counted(tmp_path, digits, digits_stream):
+    stream = digits.to_iterable_dataset()
+    options = {"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 6}
     with pytest.raises(ValueError, match="length of the training stream is not known.*`images_per_epoch`"):
-        trainer_for(tmp_path, digits_stream, **options)
-    trainer = trainer_for(tmp_path, digits_stream, images_per_epoch=1437, **options)
+        trainer_for(tmp_path, stream, **options)
+    trainer = trainer_for(tmp_path, stream, images_per_epoch=96, **options)
     assert trainer.args.max_steps == 8
     known = digits_stream.map(lambda row: row)
-    known.info.splits = datasets.splits.SplitDict({"train": datasets.SplitInfo("train", num_examples=1437)})
+    known.info.splits = datasets.splits.SplitDict({"train": datasets.SplitInfo("train", num_examples=96)})
     assert trainer_for(tmp_path, known, **options).args.max_steps == 8
 
 

@@ -3,8 +3,9 @@
 import pytest
 import timm
 import torch
-from helpers import build, images, timm_swin
+from helpers import build, images, settings, timm_swin
 from transformers import (
+    BitImageProcessor,
     ConvNextConfig,
     MobileNetV1Config,
     ResNetConfig,
@@ -12,7 +13,8 @@ from transformers import (
     ViTConfig,
 )
 
-from scalekd_hf import load_student
+from scalekd_hf import load_student, load_teacher
+from scalekd_hf.building import build_model
 
 
 def timm_student(name, **changes):
@@ -233,6 +235,89 @@ def test_a_student_by_name_is_built_for_the_labels_and_the_size():
     student = load_student("timm/vit_tiny_patch16_224", labels=["cat", "dog"], image_size=32, patch_size=8, depth=2)
     assert (student.num_labels, student.labels, student.spec.size) == (2, ["cat", "dog"], (32, 32))
     assert student.grids == ((4, 4), (4, 4))
+
+
+def test_maps_are_given_in_eval_mode_too():
+    student = load_student(timm_swin()).eval()
+    with torch.no_grad():
+        penultimate, last, logits = student(images())
+        assert torch.equal(logits, student.classify(images()))
+    assert (penultimate.shape[1], last.shape[1]) == student.dims
+
+
+def saved_vit(folder, dtype=torch.float32, **processor):
+    model = STUDENTS["transformers_vit"][0]().to(dtype)
+    model.save_pretrained(folder)
+    if processor:
+        BitImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **processor
+        ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_half_precision_checkpoints_are_loaded_in_float32(tmp_path):
+    folder = saved_vit(tmp_path, torch.bfloat16)
+    for model in (load_student(folder, pretrained=True), load_teacher(folder)):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        model(images())
+
+
+def test_the_published_preprocessing_is_taken(tmp_path, caplog):
+    spec = load_student(saved_vit(tmp_path / "a", image_mean=[0.1] * 3, image_std=[0.2] * 3), pretrained=True).spec
+    assert (spec.size, spec.mean, spec.std) == ((32, 32), (0.1,) * 3, (0.2,) * 3)
+    spec = load_student(saved_vit(tmp_path / "b", do_normalize=False), pretrained=True).spec
+    assert (spec.mean, spec.std) == ((0.0,) * 3, (1.0,) * 3)
+    load_student(saved_vit(tmp_path / "c"), pretrained=True)
+    assert "says nothing of its preprocessing" in caplog.text
+    (tmp_path / "a" / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match="preprocessor_config.json that cannot be read"):
+        load_student(str(tmp_path / "a"), pretrained=True)
+
+
+def test_pretrained_weights_get_a_new_head_and_nothing_else_new(tmp_path):
+    folder = saved_vit(tmp_path)
+    student = load_student(folder, pretrained=True, labels=["a", "b", "c"])
+    assert (student.num_labels, student.labels) == (3, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="position_embeddings.*other shapes"):
+        load_student(folder, pretrained=True, labels=["a", "b", "c"], image_size=64)
+    with pytest.raises(ValueError, match="position_embeddings.*other shapes"):
+        load_teacher(folder, image_size=64)
+
+
+def test_a_damaged_model_file_is_refused(tmp_path):
+    folder = saved_vit(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="`student`"):
+        load_student(folder, pretrained=True)
+
+
+def test_an_image_size_for_a_module_that_was_built_for_another_is_refused(tmp_path):
+    student = load_student(timm_swin())
+    assert student.taps
+    for model, teacher, option in ((student, None, "image_size"), (student, timm_swin(), "teacher_image_size")):
+        with pytest.raises(ValueError, match=f"`{option}` is 64"):
+            build_model(model, teacher, settings(tmp_path, **{option: 64}))
+
+
+@pytest.mark.parametrize(
+    ("name", "penultimate"),
+    [
+        ("rexnet_100", "features.10"),
+        ("mobilevit_xxs", "stages.3"),
+        ("inception_v3", "Mixed_6e"),
+        ("tiny_vit_5m_224", "stages.2"),
+    ],
+)
+def test_the_expansion_of_the_last_stage_is_not_taken_for_the_penultimate_map(name, penultimate):
+    with torch.device("meta"):
+        assert load_student(f"timm/{name}").taps[0].module == penultimate
+
+
+def test_a_student_whose_stages_are_not_found_can_be_tapped_by_name():
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="Name two modules with `student_taps`"):
+            _ = load_student("timm/vgg11").taps
+        assert load_student("timm/vgg11", taps=["features.14", "features.19"]).grids == ((28, 28), (14, 14))
 
 
 def test_the_dry_run_leaves_the_model_as_it_was():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,8 @@ from .teachers import Teacher, load_teacher
 
 
 __all__ = ["build_model", "num_heads"]
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_HEADS = (16, 24)  # Swin-L: penultimate and last projectors
 
@@ -31,14 +34,20 @@ def build_model(
         labels: class names of the data set, for a student that is built by name; without them the teacher's.
     """
     if teacher is not None:
+        if not isinstance(teacher, str):
+            _check_built_size("teacher_image_size", args.teacher_image_size, teacher)
         size: dict[str, Any] = {"image_size": args.teacher_image_size} if isinstance(teacher, str) else {}
         teacher = load_teacher(teacher, last_blocks=args.teacher_last_blocks, drop_path=args.teacher_drop_path, **size)
         labels = labels or teacher.labels
     options: dict[str, Any] = {"labels": labels, "image_size": args.image_size} if isinstance(student, str) else {}
     student = load_student(student, **options)
+    if "taps" in vars(student):
+        _check_built_size("image_size", args.image_size, student)
     student.spec = student.spec.updated(size=args.image_size, crop_pct=args.crop_pct)
     if args.student_taps:
         student.tap_names = (args.student_taps[0], args.student_taps[1])
+    if unused := student.freeze_unused():
+        logger.info("No logit depends on %s of the student: frozen.", unused)
     settings: dict[str, Any] = {"task_loss": args.task_loss, "label_smoothing": args.label_smoothing_factor}
     if teacher is None:
         return ScaleKDModel(student, **settings)
@@ -53,6 +62,15 @@ def build_model(
         temperature=args.temperature,
         **settings,
     )
+
+
+def _check_built_size(option: str, asked: int | None, model: Any) -> None:
+    size = getattr(getattr(model, "spec", None), "size", None)
+    if asked is not None and size != (asked, asked):
+        raise ValueError(
+            f"`{option}` is {asked}, but the model is a {type(model).__name__} that was made for "
+            f"{f'{size[0]}x{size[1]} px' if size else 'a size of its own'}. Give its name, or leave `{option}` out."
+        )
 
 
 def _build_heads(student: Student, teacher: Teacher, args: ScaleKDConfig) -> MimickingHeads | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,9 @@ class ScaleKDConfig(TrainingArguments):
             BatchNorm statistics over all processes, on GPUs. Published: `True` for ResNet-50, 100 epochs.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete the run that `output_dir` holds when training starts.
+        allow_data_mismatch (`bool`, *optional*, defaults to `False`):
+            Resume with other batches, processes, workers or seed than the checkpoint's: a stream goes on at the same
+            number of images seen, in another order.
 
     > Parent defaults that differ here: `remove_unused_columns=False` (images are transformed on the fly),
     > `ddp_find_unused_parameters=False` (every trained parameter has a gradient; the search costs time),
@@ -220,6 +224,10 @@ class ScaleKDConfig(TrainingArguments):
         default=False, metadata={"help": "Delete the run that `output_dir` holds when training starts."}
     )
 
+    allow_data_mismatch: bool = field(
+        default=False, metadata={"help": "Resume with other batches, processes, workers or seed than before."}
+    )
+
     # Other defaults than the parent's
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: images are transformed on the fly."}
@@ -239,8 +247,9 @@ class ScaleKDConfig(TrainingArguments):
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore[assignment]
         for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):
-            self._check(name, "must not be negative", lambda value: value >= 0)
-        shares = ("logit_weight", "label_smoothing_factor", "hflip", "random_erasing", "teacher_drop_path")
+            self._check(name, "must be finite and not negative", lambda value: 0 <= value < math.inf)
+        self._check("label_smoothing_factor", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
+        shares = ("logit_weight", "hflip", "random_erasing", "teacher_drop_path")
         for name in shares:
             self._check(name, "must be between 0 and 1", lambda value: 0 <= value <= 1)
         self._check("ema_decay", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -248,11 +257,11 @@ class ScaleKDConfig(TrainingArguments):
         for name in ("mixup_alpha", "cutmix_alpha"):
             self._check(name, "must not be negative", lambda value: value >= 0)
         for name in ("temperature", "softmax_scale"):
-            self._check(name, "must be positive", lambda value: value > 0)
+            self._check(name, "must be positive and finite", lambda value: 0 < value < math.inf)
         sizes = ("penultimate_num_heads", "last_num_heads", "image_size", "teacher_image_size")
         counts = ("repeated_augmentation", "base_batch_size", "images_per_epoch")
         for name in (*sizes, *counts, "teacher_last_blocks", "shuffle_buffer_size"):
-            self._check(name, "must be at least 1", lambda value: value >= 1)
+            self._check(name, "must be a whole number of at least 1", lambda value: value == int(value) >= 1)
         self._check("crop_pct", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
         self._check(
             "crop_scale",

@@ -14,6 +14,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -44,9 +45,18 @@ def dataset_labels(dataset: Any, label_column: str) -> list[str] | None:
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Samples to a batch: pixel_values (B, 3, height, width) and, where there are any, labels (B,) or (B, K)."""
-    batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
-    if samples[0].get("labels") is not None:
-        batch["labels"] = torch.stack([torch.as_tensor(sample["labels"]) for sample in samples])
+    batch = {"pixel_values": torch.stack([torch.as_tensor(sample["pixel_values"]) for sample in samples])}
+    labels = [sample.get("labels", sample.get("label")) for sample in samples]
+    missing = sum(label is None for label in labels)
+    if missing == len(samples):
+        return batch
+    if missing:
+        raise ValueError(
+            f"{missing} of {len(samples)} images in a batch have no label. Leave them out, or all labels."
+        )
+    batch["labels"] = torch.stack([torch.as_tensor(label) for label in labels])
+    if batch["labels"].ndim == 2:
+        batch["labels"] = batch["labels"].float()  # soft labels, or several classes
     return batch
 
 
@@ -136,7 +146,12 @@ def _decode(image: Any) -> Image.Image:
     elif isinstance(image, str):
         image = Image.open(image)
     elif isinstance(image, (list, np.ndarray)):
-        image = Image.fromarray(np.asarray(image, dtype=np.uint8))
+        array = np.asarray(image)
+        if array.dtype.kind == "f":
+            array = array * (255 if array.max() <= 1 else 1)
+        image = Image.fromarray(array.astype(np.uint8))
+    if image.mode.startswith("I;16"):  # Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -206,7 +221,7 @@ class ImageStream(IterableDataset):
         seed, buffer_size: of the shuffle of each pass.
     """
 
-    def __init__(self, stream: datasets.IterableDataset, preparation: Preparation, seed: int, buffer_size: int):
+    def __init__(self, stream: datasets.IterableDataset, preparation: Preparation, seed: int, buffer_size: int = 1):
         self.stream = _undecoded(stream, preparation.image_column)
         self.preparation, self.seed, self.buffer_size = preparation, seed, buffer_size
         self.rank, self.world_size = 0, 1
@@ -231,7 +246,7 @@ class ImageStream(IterableDataset):
                 self.stream.num_shards,
                 readers,
             )
-        return DataLoader(self, batch_size=batch_size, collate_fn=collate, **options)
+        return DataLoader(self, batch_size=batch_size, **{"collate_fn": collate, **options})
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker, workers = _worker()
@@ -262,10 +277,22 @@ class ImageStream(IterableDataset):
                 )
 
     def _prepare(self, row: dict[str, Any], pass_number: int, repeat: int = 0) -> dict[str, Any]:
-        image = row[self.preparation.image_column]
-        encoded = image.get("bytes") if isinstance(image, dict) else None
-        identity = hashlib.blake2b(encoded, digest_size=8).digest() if encoded is not None else repr(image)
-        return self.preparation(row, pass_number, (identity, repeat))
+        column = self.preparation.image_column
+        if isinstance(row[column], dict) and row[column].get("bytes") is None:
+            row = {**row, column: {"bytes": Path(row[column]["path"]).read_bytes()}}
+        return self.preparation(row, pass_number, (_fingerprint(row[column]), repeat))
+
+
+def _fingerprint(image: Any) -> bytes:
+    """What an image is known by: its encoded bytes, or its pixels where it comes decoded."""
+    if isinstance(image, dict):
+        content, shape = image["bytes"], ""
+    elif isinstance(image, Image.Image):
+        content, shape = image.tobytes(), f"{image.mode}{image.size}"
+    else:
+        array = np.asarray(image)
+        content, shape = array.tobytes(), f"{array.dtype}{array.shape}"
+    return hashlib.blake2b(content, digest_size=8, person=shape.encode()[:16]).digest()
 
 
 def _worker() -> tuple[int, int]:
@@ -292,7 +319,12 @@ def _rows(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def prepare_dataset(
-    dataset: Any, name: str, make: Callable[[], Preparation], seed: int = 0, buffer_size: int = 1000
+    dataset: Any,
+    name: str,
+    make: Callable[[], Preparation],
+    seed: int = 0,
+    buffer_size: int = 1000,
+    labels_optional: bool = False,
 ) -> Any:
     """Check a data set and give it its preparation; one that yields `pixel_values` already stays as it is.
 
@@ -300,32 +332,47 @@ def prepare_dataset(
         dataset: a `datasets.Dataset`, a `datasets.IterableDataset`, or a torch data set of finished samples.
         name: the argument that errors name.
         make: builds the preparation.
+        seed, buffer_size: of a stream's shuffle.
+        labels_optional: a missing label column means images without labels.
 
     Raises:
-        ValueError: an empty data set, or one without the image or label column.
+        ValueError: an empty data set, one without the image or label column, or labels that are no class indices.
     """
-    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        streaming = isinstance(dataset, datasets.IterableDataset)
-        columns = dataset.column_names
-        first: dict[str, Any] | None = None
-        if streaming:
-            first = next(iter(dataset.take(1)), None)
-            columns = columns or (list(first) if first else [])
-        if (first is None) if streaming else (len(dataset) == 0):
-            raise ValueError(f"`{name}` is empty: there is not one image in it. Check its files and its split.")
-        if "pixel_values" in columns:
-            return dataset.with_format("torch")
-        preparation = make()
-        for argument in ("image_column", "label_column"):
-            column = getattr(preparation, argument)
-            if column is not None and column not in columns:
-                raise ValueError(
-                    f"`{name}` has no column {column!r}, its columns are {columns}. Set `{argument}` to one of them"
-                    f"{', or to none to train without labels' if argument == 'label_column' else ''}."
-                )
-        if streaming:
-            return ImageStream(dataset, preparation, seed, buffer_size)
-        return ImageDataset(dataset, preparation)
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty: there is not one image in it. Check its files and its split.")
-    return dataset
+    streaming = isinstance(dataset, datasets.IterableDataset)
+    if not streaming and hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(_empty(name))
+    if not streaming and not isinstance(dataset, datasets.Dataset):
+        return dataset
+    transformed = not streaming and dataset.format["type"] == "custom"
+    if not streaming and not transformed:
+        dataset = dataset.with_format(None)
+    first = next(iter(dataset.take(1)), None) if streaming else dataset[0]
+    if first is None:
+        raise ValueError(_empty(name))
+    if "pixel_values" in first:
+        return dataset if transformed else dataset.with_format("torch")
+    preparation = make()
+    if labels_optional and preparation.label_column not in first:
+        preparation.label_column = None
+    _check_columns(first, name, preparation)
+    return ImageStream(dataset, preparation, seed, buffer_size) if streaming else ImageDataset(dataset, preparation)
+
+
+def _check_columns(first: dict[str, Any], name: str, preparation: Preparation) -> None:
+    for argument in ("image_column", "label_column"):
+        column = getattr(preparation, argument)
+        if column is not None and column not in first:
+            raise ValueError(
+                f"`{name}` has no column {column!r}, its columns are {list(first)}. Set `{argument}` to one of them"
+                f"{', or to none to train without labels' if argument == 'label_column' else ''}."
+            )
+    label = first[preparation.label_column] if preparation.label_column is not None else None
+    if isinstance(label, str):
+        raise ValueError(
+            f"`{name}` has labels such as {label!r}: class indices are needed. `dataset.class_encode_column("
+            f"{preparation.label_column!r})` makes them."
+        )
+
+
+def _empty(name: str) -> str:
+    return f"`{name}` is empty: there is not one image in it. Check its files and its split."

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from torch import nn
 from transformers import (
@@ -22,10 +25,13 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     PreTrainedModel,
+    TimmWrapperConfig,
 )
 
 
 __all__ = ["Classifier", "ImageSpec", "load_classifier"]
+
+logger = logging.getLogger(__name__)
 
 SIZE_OPTIONS = {"student": "image_size", "teacher": "teacher_image_size"}
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
@@ -106,8 +112,8 @@ def load_classifier(
     else:
         classifier = _load_transformers(name_or_module, role, pretrained, labels, image_size, model_args)
     classifier.spec = classifier.spec.updated(mean=mean, std=std, crop_pct=crop_pct)
-    if labels is not None and classifier.labels is None and classifier.num_labels == len(labels):
-        classifier.labels = list(labels)
+    if labels is not None and classifier.num_labels == len(labels):
+        classifier.labels = list(labels)  # a new head, or one that will learn to mean these
     return classifier
 
 
@@ -117,6 +123,8 @@ def patch_size(classifier: Classifier) -> tuple[int, int] | None:
     if classifier.library == "timm":
         embedding = getattr(module, "patch_embed", getattr(module, "stem", None))
         patch = getattr(embedding, "patch_size", None)
+        if patch is not None:  # overlapping patches lie a stride apart
+            patch = getattr(getattr(embedding, "proj", None), "stride", patch)
     else:
         config = getattr(module.config, "vision_config", module.config)
         has_attention = any(hasattr(config, name) for name in ("num_attention_heads", "num_heads"))
@@ -187,7 +195,7 @@ def _load_timm(
             if model_args.pop("img_size", None) is None:  # most CNNs take any size and no such argument
                 raise
             module = timm.create_model(timm_name, pretrained=pretrained, **model_args)
-    except (RuntimeError, OSError, ValueError, AssertionError, TypeError) as error:
+    except (RuntimeError, OSError, ValueError, AssertionError, TypeError, SafetensorError) as error:
         close = difflib.get_close_matches(timm_name.split(".")[0], timm.list_models(), n=3)
         hint = (
             f" Did you mean {', '.join(f'timm/{match}' for match in close)}?" if "nknown model" in str(error) else ""
@@ -232,13 +240,12 @@ def _load_transformers(
         changes["image_size"] = image_size
     try:
         config = AutoConfig.from_pretrained(name, **changes)
+        if isinstance(config, TimmWrapperConfig):  # a Hub id of a timm model, without timm's prefix
+            return _load_timm(f"hf-hub:{name}", role, pretrained, labels, image_size, model_args)
         headless = type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
         auto = AutoModel if headless and role == "teacher" else AutoModelForImageClassification
-        if pretrained:
-            module = auto.from_pretrained(name, config=config, ignore_mismatched_sizes=labels is not None)
-        else:
-            module = auto.from_config(config)
-    except (OSError, ValueError) as error:
+        module = _pretrained(auto, name, config, role) if pretrained else auto.from_config(config)
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"`{role}` {name!r} is neither a local folder, nor `timm/<name>`, nor an image classifier on the Hub that "
@@ -250,6 +257,21 @@ def _load_transformers(
     if classifier.library == "transformers":
         classifier.spec = _processor_spec(name, classifier.spec).updated(size=image_size)
     return classifier
+
+
+def _pretrained(auto: Any, name: str, config: Any, role: str) -> nn.Module:
+    """Weights in float32, with a new classifier where the number of classes differs; nothing else may be new."""
+    module, info = auto.from_pretrained(
+        name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    names = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    lost = [key for key in names if not any(part in key for part in ("classifier", "head", "fc"))]
+    if lost or (names and role == "teacher"):
+        raise ValueError(
+            f"its weights {lost or names} have other shapes than this image size, these classes or these arguments ask "
+            "for. Load it as it was trained; images are resized for the teacher."
+        )
+    return module
 
 
 def _config_labels(config: Any) -> list[str] | None:
@@ -267,7 +289,14 @@ def _processor_spec(name: str, default: ImageSpec) -> ImageSpec:
     """The preprocessing that was published with a transformers model, where there is one."""
     try:
         processor = AutoImageProcessor.from_pretrained(name).to_dict()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if Path(name, "preprocessor_config.json").exists():
+            raise ValueError(f"{name!r} has a preprocessor_config.json that cannot be read: {error}") from error
+        logger.warning(
+            "%r says nothing of its preprocessing: ImageNet's mean and standard deviation are assumed. Give others with "
+            "`mean` and `std`.",
+            name,
+        )
         return default
     resize, crop = processor.get("size") or {}, processor.get("crop_size") or {}
     final = crop if processor.get("do_center_crop") and crop else resize
@@ -276,6 +305,8 @@ def _processor_spec(name: str, default: ImageSpec) -> ImageSpec:
     shortest = resize.get("shortest_edge") or resize.get("height")
     crop_pct = processor.get("crop_pct") or (height / shortest if height and shortest else None)
     resample = processor.get("resample")
+    if processor.get("do_normalize") is False:
+        processor |= {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
     return default.updated(
         size=(height, width) if height and width else None,
         mean=processor.get("image_mean"),

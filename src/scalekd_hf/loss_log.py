@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -46,6 +48,15 @@ class LossLog:
         now = torch.cat([terms.new_full((1,), float(step)), terms])
         is_first = ~torch.isfinite(loss.detach()) & (self._first_bad[0] < 0)
         self._first_bad = torch.where(is_first, now, self._first_bad)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count in images per second: evaluating and saving."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._time_logged += time.perf_counter() - start
 
     def averages(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean of each term since the last call, over all processes; images per second and images seen."""

@@ -45,5 +45,7 @@ def keep_top5(logits: Tensor, labels: Tensor) -> Tensor:
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """`compute_metrics` of the trainer; `prediction.predictions` comes from `keep_top5`."""
-    metric = TopKAccuracy(keep_in_memory=True)
-    return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
+    metric, references = TopKAccuracy(keep_in_memory=True), np.asarray(prediction.label_ids)
+    if references.ndim == 2:  # soft labels
+        references = references.argmax(axis=1)
+    return metric.compute(predictions=prediction.predictions, references=references)

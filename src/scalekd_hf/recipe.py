@@ -39,7 +39,7 @@ class DataArguments:
         dataset: data set on the Hub, or a local folder that `datasets.load_dataset` understands.
         train_files, eval_files: glob patterns of Parquet, WebDataset or Arrow files, instead of `dataset`.
         dataset_config: configuration of the data set.
-        train_split, eval_split: its splits.
+        train_split, eval_split: its splits; `none` to evaluate on nothing.
         streaming: read while training, without a download first.
     """
 
@@ -178,6 +178,8 @@ def as_words(settings: dict[str, Any]) -> list[str]:
     for key, value in settings.items():
         if value is None:
             continue
+        if value is False and key.endswith("_strategy"):
+            value = "no"  # YAML reads a bare no as false
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         words += [f"--{key}", *(str(item) for item in values)]
     return words
@@ -204,7 +206,8 @@ def load_data(arguments: DataArguments) -> tuple[Any, Any]:
         raise ValueError("There is no data: set `dataset`, or `train_files` and `eval_files`.")
     train = _load_split(arguments, arguments.train_files, arguments.train_split)
     evaluation = None
-    if arguments.dataset is not None or arguments.eval_files is not None:
+    evaluate = arguments.eval_split.lower() != "none"
+    if arguments.eval_files is not None or (arguments.dataset is not None and evaluate):
         evaluation = _load_split(arguments, arguments.eval_files, arguments.eval_split)
     return train, evaluation
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,11 @@ def check_rebuildable(student: Student) -> None:
         ValueError: a timm module whose constructor arguments are unknown.
     """
     if student.classifier.library != "timm":
+        if student.spec.size[0] != student.spec.size[1]:
+            raise ValueError(
+                f"`student` {student.name!r} takes images of {student.spec.size[0]}x{student.spec.size[1]} px: image "
+                "processors of transformers cannot say how they are cut to that shape. Choose a square, or a timm student."
+            )
         return
     module, arguments = student.model, student.classifier.model_args
     architecture = module.pretrained_cfg.get("architecture")
@@ -53,13 +60,15 @@ def check_rebuildable(student: Student) -> None:
             rebuilt = timm.create_model(architecture, **{**arguments, "num_classes": module.num_classes})
         shapes = {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}
         same = shapes == {name: tensor.shape for name, tensor in module.state_dict().items()}
+        with tempfile.TemporaryDirectory() as folder:
+            _save_timm_config(student, Path(folder))
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         logger.debug("Rebuilding %s failed: %s", architecture, error)
         same = False
     if not same:
         raise ValueError(
             f"`student` is a timm {type(module).__name__} that `timm.create_model({architecture!r}, **{arguments})` does "
-            "not rebuild, so that nobody could load it once saved. Give its name and its arguments instead: "
+            "not rebuild from a saved configuration, so that nobody could load it. Give its name and plain arguments instead: "
             "`load_student('timm/<name>', **arguments)`."
         )
 
@@ -77,8 +86,8 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
     state_dict = student.model.state_dict() if state_dict is None else state_dict
     if student.classifier.library == "timm":
         state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
-        save_file(state_dict, folder / STUDENT_FILE, metadata={"format": "pt"})
         _save_timm_config(student, folder)
+        save_file(state_dict, folder / STUDENT_FILE, metadata={"format": "pt"})
     else:
         student.model.save_pretrained(folder, state_dict=state_dict)
         _image_processor(student).save_pretrained(folder)
@@ -125,7 +134,17 @@ def load_student_weights(student: Student, folder: str | Path) -> None:
     """
     state_dict = read_tensors(Path(folder), STUDENT_FILE)
     if student.classifier.library == "transformers":
-        loaded = type(student.model).from_pretrained(folder, config=student.model.config)  # undoes renames on disk
+        # Names on disk may differ from those of the module: transformers knows how.
+        loaded, info = type(student.model).from_pretrained(
+            folder,
+            config=student.model.config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        wrong = {kind: keys for kind, keys in info.items() if keys and kind.endswith("_keys")}
+        if wrong:
+            raise ValueError(_unsuitable(student.model, Path(folder), wrong))
         state_dict = loaded.state_dict()
     load_strictly(student.model, state_dict, Path(folder))
 
@@ -177,10 +196,14 @@ def check_checkpoint(folder: str | Path, sharded: bool) -> None:
         ValueError: a folder without readable trainer state, optimiser or scheduler.
     """
     folder = Path(folder)
-    try:
-        json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(_broken(folder, "trainer_state.json", error)) from error
+    for name in ("trainer_state.json", RUN_STATE_FILE):
+        try:
+            json.loads((folder / name).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(_broken(folder, name, error)) from error
+    for file in folder.glob("rng_state*.pth"):
+        if not zipfile.is_zipfile(file):
+            raise ValueError(_broken(folder, file.name, "not a file that torch wrote"))
     for name in () if sharded else ("optimizer.pt", "scheduler.pt"):
         try:
             torch.load(folder / name, map_location="meta", weights_only=True)
@@ -199,10 +222,14 @@ def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], folder: Path
     try:
         module.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
-        raise ValueError(
-            f"The weights in {str(folder)!r} do not fit this {type(module).__name__}: {error} Resume with the models and "
-            "settings that the run was started with."
-        ) from error
+        raise ValueError(_unsuitable(module, folder, error)) from error
+
+
+def _unsuitable(module: nn.Module, folder: Path, reason: Any) -> str:
+    return (
+        f"The weights in {str(folder)!r} do not fit this {type(module).__name__}: {reason} Resume with the models and "
+        "settings that the run was started with."
+    )
 
 
 def _broken(folder: Path, name: str, error: Any) -> str:

@@ -64,6 +64,7 @@ class Student(nn.Module):
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
         self.tap_names = tap_names
         self._tapped: dict[str, Any] = {}
+        self._recording = False
         if not self.num_labels:
             raise ValueError(
                 f"`student` {self.name!r} has no classifier head. Give it one with its number of classes."
@@ -96,19 +97,40 @@ class Student(nn.Module):
 
     def classify(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, height, width) to logits (B, K)."""
-        output = self.model(pixel_values)
+        output = self.model(pixel_values.to(self._dtype()))
         return output.logits if isinstance(self.model, PreTrainedModel) else first_tensor(output)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, height, width) to the penultimate map, the last map (B, C, h, w each) and logits (B, K)."""
         taps = self.taps
-        logits = self.classify(pixel_values)
+        self._recording = True
+        try:
+            logits = self.classify(pixel_values)
+        finally:
+            self._recording = False
         penultimate, last = (tap.as_map(self._tapped[tap.module]) for tap in taps)
         self._tapped.clear()
         return penultimate, last, logits
 
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def freeze_unused(self) -> list[str]:
+        """Freeze parameters that the logits do not depend on, such as mask tokens: DDP waits for their gradients.
+
+        Returns:
+            Their names.
+        """
+        names, parameters = zip(*[(n, p) for n, p in self.model.named_parameters() if p.requires_grad], strict=True)
+        _, logits = _dry_run(self)
+        gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+        unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+        for name in unused:
+            self.model.get_parameter(name).requires_grad_(False)
+        return unused
+
     def _record(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.training:
+        if self._recording:
             self._tapped[name] = output
 
 
@@ -137,33 +159,37 @@ def find_taps(student: Student) -> tuple[Tap, Tap]:
         raise ValueError(
             f"`student` {student.name!r} ({type(student.model).__name__}) has no module at which all information passes "
             f"through one map larger than 1x1 at {student.spec.size[0]}x{student.spec.size[1]} px: nothing can be tapped. "
-            "Larger images may help."
+            "Larger images may help, or two modules named with `student_taps`."
         )
     same = [visit for visit in cuts if visit.node is cuts[-1].node]  # modules that hand on one tensor
     last = min(same, key=lambda visit: (not visit.plain, len(visit.name)))
     blocks = [visit for visit in cuts if any(True for _ in visit.module.children()) and _has_matrix(visit.module)]
     here = [visit for visit in blocks if visit.tap.grid == last.tap.grid]
     before = [visit for visit in blocks if visit.tap.grid != last.tap.grid]
-    kinds = {_kind(visit) for visit in here if not isinstance(visit.module, CONTAINERS)}
-    if any(_kind(visit) in kinds for visit in before):  # the same kind of block on a larger grid: hierarchical
-        penultimate = _last_of_stage(before, visits, last.tap.grid)
+    if any(_area(visit) < _area(last) for visit in before):
+        raise ValueError(_no_taps(student))
+    kinds = Counter(_kind(visit) for visit in here if not isinstance(visit.module, CONTAINERS))
+    # Hierarchical: the same kind of block on a larger grid, or too few blocks on the last one to be the whole network.
+    if before and (any(_kind(visit) in kinds for visit in before) or max(kinds.values(), default=0) < 3):
+        penultimate = _last_of_stage(before, visits)
     else:
         penultimate = _isotropic_penultimate(student, here)
     return penultimate.tap, last.tap
 
 
-def _last_of_stage(before: list[_Visit], visits: list[_Visit], last_grid: tuple[int, int]) -> _Visit:
+def _last_of_stage(before: list[_Visit], visits: list[_Visit]) -> _Visit:
     """The last block of the penultimate stage, not the expansion with which a block of the last stage begins.
 
     A block inside of what shrinks the grid belongs to the penultimate stage where it has that stage's width:
     Swin of transformers merges at the end of a stage.
     """
     grid = before[-1].tap.grid
+    area = grid[0] * grid[1]
 
     def shrinks(name: str) -> bool:
         inner = [visit.tap.grid for visit in visits if visit.name.startswith(f"{name}.")]
         output = [visit.tap.grid for visit in visits if visit.name == name]
-        return output == [last_grid] and max(h * w for h, w in inner) <= grid[0] * grid[1]
+        return any(h * w < area for h, w in output) and max(h * w for h, w in inner) <= area
 
     outside: list[_Visit] = []
     inside: list[_Visit] = []
@@ -192,15 +218,23 @@ def _isotropic_penultimate(student: Student, visits: list[_Visit]) -> _Visit:
     kinds = Counter(_kind(visit) for visit in visits if not isinstance(visit.module, CONTAINERS))
     kind, depth = kinds.most_common(1)[0] if kinds else ("", 0)
     if depth < 2:
-        raise ValueError(
-            f"`student` {student.name!r} ({type(student.model).__name__}) has no two stages or blocks to tap "
-            f"at {student.spec.size[0]}x{student.spec.size[1]} px."
-        )
+        raise ValueError(_no_taps(student))
     blocks = [visit for visit in visits if _kind(visit) == kind]
     has_attention = any("attn" in name or "attention" in name for name, _ in blocks[0].module.named_children())
     vit = has_attention and "eva" not in kind.lower()
     position = max(1, 3 * depth // 4) if vit else max(1, depth - 2)  # 1-based
     return blocks[position - 1]
+
+
+def _no_taps(student: Student) -> str:
+    return (
+        f"`student` {student.name!r} ({type(student.model).__name__}) has no two stages or blocks that the dry run could "
+        f"find at {student.spec.size[0]}x{student.spec.size[1]} px. Name two modules with `student_taps`."
+    )
+
+
+def _area(visit: _Visit) -> int:
+    return visit.tap.grid[0] * visit.tap.grid[1]
 
 
 def _kind(visit: _Visit) -> str:

@@ -64,7 +64,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B, 3, height, width) to the last map (B, D, H, W) and logits (B, K), None without a head."""
-        output = self.model(pixel_values)
+        output = self.model(pixel_values.to(next(self.parameters()).dtype))
         last_map = self._as_map(self._captured.pop("last"))
         if not self.num_labels:
             return last_map, None
@@ -119,6 +119,8 @@ class Teacher(nn.Module):
         return shape[1] if self.layout.order == "NCHW" else shape[-1]
 
     def _patch_grid(self) -> Grid:
+        if built := getattr(getattr(self.model, "patch_embed", None), "grid_size", None):
+            return built[0], built[1]
         assert self._patch is not None
         return self.spec.size[0] // self._patch[0], self.spec.size[1] // self._patch[1]
 
@@ -256,6 +258,8 @@ class TransformersSwin(StagedTeacher):
         return grids
 
     def _check(self) -> None:
+        if len(self._layers()) < 2:
+            raise ValueError(f"`teacher` {self.name!r} has one stage: there is no stage before its last one.")
         for grid in self._stages():
             self._check_window(grid, (self.model.config.window_size, self.model.config.window_size))
         super()._check()

@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import Mixup
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from .averaging import AveragedStudent
 from .building import build_model
 from .config import ScaleKDConfig
-from .data import ImageDataset, ImageStream, Preparation, RepeatSampler, collate, dataset_labels, prepare_dataset
+from .data import ImageDataset, ImageStream, collate, dataset_labels
 from .distiller import check_labels
+from .image_trainer import ImageTrainer, Passes, count_steps, prepare_images
 from .loss_log import LossLog
 from .metrics import compute_accuracy, keep_top5
 from .optimization import decayed_parameters, scaled_learning_rate, step_schedule, timm_optimizer
@@ -43,7 +41,7 @@ __all__ = ["ScaleKDTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class ScaleKDTrainer(Trainer):
+class ScaleKDTrainer(ImageTrainer):
     """Distils a frozen teacher into a student with ScaleKD (NeurIPS 2024, arXiv 2411.06786).
 
     ```python
@@ -70,7 +68,6 @@ class ScaleKDTrainer(Trainer):
         ValueError: models, images or labels that do not fit each other.
     """
 
-    args: ScaleKDConfig
     loss_is_scaled_for_ga = False  # every loss is a mean over its own batch
 
     def __init__(
@@ -90,15 +87,23 @@ class ScaleKDTrainer(Trainer):
         labels = dataset_labels(train_dataset if train_dataset is not None else eval_dataset, args.label_column)
         distiller = build_model(model, teacher, args, labels)
         check_rebuildable(distiller.student)
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        evaluations = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        for name, dataset in (
+            ("train_dataset", train_dataset),
+            *(("eval_dataset" + f"[{key!r}]" * bool(key), value) for key, value in evaluations.items()),
+        ):
             if names := dataset_labels(dataset, args.label_column):
                 student = distiller.student
                 check_labels(f"`{name}`", len(names), names, student.num_labels, student.labels)
                 student.name_labels(names)
-        if kwargs.get("compute_metrics") is None:
+        if kwargs.get("compute_metrics") is None and kwargs.get("preprocess_logits_for_metrics") is None:
             kwargs["compute_metrics"] = compute_accuracy
             kwargs["preprocess_logits_for_metrics"] = keep_top5
         kwargs.setdefault("data_collator", collate)
+        if args.activation_checkpointing:
+            raise ValueError(
+                "`activation_checkpointing` (`gradient_checkpointing`) is not supported yet: turn it off."
+            )
         if args.timm_optim is not None:
             kwargs.setdefault("optimizer_cls_and_kwargs", timm_optimizer(args, args.learning_rate))
         if args.sync_batchnorm and args.world_size > 1:
@@ -106,113 +111,23 @@ class ScaleKDTrainer(Trainer):
                 raise ValueError("`sync_batchnorm` needs GPUs: torch has no synchronised BatchNorm on the CPU.")
             distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
         self.loss_log = LossLog()
-        self._resumed_step = 0
-        train_dataset = self._prepare_data(train_dataset, "train_dataset", distiller.student, args)
+        train_dataset = prepare_images(train_dataset, "train_dataset", distiller.student, args)
         if isinstance(train_dataset, ImageStream) and args.max_steps <= 0:
-            args.max_steps = _count_steps(train_dataset, args)
+            args.max_steps = count_steps(train_dataset, args)
         super().__init__(
             model=distiller,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=self._prepare_data(eval_dataset, "eval_dataset", distiller.student, args),
+            eval_dataset=prepare_images(eval_dataset, "eval_dataset", distiller.student, args),
             **kwargs,
         )
-        if isinstance(self.train_dataset, ImageStream):
-            self.add_callback(_StreamProgress)
+        self._saving_checkpoint = False
+        if isinstance(self.train_dataset, (ImageStream, ImageDataset)):
+            self.add_callback(Passes(self.train_dataset))
         self.averaged = AveragedStudent(self.student, args.ema_decay) if args.ema_decay else None
         if self.averaged is not None:
             self.add_callback(self.averaged)
         self._mixup = self._make_mixup()
-
-    @property
-    def student(self) -> Student:
-        """The student, also while it is wrapped for distributed training."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).student
-
-    # Data
-
-    @staticmethod
-    def _prepare_data(dataset: Any, name: str, student: Student, args: ScaleKDConfig) -> Any:
-        if dataset is None:
-            return None
-        if isinstance(dataset, dict):
-            return {
-                key: ScaleKDTrainer._prepare_data(value, f"{name}[{key!r}]", student, args)
-                for key, value in dataset.items()
-            }
-
-        def make() -> Preparation:
-            return Preparation(
-                student.spec,
-                name == "train_dataset",
-                args.image_column,
-                args.label_column if args.has_labels else None,
-                (args.crop_scale[0], args.crop_scale[1]),
-                args.hflip,
-                args.rand_augment,
-                args.random_erasing,
-                args.repeated_augmentation,
-                args.seed,
-            )
-
-        return prepare_dataset(dataset, name, make, args.seed, args.shuffle_buffer_size)
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The parent's, but for a stream: that one shards, shuffles and finds its place itself."""
-        if not isinstance(self.train_dataset, ImageStream):
-            return super().get_train_dataloader()
-        return self.train_dataset.loader(
-            self._train_batch_size,
-            self.args.process_index,
-            self.args.world_size,
-            consumed_batches=self._resumed_step * self.args.gradient_accumulation_steps,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=False,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.repeated_augmentation > 1 and isinstance(dataset, ImageDataset):
-            return RepeatSampler(dataset)
-        return super()._get_train_sampler(train_dataset)
-
-    def _make_mixup(self) -> Mixup | None:
-        if not (self.args.mixup_alpha or self.args.cutmix_alpha):
-            return None
-        if self.args.per_device_train_batch_size % 2:
-            raise ValueError(
-                "Mixup and CutMix mix pairs: `per_device_train_batch_size` must be even, got "
-                f"{self.args.per_device_train_batch_size}."
-            )
-        classes = self.student.num_labels
-        return Mixup(self.args.mixup_alpha, self.args.cutmix_alpha, label_smoothing=0.0, num_classes=classes)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The parent's; a raw data set is prepared first, and a stream is read by at most one worker.
-
-        Several workers end a stream with several short batches, of which the parent would lose images.
-        """
-        named: Any = self.eval_dataset
-        if isinstance(eval_dataset, str):
-            eval_dataset = named[eval_dataset]
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = self._prepare_data(dataset, "eval_dataset", self.student, self.args)
-        if not isinstance(dataset, ImageStream):
-            return super().get_eval_dataloader(dataset)
-        loader = DataLoader(
-            dataset,
-            batch_size=self.args.eval_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=min(1, self.args.dataloader_num_workers),
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """That of an evaluation."""
-        return self.get_eval_dataloader(test_dataset)
 
     # Training
 
@@ -231,7 +146,7 @@ class ScaleKDTrainer(Trainer):
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
             if checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in `output_dir` {self.args.output_dir!r}.")
-        self._resumed_step = 0
+        self._resumed_images = 0
         self.loss_log.reset()
         if self.averaged is not None:
             self.averaged.restart()
@@ -239,13 +154,11 @@ class ScaleKDTrainer(Trainer):
             self._clear_output_dir()
         else:
             check_checkpoint(checkpoint, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
-            self._read_run_state(Path(checkpoint))
+            step = self._read_run_state(Path(checkpoint))
+            if 0 < self.args.max_steps <= step:  # the parent would train one step more
+                return self._load_finished(checkpoint, step)
         if isinstance(self.train_dataset, ImageStream):
             self.args.ignore_data_skip = True  # it starts where the checkpoint stands
-            if checkpoint and self._resumed_step >= self.args.max_steps:  # the parent would train one step more
-                self._load_from_checkpoint(checkpoint)
-                self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-                return TrainOutput(self._resumed_step, float("nan"), {})
         result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._stop_if_not_finite()
         return result
@@ -260,18 +173,16 @@ class ScaleKDTrainer(Trainer):
         """The weighted loss in training, whose terms it adds up; the student's task loss in evaluation."""
         if model.training and self._mixup is not None and "labels" in inputs:
             inputs = self._mix(inputs)
+        if model.training and self.args.has_labels and "labels" not in inputs:
+            raise ValueError(
+                f"The training samples have no `labels`, only {sorted(inputs)}. Name them so, or set `label_column` to "
+                "none to train without."
+            )
         outputs = model(**inputs)
         if model.training:
             images = len(inputs["pixel_values"]) * self.args.world_size
             self.loss_log.add(self.state.global_step + 1, outputs.loss, outputs.losses, images)
         return (outputs.loss, {"loss": outputs.loss, "logits": outputs.logits}) if return_outputs else outputs.loss
-
-    def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Mixup or CutMix of a batch, labels (B,) to (B, K); an odd image at the end of the data stays out."""
-        assert self._mixup is not None
-        even = len(inputs["labels"]) // 2 * 2
-        pixel_values, labels = self._mixup(inputs["pixel_values"][:even].clone(), inputs["labels"][:even])
-        return {**inputs, "pixel_values": pixel_values, "labels": labels}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay, see `decay_all`."""
@@ -309,7 +220,8 @@ class ScaleKDTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's, with the averaged student where there is one."""
-        with self.averaged.in_place() if self.averaged is not None else contextlib.nullcontext():
+        averaged = self.averaged.in_place() if self.averaged is not None else contextlib.nullcontext()
+        with averaged, self.loss_log.paused():
             return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -326,7 +238,12 @@ class ScaleKDTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._stop_if_not_finite()  # before a good checkpoint is rotated away
-        super()._save_checkpoint(model, trial)
+        self._saving_checkpoint = True
+        try:
+            with self.loss_log.paused():
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The student; in checkpoints also the heads and the images seen. Never the teacher."""
@@ -344,18 +261,36 @@ class ScaleKDTrainer(Trainer):
         if self.averaged is not None:
             student_state = self.averaged.average.module.state_dict()
         save_student(model.student, folder, student_state)
-        if folder.name.startswith("checkpoint-"):
+        if self._saving_checkpoint:
             if self.averaged is not None:
                 self.averaged.save_trained(folder)
             if model.heads is not None:
                 save_heads(model.heads, folder, part("heads."))
-            (folder / RUN_STATE_FILE).write_text(json.dumps({"images_seen": self.loss_log.images_seen}))
+            run_state = {"images_seen": self.loss_log.images_seen, "data": self._data_settings()}
+            (folder / RUN_STATE_FILE).write_text(json.dumps(run_state, indent=2))
 
-    def _read_run_state(self, checkpoint: Path) -> None:
-        self._resumed_step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-        run_state = checkpoint / RUN_STATE_FILE
-        if run_state.exists():
-            self.loss_log.reset(json.loads(run_state.read_text())["images_seen"])
+    def _read_run_state(self, checkpoint: Path) -> int:
+        """Images seen and data settings of a checkpoint; returns its step."""
+        run_state = json.loads((checkpoint / RUN_STATE_FILE).read_text())
+        now, then = self._data_settings(), run_state["data"]
+        changed = [f"{name} {then[name]} to {now[name]}" for name in now if now[name] != then.get(name)]
+        if changed and not self.args.allow_data_mismatch:
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} was written with other settings of the data: {', '.join(changed)}. "
+                "The images would come in another order. Go back to them, or accept it with `allow_data_mismatch=True`."
+            )
+        self._resumed_images = run_state["images_seen"]
+        self.loss_log.reset(self._resumed_images)
+        return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+
+    def _load_finished(self, checkpoint: str, step: int) -> TrainOutput:
+        """A run that needs no more steps: load what it ended with."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            self._load_best_model()
+        return TrainOutput(step, float("nan"), {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_weights(resume_from_checkpoint, resume=True)
@@ -379,22 +314,3 @@ class ScaleKDTrainer(Trainer):
             for path in held:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.accelerator.wait_for_everyone()
-
-
-class _StreamProgress(TrainerCallback):
-    """Counts the "epoch" of an endless stream from the whole run: the parent counts from where it was resumed."""
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        state.epoch = state.global_step / state.max_steps
-
-
-def _count_steps(stream: ImageStream, args: ScaleKDConfig) -> int:
-    """Steps from epochs, where the stream or the settings know the number of images."""
-    images = args.images_per_epoch or stream.known_length()
-    if images is None:
-        raise ValueError(
-            "The length of the training stream is not known: set `max_steps`, or `images_per_epoch` so that "
-            f"`num_train_epochs` ({args.num_train_epochs}) can be counted."
-        )
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return math.ceil(args.num_train_epochs * images / batch)
