@@ -15,37 +15,31 @@ from pathlib import Path
 from transformers import AutoModelForImageClassification, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
+from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, Teacher, load_student, load_teacher
+from scalekd_hf.building import class_names
 from scalekd_hf.data import dataset_labels
-from scalekd_hf.plan import plan_run, without_gpu
-from scalekd_hf.recipe import DistillArguments, load_data, parse_config, take_plan, write_config
+from scalekd_hf.plan import plan_words
+from scalekd_hf.recipe import DistillArguments, count_images, load_data, parse_config, take_plan, write_config
 from scalekd_hf.saving import STUDENT_FILE, check_output_dir
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
-def run(arguments: DistillArguments, config: ScaleKDConfig, data: tuple, teacher_name: str | None) -> dict[str, float]:
+def run(arguments: DistillArguments, config: ScaleKDConfig, data: tuple, distil: bool) -> dict[str, float]:
     """Train one student, with a teacher or alone, save it, and evaluate what was saved."""
     train, evaluation = data
+    labels = dataset_labels(train, config.label_column)
+    teacher = load_teacher_of(arguments, config) if distil or labels is None else None
     set_seed(config.seed)  # alone and distilled start from the same weights
     student = load_student(
         arguments.student,
         pretrained=arguments.student_pretrained,
-        labels=dataset_labels(train, config.label_column),
+        labels=labels or class_names(teacher),
         image_size=config.image_size,
         **arguments.student_args,
     )
-    teacher = None
-    if teacher_name is not None:
-        teacher = load_teacher(
-            teacher_name,
-            last_blocks=config.teacher_last_blocks,
-            drop_path=config.teacher_drop_path,
-            image_size=config.teacher_image_size,
-            **arguments.teacher_args,
-        )
-    trainer = ScaleKDTrainer(student, teacher, config, train, evaluation)
+    trainer = ScaleKDTrainer(student, teacher if distil else None, config, train, evaluation)
     checkpoint = config.resume_from_checkpoint
     if checkpoint is True:
         checkpoint = get_last_checkpoint(config.output_dir)  # none yet: the run was stopped before it began
@@ -54,10 +48,21 @@ def run(arguments: DistillArguments, config: ScaleKDConfig, data: tuple, teacher
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-    if evaluation is None:
+    if evaluation is None or not config.has_labels:
         return {}
     # What was saved is evaluated, loaded as its users load it.
     return evaluate(AutoModelForImageClassification.from_pretrained(config.output_dir), config, evaluation)
+
+
+def load_teacher_of(arguments: DistillArguments, config: ScaleKDConfig) -> Teacher:
+    """The teacher that the settings name."""
+    return load_teacher(
+        arguments.teacher,
+        last_blocks=config.teacher_last_blocks,
+        drop_path=config.teacher_drop_path,
+        image_size=config.teacher_image_size,
+        **arguments.teacher_args,
+    )
 
 
 def evaluate(model: object, config: ScaleKDConfig, evaluation: object) -> dict[str, float]:
@@ -75,6 +80,7 @@ def main() -> None:
     if not config.resume_from_checkpoint:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
     data = load_data(arguments)
+    config.images_per_epoch = config.images_per_epoch or count_images(arguments)
     if config.process_index == 0:
         write_config(arguments, config, Path(config.output_dir) / "config_resolved.yaml")
     results = {}
@@ -82,10 +88,12 @@ def main() -> None:
         folder = str(Path(config.output_dir) / "alone")
         resume = True if config.resume_from_checkpoint else None  # a named checkpoint is the distilled student's
         alone = dataclasses.replace(config, output_dir=folder, resume_from_checkpoint=resume)
-        results["student alone"] = run(arguments, alone, data, None)
-    results["student distilled"] = run(arguments, config, data, arguments.teacher)
-    if data[1] is not None and config.logit_weight:  # then its labels are the data's
-        teacher = load_student(arguments.teacher, pretrained=True, **arguments.teacher_args)
+        results["student alone"] = run(arguments, alone, data, distil=False)
+    results["student distilled"] = run(arguments, config, data, distil=True)
+    if data[1] is not None and config.logit_weight and config.has_labels:  # then its labels are the data's
+        teacher = load_student(
+            arguments.teacher, pretrained=True, image_size=config.teacher_image_size, **arguments.teacher_args
+        )
         results = {"teacher": evaluate(teacher, config, data[1]), **results}
     if config.process_index == 0:
         report(results, Path(config.output_dir))
@@ -93,8 +101,7 @@ def main() -> None:
 
 def print_plan(words: list[str], plan_format: str) -> int:
     """Print what the run would do; 1 if it would fail."""
-    arguments, config = parse_config(DistillArguments, [*words, *without_gpu()], default_config=QUICKSTART)
-    plan = plan_run(arguments, config, arguments.plan_processes)
+    plan = plan_words(words, QUICKSTART)
     print(json.dumps(plan.to_dict(), indent=2) if plan_format == "json" else plan.to_text())
     return int(plan.error is not None)
 
@@ -102,7 +109,7 @@ def print_plan(words: list[str], plan_format: str) -> int:
 def report(results: dict[str, dict[str, float]], folder: Path) -> None:
     """Print the table of accuracies and write them to results.json."""
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    rows = {name: metrics for name, metrics in results.items() if metrics}
+    rows = {name: metrics for name, metrics in results.items() if "top1" in metrics}
     if rows:
         print(f"\n{'':<20}{'top-1':>8}{'top-5':>8}")
     for name, metrics in rows.items():

@@ -7,7 +7,7 @@ from transformers import set_seed
 
 from scalekd_hf import ScaleKDTrainer, load_student
 from scalekd_hf.data import dataset_labels
-from scalekd_hf.recipe import TeacherArguments, load_data, parse_config, write_config
+from scalekd_hf.recipe import TeacherArguments, count_images, load_data, parse_config, write_config
 from scalekd_hf.saving import check_output_dir
 
 
@@ -16,6 +16,7 @@ def main() -> None:
     if not config.resume_from_checkpoint:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
     train, evaluation = load_data(arguments)
+    config.images_per_epoch = config.images_per_epoch or count_images(arguments)
     set_seed(config.seed)
     model = load_student(
         arguments.model,

@@ -4,10 +4,12 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 from helpers import ROOT, run
 
 import scalekd_hf
+from scalekd_hf.plan import _SavedBytes
 
 
 RECIPES = {file.stem: file for file in sorted((ROOT / "recipes" / "configs").glob("*_to_*.yaml"))}
@@ -94,12 +96,35 @@ def quickstart(**changes):
         ({"image_size": 8}, "does not run on images of 8x8 px.*`image_size`"),
         ({"student_args": {**quickstart()["student_args"], "num_classes": 7}}, "10 classes and the student 7"),
         ({"teacher": "timm/resnet81"}, "Did you mean"),
+        ({"train_files": "nowhere/*.parquet"}, "No file matches"),
+        ({"train_files": None, "eval_files": None}, "There is no data"),
+        ({"label_column": "digit"}, "no column 'digit'"),
+        ({"mixup_alpha": 0.5, "per_device_train_batch_size": 3}, "must be even"),
+        ({"lr_scheduler_type": "cosine_warmup_with_min_lr"}, "min_lr"),
+        ({"softmax_scale": 0}, "`softmax_scale` must be positive"),
+        ({"max_steps": -1, "train_files": None, "dataset": "team/data"}, "number of steps is not known"),
     ],
 )
 def test_what_would_fail_is_said(monkeypatch, changes, message):
     monkeypatch.chdir(ROOT)
     plan = scalekd_hf.plan(quickstart(**changes))
     assert plan.error is not None and re.search(message, plan.error), plan.error
+
+
+@pytest.mark.parametrize(("streaming", "steps"), [(True, 5), (False, 6)])
+def test_steps_of_a_stream_and_of_a_table_are_counted_as_the_run_counts_them(monkeypatch, streaming, steps):
+    monkeypatch.chdir(ROOT)
+    settings = quickstart(max_steps=-1, num_train_epochs=3, per_device_train_batch_size=1000, streaming=streaming)
+    assert scalekd_hf.plan(settings).schedule["steps"] == steps
+
+
+def test_kept_activations_are_counted_once_and_weights_not_at_all():
+    layer = torch.nn.Linear(1000, 1000)
+    kept = _SavedBytes({parameter.untyped_storage()._cdata for parameter in layer.parameters()})
+    x = torch.randn(4, 1000, requires_grad=True)
+    with kept:
+        layer(torch.relu(layer(x)))
+    assert kept.total == 2 * 4 * 1000 * 4  # the input and the output of the ReLU
 
 
 def test_the_command_prints_a_table_or_json(tmp_path):

@@ -139,6 +139,24 @@ def test_the_quickstart_in_small(tmp_path):
     assert again["student distilled"]["top1"] == results["student distilled"]["top1"]
 
 
+@pytest.mark.parametrize("logit_weight", ["0.5", "0"])
+def test_distillation_without_labels_through_the_recipe(tmp_path, logit_weight):
+    words = [
+        "--label_column",
+        "none",
+        "--baseline",
+        "false",
+        "--logit_weight",
+        logit_weight,
+        "--max_steps",
+        "2",
+        "--use_cpu",
+    ]
+    result = run("python", "recipes/distill.py", *words, "--output_dir", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.num_labels == 10
+
+
 def test_the_baseline_is_not_resumed_from_the_distilled_student(tmp_path):
     words = [
         "--output_dir",

@@ -3,11 +3,13 @@
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
-from helpers import settings, small_student, timm_swin
+from helpers import SMALL_SWIN, settings, small_student, timm_swin
 from PIL import Image
+from timm.layers import convert_sync_batchnorm
 
-from scalekd_hf import ScaleKDTrainer, load_student
+from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.data import ImageDataset, ImageStream, Preparation, RepeatSampler
 from scalekd_hf.loading import ImageSpec
 from scalekd_hf.optimization import decayed_parameters
@@ -66,9 +68,89 @@ def test_mixup_and_cutmix_give_soft_labels_to_the_task_loss_and_mixed_images_to_
     assert ((labels > 0).sum(1) > 1).any()
 
 
-def test_mixing_needs_an_even_batch(tmp_path, digits):
-    with pytest.raises(ValueError, match="`per_device_train_batch_size` must be even, got 3"):
-        trainer_for(tmp_path, digits, mixup_alpha=0.5, per_device_train_batch_size=3)
+@pytest.mark.parametrize("rest", [1, 3])
+def test_an_odd_batch_at_the_end_of_a_pass_keeps_its_last_image_unmixed(tmp_path, digits, rest):
+    trainer = trainer_for(tmp_path, digits.select(range(8 + rest)), max_steps=4, mixup_alpha=0.8)
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    trainer.train()
+    assert [len(batch["labels"]) for batch in seen] == [8, rest] * 2
+    assert all(batch["labels"][-1].max() == 1 for batch in seen[1::2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixup_alpha": 0.5, "per_device_train_batch_size": 3}, "`per_device_train_batch_size` must be even, got 3"),
+        ({"cutmix_alpha": 0.5, "label_column": "none"}, "need a `label_column`"),
+        (
+            {
+                "label_column": "none",
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "save_strategy": "steps",
+                "eval_steps": 1,
+                "save_steps": 1,
+            },
+            "needs labels",
+        ),
+        ({"gradient_checkpointing": True}, "`activation_checkpointing`"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **changes)
+
+
+def test_mixing_needs_class_indices(tmp_path):
+    soft = torch.nn.functional.one_hot(torch.arange(8), 10).float()
+    data = datasets.Dataset.from_dict({"pixel_values": torch.randn(8, 3, 32, 32).tolist(), "labels": soft.tolist()})
+    with pytest.raises(ValueError, match="need class indices"):
+        trainer_for(tmp_path, data, mixup_alpha=0.5).train()
+
+
+def test_a_larger_batch_after_a_resume_trains_the_images_that_are_left(tmp_path, digits):
+    stream = digits.to_iterable_dataset()
+    options = {
+        "max_steps": -1,
+        "num_train_epochs": 1,
+        "images_per_epoch": 96,
+        "save_strategy": "steps",
+        "save_steps": 6,
+    }
+    trainer_for(tmp_path, stream, **options).train()
+    resumed = trainer_for(tmp_path, stream, **options, per_device_train_batch_size=16, allow_data_mismatch=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert (resumed.state.global_step, resumed.loss_log.images_seen) == (6 + 3, 96)
+    with pytest.raises(ValueError, match="where the data is a stream"):
+        other = trainer_for(tmp_path, digits, max_steps=12, per_device_train_batch_size=16, allow_data_mismatch=True)
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_a_checkpoint_with_an_average_is_not_resumed_without(tmp_path, digits):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_for(tmp_path, digits, ema_decay=0.5, **options).train()
+    with pytest.raises(ValueError, match="holds an averaged student: set its `ema_decay` again"):
+        trainer_for(tmp_path, digits, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_stochastic_depth_of_the_teacher_is_on_while_the_student_trains(tmp_path):
+    teacher = load_teacher(
+        "timm/swin_tiny_patch4_window7_224", drop_path=0.5, pretrained=False, num_classes=10, **SMALL_SWIN
+    )
+    model = ScaleKDTrainer(small_student(), teacher, settings(tmp_path)).model
+    assert any(module.training for module in model.train().teacher.modules())
+    assert not any(module.training for module in model.eval().teacher.modules())
+
+
+def test_synchronised_batchnorm_keeps_the_activations_in_norms_of_timm():
+    model = timm.create_model("mobilenetv1_100", num_classes=10).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images)
+        converted = convert_sync_batchnorm(model)
+        assert torch.equal(converted(images), expected)
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
 
 
 def test_repeated_augmentation_gives_each_image_several_times_in_a_row(tmp_path, digits, digits_stream):

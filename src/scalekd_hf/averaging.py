@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -31,6 +33,12 @@ class AveragedStudent(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.average.update(self.student.model)
+
+    def synchronise(self, accelerator: Accelerator) -> None:
+        """Take the buffers of the first process everywhere: BatchNorm's statistics differ between processes."""
+        if accelerator.num_processes > 1:
+            for buffer in self.average.module.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def restart(self) -> None:
         """Start again from the student as it is."""

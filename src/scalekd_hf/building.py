@@ -14,7 +14,7 @@ from .students import Student, load_student
 from .teachers import Teacher, load_teacher
 
 
-__all__ = ["build_model", "num_heads"]
+__all__ = ["build_model", "class_names", "num_heads"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,18 @@ def build_model(
             _check_built_size("teacher_image_size", args.teacher_image_size, teacher)
         size: dict[str, Any] = {"image_size": args.teacher_image_size} if isinstance(teacher, str) else {}
         teacher = load_teacher(teacher, last_blocks=args.teacher_last_blocks, drop_path=args.teacher_drop_path, **size)
-        labels = labels or teacher.labels
+        labels = labels or class_names(teacher)
     options: dict[str, Any] = {"labels": labels, "image_size": args.image_size} if isinstance(student, str) else {}
     student = load_student(student, **options)
     if "taps" in vars(student):
         _check_built_size("image_size", args.image_size, student)
     student.spec = student.spec.updated(size=args.image_size, crop_pct=args.crop_pct)
     if args.student_taps:
+        if "taps" in vars(student) and [tap.module for tap in student.taps] != list(args.student_taps):
+            raise ValueError(
+                f"`student_taps` are {args.student_taps}, but the student is tapped already at "
+                f"{[tap.module for tap in student.taps]}. Give them to `load_student` as `taps`."
+            )
         student.tap_names = (args.student_taps[0], args.student_taps[1])
     if unused := student.freeze_unused():
         logger.info("No logit depends on %s of the student: frozen.", unused)
@@ -88,6 +93,13 @@ def _build_heads(student: Student, teacher: Teacher, args: ScaleKDConfig) -> Mim
         learned_last_queries=args.learned_last_queries,
         terms=terms,
     )
+
+
+def class_names(teacher: Teacher | None) -> list[str] | None:
+    """The teacher's class names, numbers where it has no names; None without a head or a teacher."""
+    if teacher is None:
+        return None
+    return teacher.labels or [str(index) for index in range(teacher.num_labels)] or None
 
 
 def num_heads(teacher: Teacher, args: ScaleKDConfig) -> tuple[int, int]:

@@ -279,8 +279,25 @@ class ScaleKDConfig(TrainingArguments):
         self._check("student_taps", "must be the names of two modules", lambda value: len(value) == 2)
         self._check("stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
         self._check("task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
+        self._check_combinations()
         for name in ("remove_unused_columns", "logging_nan_inf_filter"):
             self._check(name, f"must be False: {type(self).__dataclass_fields__[name].metadata['help']}", _is_off)
+
+    def _check_combinations(self) -> None:
+        mixing = self.mixup_alpha > 0 or self.cutmix_alpha > 0
+        if mixing and self.per_device_train_batch_size % 2:
+            raise ValueError(
+                "Mixup and CutMix mix pairs: `per_device_train_batch_size` must be even, got "
+                f"{self.per_device_train_batch_size}."
+            )
+        if mixing and not self.has_labels:
+            raise ValueError("Mixup and CutMix mix labels, too: they need a `label_column`, got 'none'.")
+        if self.load_best_model_at_end and not self.has_labels:
+            raise ValueError("`load_best_model_at_end` needs labels to tell the best: `label_column` is 'none'.")
+        if getattr(self, "activation_checkpointing", self.gradient_checkpointing):
+            raise ValueError(
+                "`activation_checkpointing` (`gradient_checkpointing`) is not supported yet: turn it off."
+            )
 
     @property
     def has_labels(self) -> bool:

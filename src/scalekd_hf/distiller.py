@@ -139,12 +139,6 @@ class ScaleKDModel(nn.Module):
         """The student's transformers configuration; None for a timm student."""
         return getattr(self.student.model, "config", None)
 
-    def train(self, mode: bool = True) -> ScaleKDModel:
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
     def trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The children whose parameters train: student and, with a teacher, heads."""
         yield "student", self.student

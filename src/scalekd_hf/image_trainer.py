@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from timm.data import Mixup
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -54,11 +56,6 @@ class ImageTrainer(Trainer):
     def _make_mixup(self) -> Mixup | None:
         if not (self.args.mixup_alpha or self.args.cutmix_alpha):
             return None
-        if self.args.per_device_train_batch_size % 2:
-            raise ValueError(
-                "Mixup and CutMix mix pairs: `per_device_train_batch_size` must be even, got "
-                f"{self.args.per_device_train_batch_size}."
-            )
         classes = self.student.num_labels
         return Mixup(self.args.mixup_alpha, self.args.cutmix_alpha, label_smoothing=0.0, num_classes=classes)
 
@@ -89,11 +86,17 @@ class ImageTrainer(Trainer):
         return self.get_eval_dataloader(data)
 
     def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Mixup or CutMix of a batch, labels (B,) to (B, K); an odd image at the end of the data stays out."""
+        """Mixup or CutMix of a batch, labels (B,) to (B, K); of an odd batch the last image stays as it is."""
         assert self._mixup is not None
-        even = len(inputs["labels"]) // 2 * 2
-        pixel_values, labels = self._mixup(inputs["pixel_values"][:even].clone(), inputs["labels"][:even])
-        return {**inputs, "pixel_values": pixel_values, "labels": labels}
+        pixel_values, labels = inputs["pixel_values"], inputs["labels"]
+        if labels.ndim != 1:
+            raise ValueError(f"Mixup and CutMix need class indices (B,) as labels, got {tuple(labels.shape)}.")
+        even = len(labels) // 2 * 2
+        rest = F.one_hot(labels[even:], self.student.num_labels).float()
+        if even:
+            mixed, soft = self._mixup(pixel_values[:even].clone(), labels[:even])
+            pixel_values, rest = torch.cat([mixed, pixel_values[even:]]), torch.cat([soft, rest])
+        return {**inputs, "pixel_values": pixel_values, "labels": rest}
 
     def _data_settings(self) -> dict[str, Any]:
         """What the order of the images depends on."""
@@ -104,6 +107,7 @@ class ImageTrainer(Trainer):
             "dataloader_num_workers": self.args.dataloader_num_workers,
             "seed": self.args.seed,
             "shuffle_buffer_size": self.args.shuffle_buffer_size,
+            "repeated_augmentation": self.args.repeated_augmentation,
         }
 
 
@@ -151,8 +155,8 @@ class Passes(TrainerCallback):
             state.epoch = state.global_step / state.max_steps
 
 
-def count_steps(stream: ImageStream, args: ScaleKDConfig) -> int:
-    """Steps from epochs, where the stream or the settings know the number of images."""
+def count_steps(stream: ImageStream, args: ScaleKDConfig, images_seen: int = 0) -> int:
+    """Steps for what is left of `num_train_epochs`, where the stream or the settings know the number of images."""
     images = args.images_per_epoch or stream.known_length()
     if images is None:
         raise ValueError(
@@ -160,4 +164,4 @@ def count_steps(stream: ImageStream, args: ScaleKDConfig) -> int:
             f"`num_train_epochs` ({args.num_train_epochs}) can be counted."
         )
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return math.ceil(args.num_train_epochs * images / batch)
+    return math.ceil((args.num_train_epochs * images - images_seen) / batch)

@@ -40,7 +40,7 @@ def scaled_learning_rate(args: ScaleKDConfig, global_batch_size: int) -> float:
 
 
 def timm_optimizer(args: ScaleKDConfig, learning_rate: float) -> tuple[Any, dict[str, Any]]:
-    """Class and arguments of `timm_optim`, with the betas and epsilon of the settings where it has such."""
+    """Class and arguments of `timm_optim`, with the betas of the settings where it has two; else timm's defaults."""
     assert args.timm_optim is not None
     info = timm.optim.get_optimizer_info(args.timm_optim)
     options: dict[str, Any] = {"lr": learning_rate, **(info.defaults or {})}

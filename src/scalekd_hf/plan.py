@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, get_scheduler
 
-from .building import build_model, num_heads
+from .building import build_model, class_names, num_heads
 from .config import ScaleKDConfig
+from .data import Preparation, dataset_labels, prepare_dataset
 from .distiller import ScaleKDModel
-from .optimization import scaled_learning_rate
-from .recipe import DistillArguments, as_words, parse_config
+from .loading import ImageSpec
+from .optimization import scaled_learning_rate, timm_optimizer
+from .recipe import DistillArguments, as_words, count_images, load_data, parse_config
+from .saving import check_output_dir
 from .students import load_student
 from .teachers import load_teacher
 
 
-__all__ = ["Plan", "plan", "plan_run", "without_gpu"]
+__all__ = ["Plan", "plan", "plan_run", "plan_words"]
 
 IMAGES = 2  # in the dry run: BatchNorm refuses one image
 
@@ -88,18 +91,34 @@ def plan_run(arguments: DistillArguments, config: ScaleKDConfig, processes: int 
     """
     result = Plan()
     try:
+        if not config.resume_from_checkpoint:
+            check_output_dir(str(config.output_dir), config.overwrite_output_dir)
+        labels = _local_labels(arguments, config)
         with torch.device("meta"):
-            model = _build(arguments, config)
+            model = _build(arguments, config, labels)
             _describe_models(result, model)
             _count(result, model, config)
         _schedule(result, arguments, config, processes or config.world_size)
         _remember_warnings(result, model, config)
-    except (ValueError, RuntimeError) as error:
-        result.error = str(error)
+    except Exception as error:  # whatever would stop the run is the answer
+        result.error = str(error) or repr(error)
     return result
 
 
-def _build(arguments: DistillArguments, config: ScaleKDConfig) -> ScaleKDModel:
+def _local_labels(arguments: DistillArguments, config: ScaleKDConfig) -> list[str] | None:
+    """Class names of the data, where it is here; refuses data that the run would refuse."""
+    if arguments.dataset is not None and not Path(arguments.dataset).is_dir():
+        return None
+    labels = None
+    for name, data in zip(("train_dataset", "eval_dataset"), load_data(arguments), strict=True):
+        if data is not None:
+            column = config.label_column if config.has_labels else None
+            prepare_dataset(data, name, lambda: Preparation(ImageSpec(), False, config.image_column, column))  # noqa: B023
+            labels = labels or dataset_labels(data, config.label_column)
+    return labels
+
+
+def _build(arguments: DistillArguments, config: ScaleKDConfig, labels: list[str] | None) -> ScaleKDModel:
     teacher = load_teacher(
         arguments.teacher,
         pretrained=False,
@@ -108,10 +127,9 @@ def _build(arguments: DistillArguments, config: ScaleKDConfig) -> ScaleKDModel:
         image_size=config.teacher_image_size,
         **dict(arguments.teacher_args or {}),  # type: ignore[arg-type]
     )
-    classes = teacher.labels or [str(index) for index in range(teacher.num_labels)]  # the data's are not known yet
     student = load_student(
         arguments.student,
-        labels=classes or None,
+        labels=labels or class_names(teacher),
         image_size=config.image_size,
         **dict(arguments.student_args or {}),  # type: ignore[arg-type]
     )
@@ -159,27 +177,27 @@ def _count(result: Plan, model: ScaleKDModel, config: ScaleKDConfig) -> None:
     student, teacher, heads = model.student, model.teacher, model.heads
     assert teacher is not None
     pixel_values = torch.zeros(IMAGES, 3, *student.spec.size)
-    kept = _SavedBytes({id(p.untyped_storage()) for p in model.parameters()})
     teacher_pixels = model.convert(pixel_values)
     parts = {"teacher forward": _gflops(lambda: teacher(teacher_pixels))}
     result.models["teacher"]["gflops"] = parts["teacher forward"]
     with torch.no_grad():
         result.models["student"]["gflops"] = _gflops(lambda: student(pixel_values))
-    with kept:
-        parts["student"] = _gflops(lambda: student(pixel_values)[2].sum().backward())
-        if heads is not None:
-            last_map, _ = teacher(teacher_pixels)
-            maps = [_map(dim, grid) for dim, grid in zip(student.dims, student.grids, strict=True)]
-            whole = _gflops(
-                lambda: torch.stack([*heads(*maps, last_map, teacher.last_stage).values()]).sum().backward()
-            )
-            views = sum(hasattr(heads, f"penultimate_{view}") for view in ("spatial", "frequency"))
-            count = teacher.penultimate_grid[0] * teacher.penultimate_grid[1]
-            tokens = torch.zeros(IMAGES, count, teacher.penultimate_dim, requires_grad=True)
-            stage = views * _gflops(lambda: teacher.last_stage(tokens).sum().backward())
-            parts |= {"projectors": whole - stage, "teacher's last stage, twice": stage}
-            _describe_projectors(result, model, config, maps)
+    parts["student"] = _gflops(lambda: student(pixel_values)[2].sum().backward())
+    if heads is not None:
+        last_map, _ = teacher(teacher_pixels)
+        maps = [_map(dim, grid) for dim, grid in zip(student.dims, student.grids, strict=True)]
+        whole = _gflops(lambda: torch.stack([*heads(*maps, last_map, teacher.last_stage).values()]).sum().backward())
+        views = sum(hasattr(heads, f"penultimate_{view}") for view in ("spatial", "frequency"))
+        count = teacher.penultimate_grid[0] * teacher.penultimate_grid[1]
+        tokens = torch.zeros(IMAGES, count, teacher.penultimate_dim, requires_grad=True)
+        stage = views * _gflops(lambda: teacher.last_stage(tokens).sum().backward())
+        parts |= {"projectors": whole - stage, "teacher's last stage, twice": stage}
+        _describe_projectors(result, model, config, maps)
     result.gflops_per_image = {**parts, "total": sum(parts.values())}
+    labels = torch.zeros(IMAGES, dtype=torch.long) if config.has_labels else None
+    kept = _SavedBytes({p.untyped_storage()._cdata for p in model.parameters()})
+    with kept:
+        model(pixel_values, labels)
     _memory(result, model, config, kept.total / IMAGES)
 
 
@@ -248,21 +266,26 @@ def _memory(result: Plan, model: ScaleKDModel, config: ScaleKDConfig, bytes_per_
 def _schedule(result: Plan, arguments: DistillArguments, config: ScaleKDConfig, processes: int) -> None:
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     files = sorted(glob.glob(arguments.train_files)) if arguments.train_files else []
-    images = config.images_per_epoch
-    if images is None and files and files[0].endswith(".parquet"):
-        images = sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
-    steps = config.max_steps if config.max_steps > 0 else None
-    if steps is None and images is not None:
+    images = config.images_per_epoch or count_images(arguments) or 0
+    if config.max_steps <= 0 and not images:
+        raise ValueError("the number of steps is not known: set `max_steps`, or `images_per_epoch`.")
+    if config.max_steps > 0:
+        steps = config.max_steps
+    elif arguments.streaming:
         steps = math.ceil(config.num_train_epochs * images / batch)
+    else:
+        batches = math.ceil(images / (batch / config.gradient_accumulation_steps))
+        steps = math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))
+    _check_optimiser(config, steps)
     rate = scaled_learning_rate(config, batch)
     result.schedule = {
         "processes": processes,
         "global batch": batch,
         "learning rate": rate,
-        "steps": steps if steps is not None else "unknown: set `max_steps` or `images_per_epoch`",
-        "images seen": steps * batch if steps is not None else "unknown",
+        "steps": steps,
+        "images seen": steps * batch,
     }
-    if files:
+    if files and arguments.streaming:
         readers = processes * max(1, config.dataloader_num_workers)
         result.schedule["shards / readers"] = f"{len(files)} / {readers}"
         if len(files) < readers:
@@ -286,8 +309,19 @@ def _remember_warnings(result: Plan, model: ScaleKDModel, config: ScaleKDConfig)
         result.warnings.append(
             f"images are resized from {student.spec.size} to {teacher.spec.size} for the teacher, on the device."
         )
-    if config.sync_batchnorm and config.device.type != "cuda":
-        result.warnings.append("`sync_batchnorm` needs GPUs.")
+
+
+def _check_optimiser(config: ScaleKDConfig, steps: int) -> None:
+    """Build optimiser and schedule for one parameter: what they refuse, the run would."""
+    parameter = nn.Parameter(torch.zeros(1))
+    if config.timm_optim is not None:
+        optimizer_class, options = timm_optimizer(config, config.learning_rate)
+    else:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(config)
+    optimizer = optimizer_class([parameter], **options)
+    if not config.lr_milestones:
+        warmup = config.get_warmup_steps(steps)
+        get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps, config.lr_scheduler_kwargs)  # type: ignore[arg-type]
 
 
 def plan(config: str | Path | Mapping[str, Any], processes: int | None = None) -> Plan:
@@ -297,8 +331,16 @@ def plan(config: str | Path | Mapping[str, Any], processes: int | None = None) -
         config: a YAML file, or its settings as a mapping.
         processes: to plan for; by default those of this launch.
     """
-    words = as_words(dict(config)) if isinstance(config, Mapping) else [str(config)]
-    return plan_run(*parse_config(DistillArguments, [*words, *without_gpu()]), processes)
+    return plan_words(as_words(dict(config)) if isinstance(config, Mapping) else [str(config)], processes=processes)
+
+
+def plan_words(words: Sequence[str], default_config: Path | None = None, processes: int | None = None) -> Plan:
+    """Plan the run of a command line; settings that are refused are the plan's error."""
+    try:
+        arguments, config = parse_config(DistillArguments, [*words, *without_gpu()], default_config)
+    except ValueError as error:
+        return Plan(error=str(error))
+    return plan_run(arguments, config, processes or arguments.plan_processes)
 
 
 def without_gpu() -> list[str]:

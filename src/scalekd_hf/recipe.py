@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 import yaml
 from transformers import HfArgumentParser
 
@@ -20,6 +21,7 @@ from .config import ScaleKDConfig
 
 __all__ = [
     "DataArguments",
+    "count_images",
     "DistillArguments",
     "TeacherArguments",
     "load_data",
@@ -210,6 +212,14 @@ def load_data(arguments: DataArguments) -> tuple[Any, Any]:
     if arguments.eval_files is not None or (arguments.dataset is not None and evaluate):
         evaluation = _load_split(arguments, arguments.eval_files, arguments.eval_split)
     return train, evaluation
+
+
+def count_images(arguments: DataArguments) -> int | None:
+    """Images in the training files, where they are Parquet and say so."""
+    files = sorted(glob.glob(arguments.train_files, recursive=True)) if arguments.train_files else []
+    if not files or any(Path(file).suffix != ".parquet" for file in files):
+        return None
+    return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
 
 
 def _load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any:

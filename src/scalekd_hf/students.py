@@ -205,9 +205,11 @@ def _last_of_stage(before: list[_Visit], visits: list[_Visit]) -> _Visit:
 
 def _named_taps(student: Student, visits: list[_Visit], names: tuple[str, str]) -> tuple[Tap, Tap]:
     by_name = {visit.name: visit.tap for visit in visits}
-    if len(names) != 2 or any(name not in by_name for name in names):
+    wrong = len(names) != 2 or names[0] == names[1] or any(name not in by_name for name in names)
+    order = [visit.name for visit in visits]
+    if wrong or order.index(names[0]) > order.index(names[1]):
         raise ValueError(
-            f"`student_taps` must name two modules of `student` {student.name!r} that put out maps, got {list(names)}. "
+            f"`student_taps` must name two modules of `student` {student.name!r} that put out maps, the earlier first, got {list(names)}. "
             f"Those are: {', '.join(by_name)}."
         )
     return by_name[names[0]], by_name[names[1]]

@@ -87,7 +87,7 @@ class Teacher(nn.Module):
         if self.drop_path and not self._drop_paths:
             raise ValueError(
                 f"`teacher_drop_path` is {self.drop_path}, but `teacher` {self.name!r} has no stochastic depth layers. "
-                "Give the teacher by name, so that it is built with them, or set it to 0."
+                "Set it to 0, or give a teacher that has them by name."
             )
 
     def _as_map(self, output: Any) -> Tensor:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from .averaging import AveragedStudent
+from .averaging import TRAINED_FILE, AveragedStudent
 from .building import build_model
 from .config import ScaleKDConfig
 from .data import ImageDataset, ImageStream, collate, dataset_labels
@@ -100,19 +101,16 @@ class ScaleKDTrainer(ImageTrainer):
             kwargs["compute_metrics"] = compute_accuracy
             kwargs["preprocess_logits_for_metrics"] = keep_top5
         kwargs.setdefault("data_collator", collate)
-        if args.activation_checkpointing:
-            raise ValueError(
-                "`activation_checkpointing` (`gradient_checkpointing`) is not supported yet: turn it off."
-            )
         if args.timm_optim is not None:
             kwargs.setdefault("optimizer_cls_and_kwargs", timm_optimizer(args, args.learning_rate))
         if args.sync_batchnorm and args.world_size > 1:
             if args.device.type != "cuda":
                 raise ValueError("`sync_batchnorm` needs GPUs: torch has no synchronised BatchNorm on the CPU.")
-            distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+            distiller = convert_sync_batchnorm(distiller)  # timm's: it keeps activations that sit in its norms
         self.loss_log = LossLog()
         train_dataset = prepare_images(train_dataset, "train_dataset", distiller.student, args)
-        if isinstance(train_dataset, ImageStream) and args.max_steps <= 0:
+        self._epochs_were_counted = isinstance(train_dataset, ImageStream) and args.max_steps <= 0
+        if self._epochs_were_counted:
             args.max_steps = count_steps(train_dataset, args)
         super().__init__(
             model=distiller,
@@ -220,7 +218,10 @@ class ScaleKDTrainer(ImageTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's, with the averaged student where there is one."""
-        averaged = self.averaged.in_place() if self.averaged is not None else contextlib.nullcontext()
+        averaged: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.averaged is not None:
+            self.averaged.synchronise(self.accelerator)
+            averaged = self.averaged.in_place()
         with averaged, self.loss_log.paused():
             return super().evaluation_loop(*args, **kwargs)
 
@@ -239,6 +240,8 @@ class ScaleKDTrainer(ImageTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._stop_if_not_finite()  # before a good checkpoint is rotated away
         self._saving_checkpoint = True
+        if self.averaged is not None:
+            self.averaged.synchronise(self.accelerator)
         try:
             with self.loss_log.paused():
                 super()._save_checkpoint(model, trial)
@@ -273,15 +276,25 @@ class ScaleKDTrainer(ImageTrainer):
         """Images seen and data settings of a checkpoint; returns its step."""
         run_state = json.loads((checkpoint / RUN_STATE_FILE).read_text())
         now, then = self._data_settings(), run_state["data"]
-        changed = [f"{name} {then[name]} to {now[name]}" for name in now if now[name] != then.get(name)]
-        if changed and not self.args.allow_data_mismatch:
+        changed = [f"{name} {then.get(name)} to {now[name]}" for name in now if now[name] != then.get(name)]
+        if changed and not (self.args.allow_data_mismatch and isinstance(self.train_dataset, ImageStream)):
             raise ValueError(
                 f"The checkpoint {str(checkpoint)!r} was written with other settings of the data: {', '.join(changed)}. "
-                "The images would come in another order. Go back to them, or accept it with `allow_data_mismatch=True`."
+                "The images would come in another order. Go back to them, or accept it with `allow_data_mismatch=True` "
+                "where the data is a stream."
+            )
+        if (checkpoint / TRAINED_FILE).exists() and self.averaged is None:
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} holds an averaged student: set its `ema_decay` again."
             )
         self._resumed_images = run_state["images_seen"]
         self.loss_log.reset(self._resumed_images)
-        return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        step: int = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        if (
+            changed and self._epochs_were_counted and isinstance(self.train_dataset, ImageStream)
+        ):  # the epochs that are left, in steps of the new batch
+            self.args.max_steps = step + count_steps(self.train_dataset, self.args, self._resumed_images)
+        return step
 
     def _load_finished(self, checkpoint: str, step: int) -> TrainOutput:
         """A run that needs no more steps: load what it ended with."""
