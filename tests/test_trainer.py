@@ -274,7 +274,7 @@ def test_two_processes_take_the_same_step_as_one(tmp_path):
         for name in (*LOSS_TERMS, "loss"):
             assert first[name] == pytest.approx(second[name], rel=1e-5), name
     assert one["weights"] == pytest.approx(two["weights"], rel=1e-5, abs=1e-7)
-    assert two["equal_on_all_ranks"]
+    assert two["equal_on_all_ranks"] and two["averaged_buffers_equal"]
     assert one["evaluated"] == two["evaluated"] and [len(labels) for labels in one["evaluated"].values()] == [96, 180]
 
 

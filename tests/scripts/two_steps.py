@@ -11,7 +11,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import DIGITS, settings, small_student, timm_swin
 
-from scalekd_hf import ScaleKDTrainer
+from scalekd_hf import ScaleKDTrainer, load_student
+
+
+def averaged_buffers(folder: str, data: datasets.Dataset) -> bool:
+    """Whether BatchNorm's averaged statistics are the same in all processes once they are evaluated."""
+    student = load_student("timm/resnet18", labels=list("0123456789"), channels=(8, 8, 8, 8))
+    options = {"ema_decay": 0.5, "max_steps": 2, "per_device_train_batch_size": 2, "image_size": 64}
+    trainer = ScaleKDTrainer(student, None, settings(f"{folder}/averaged", **options), data, data)
+    trainer.train()
+    trainer.evaluate()
+    buffers = trainer.averaged.average.module.buffers()
+    flat = torch.cat([buffer.flatten() for buffer in buffers if buffer.is_floating_point()])
+    return all(torch.equal(other, flat) for other in trainer.accelerator.gather(flat[None]))
 
 
 def main(folder: str, batch: str) -> None:
@@ -21,6 +33,7 @@ def main(folder: str, batch: str) -> None:
     twice = data.select(range(8))  # the second step is a second pass
     trainer = ScaleKDTrainer(small_student(), timm_swin(), settings(folder, **options), twice)
     trainer.train()
+    averaged = averaged_buffers(folder, twice)
     flat = torch.cat([parameter.detach().flatten() for parameter in trainer.student.parameters()])
     everyone = trainer.accelerator.gather(flat[None])
     stream = datasets.load_dataset(
@@ -34,6 +47,7 @@ def main(folder: str, batch: str) -> None:
             "history": [entry for entry in trainer.state.log_history if "loss" in entry],
             "weights": flat.tolist(),
             "evaluated": {name: labels.tolist() for name, labels in evaluated.items()},
+            "averaged_buffers_equal": averaged,
             "equal_on_all_ranks": all(torch.equal(other, flat) for other in everyone),
         }
         Path(folder).mkdir(parents=True, exist_ok=True)
