@@ -189,7 +189,7 @@ class ScaleKDTrainer(ImageTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's, with the rate scaled to the global batch."""
         given = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))  # transformers 5.0 takes none
         batch = self.get_total_train_batch_size(self.args)
         rate = scaled_learning_rate(self.args, batch)
         if not given and rate != self.args.learning_rate:
