@@ -169,21 +169,31 @@ def test_further_students_are_tapped_at_the_end_of_their_stages(name, penultimat
     ]
 
 
-@pytest.mark.parametrize("size", [56, 64])
-def test_further_students_run_small(size):
-    for name in (
-        "efficientnet_b0",
-        "regnety_004",
-        "mobilenetv3_large_100",
-        "mobilenetv4_conv_small",
-        "poolformer_s12",
-        "pvt_v2_b0",
-    ):
-        student = load_student(f"timm/{name}", labels=["a", "b"])
-        student.spec = student.spec.updated(size=size)
-        penultimate, last, logits = student.train()(images(2, size))
-        assert penultimate.shape[1:] == (student.dims[0], *student.grids[0]) and logits.shape == (2, 2)
-        assert last.shape[1:] == (student.dims[1], *student.grids[1])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("efficientnet_b0", {}),
+        ("regnety_004", {}),
+        ("mobilenetv2_100", {}),
+        ("mobilenetv3_large_100", {}),
+        ("mobilenetv4_conv_small", {}),
+        ("fastvit_t8", {}),
+        ("poolformer_s12", {}),
+        ("pvt_v2_b0", {}),
+        ("resnet50d", {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}),
+        ("deit_tiny_patch16_224", {"image_size": 64, "depth": 4}),
+        ("eva02_tiny_patch14_336", {"image_size": 56, "depth": 4}),
+        ("mixer_b14_224", {"image_size": 56}),
+    ],
+)
+def test_further_students_run_small(name, options):
+    student = load_student(f"timm/{name}", labels=["a", "b"], **options)
+    student.spec = student.spec.updated(size=options.get("image_size", 64))
+    penultimate, last, logits = student.train()(images(2, student.spec.size[0]))
+    assert penultimate.shape[1:] == (student.dims[0], *student.grids[0])
+    assert last.shape[1:] == (student.dims[1], *student.grids[1]) and logits.shape == (2, 2)
+    penultimate.square().sum().backward()
+    assert sum(parameter.grad is not None and bool(parameter.grad.any()) for parameter in student.parameters()) > 4
 
 
 @pytest.mark.parametrize("patch", [14, 16])
