@@ -82,7 +82,8 @@ class PixelConverter(nn.Module):
 class ScaleKDModel(nn.Module):
     """Student, teacher and heads in one trainable module, so that DDP, FSDP and DeepSpeed see all that trains.
 
-    The teacher is a child that stays frozen and in eval mode; it is in no optimiser and no saved file.
+    The teacher is a child that stays frozen and in eval mode (but for `teacher_drop_path`); it is in no optimiser
+    and no saved file.
     Without a teacher this is the student alone, trained with the task loss: the baseline.
     In eval mode only the student runs.
 
