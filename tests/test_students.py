@@ -7,6 +7,7 @@ from helpers import build, images, settings, timm_swin
 from transformers import (
     BitImageProcessor,
     ConvNextConfig,
+    EfficientNetConfig,
     MobileNetV1Config,
     ResNetConfig,
     SwinConfig,
@@ -321,6 +322,14 @@ def test_an_image_size_for_a_module_that_was_built_for_another_is_refused(tmp_pa
 def test_the_expansion_of_the_last_stage_is_not_taken_for_the_penultimate_map(name, penultimate):
     with torch.device("meta"):
         assert load_student(f"timm/{name}").taps[0].module == penultimate
+
+
+def test_padding_before_a_strided_convolution_hides_no_stage():
+    sizes = {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
+    with torch.device("meta"):
+        student = load_student(build(EfficientNetConfig(**sizes)))
+        assert student.taps[0].module == "efficientnet.encoder.blocks.10"
+        assert (student.dims, student.grids) == ((112, 1280), ((14, 14), (7, 7)))
 
 
 def test_a_student_whose_stages_are_not_found_can_be_tapped_by_name():

@@ -187,9 +187,10 @@ def _last_of_stage(before: list[_Visit], visits: list[_Visit]) -> _Visit:
     area = grid[0] * grid[1]
 
     def shrinks(name: str) -> bool:
-        inner = [visit.tap.grid for visit in visits if visit.name.startswith(f"{name}.")]
+        # Padding puts out larger grids that are no stage's: only modules with weights count.
+        inner = [v.tap.grid for v in visits if v.name.startswith(f"{name}.") and _has_matrix(v.module)]
         output = [visit.tap.grid for visit in visits if visit.name == name]
-        return any(h * w < area for h, w in output) and max(h * w for h, w in inner) <= area
+        return any(h * w < area for h, w in output) and max((h * w for h, w in inner), default=0) <= area
 
     outside: list[_Visit] = []
     inside: list[_Visit] = []
