@@ -19,8 +19,8 @@ from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, Teacher, load_student, loa
 from scalekd_hf.building import class_names
 from scalekd_hf.data import dataset_labels
 from scalekd_hf.plan import plan_words
-from scalekd_hf.recipe import DistillArguments, count_images, load_data, parse_config, take_plan, write_config
-from scalekd_hf.saving import STUDENT_FILE, check_output_dir
+from scalekd_hf.recipe import DistillArguments, load_data, parse_config, take_plan, write_config
+from scalekd_hf.saving import STUDENT_FILE, check_output_dir, interrupted, run_settings
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -77,17 +77,18 @@ def main() -> None:
     if plan_format is not None:
         raise SystemExit(print_plan(words, plan_format))
     arguments, config = parse_config(DistillArguments, words, default_config=QUICKSTART)
+    folders = (Path(config.output_dir), Path(config.output_dir, "alone"))
+    if any(interrupted(folder, run_settings(config)) for folder in folders):
+        config.resume_from_checkpoint = True
     if not config.resume_from_checkpoint:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
     data = load_data(arguments)
-    config.images_per_epoch = config.images_per_epoch or count_images(arguments)
     if config.process_index == 0:
         write_config(arguments, config, Path(config.output_dir) / "config_resolved.yaml")
     results = {}
     if arguments.baseline:
-        folder = str(Path(config.output_dir) / "alone")
         resume = True if config.resume_from_checkpoint else None  # a named checkpoint is the distilled student's
-        alone = dataclasses.replace(config, output_dir=folder, resume_from_checkpoint=resume)
+        alone = dataclasses.replace(config, output_dir=str(folders[1]), resume_from_checkpoint=resume)
         results["student alone"] = run(arguments, alone, data, distil=False)
     results["student distilled"] = run(arguments, config, data, distil=True)
     if data[1] is not None and config.logit_weight and config.has_labels:  # then its labels are the data's

@@ -7,16 +7,17 @@ from transformers import set_seed
 
 from scalekd_hf import ScaleKDTrainer, load_student
 from scalekd_hf.data import dataset_labels
-from scalekd_hf.recipe import TeacherArguments, count_images, load_data, parse_config, write_config
-from scalekd_hf.saving import check_output_dir
+from scalekd_hf.recipe import TeacherArguments, load_data, parse_config, write_config
+from scalekd_hf.saving import check_output_dir, interrupted, run_settings
 
 
 def main() -> None:
     arguments, config = parse_config(TeacherArguments)
+    if interrupted(config.output_dir, run_settings(config)):
+        config.resume_from_checkpoint = True
     if not config.resume_from_checkpoint:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
     train, evaluation = load_data(arguments)
-    config.images_per_epoch = config.images_per_epoch or count_images(arguments)
     set_seed(config.seed)
     model = load_student(
         arguments.model,

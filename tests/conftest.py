@@ -25,6 +25,11 @@ def _seed():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    os.fsync = lambda descriptor: None  # checkpoints reach a busy disk in minutes; processes of their own do wait
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _private_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 

@@ -1,9 +1,11 @@
 """Builders of small models and settings, and the places of data."""
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,60 @@ def run(*words, env=None, timeout=300):
 
 def images(count=2, size=32):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+class RangeServer:
+    """An HTTP server on loopback that gives out files in parts, as the Hub does, and fails when it is told to."""
+
+    def __init__(self, files):
+        self.files, self.failures, self._every, self._requests = files, 0, 0, 0
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_HEAD(self):
+                self.answer(body=False)
+
+            def do_GET(self):
+                self.answer(body=True)
+
+            def answer(self, body):
+                outer._requests += body
+                if body and outer._every and outer._requests % outer._every == 0:
+                    outer.failures += 1
+                    self.send_error(503)
+                    return
+                content = outer.files.get(self.path)
+                if content is None:
+                    self.send_error(404)
+                    return
+                start, stop = 0, len(content)
+                wanted = self.headers.get("Range")
+                if wanted:
+                    first, last = wanted.removeprefix("bytes=").split("-")
+                    start, stop = int(first), min(int(last) + 1, stop) if last else stop
+                self.send_response(206 if wanted else 200)
+                self.send_header("Content-Length", str(stop - start))
+                self.send_header("Accept-Ranges", "bytes")
+                if wanted:
+                    self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+                self.end_headers()
+                if body:
+                    self.wfile.write(content[start:stop])
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def fail_every(self, requests):
+        """Answer every so-and-so-manieth request with an error from now on; 0 for none."""
+        self._every = requests
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()

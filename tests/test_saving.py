@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, pipeline
 
 from scalekd_hf import ScaleKDTrainer, load_student
-from scalekd_hf.data import Preparation
+from scalekd_hf.preparation import Preparation, normalise
 from scalekd_hf.saving import check_rebuildable, load_student_weights, save_student
 
 
@@ -65,7 +65,9 @@ def test_the_published_preprocessing_is_the_one_that_is_evaluated(tmp_path, fami
     student.spec = student.spec.updated(size=32, mean=[0.4, 0.5, 0.6], crop_pct=0.8)
     save_student(student, tmp_path)
     image = Image.fromarray((torch.rand(50, 70, 3) * 255).byte().numpy())
-    ours = Preparation(student.spec, training=False)({"image": image}, 0, 0)["pixel_values"]
+    pixels = Preparation(student.spec, training=False)({"image": image}, 0, 0)["pixel_values"]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (student.spec.mean, student.spec.std))
+    ours = normalise(pixels, mean, std)
     theirs = AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 0.1  # resizing as uint8 against float, in units of the deviation

@@ -1,7 +1,6 @@
 """What the recipes add to `TrainingArguments`: augmentation, soft labels, optimisers, rates, averaging."""
 
 import datasets
-import numpy as np
 import pytest
 import timm
 import torch
@@ -10,7 +9,7 @@ from PIL import Image
 from timm.layers import convert_sync_batchnorm
 
 from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
-from scalekd_hf.data import ImageDataset, ImageStream, Preparation, RepeatSampler
+from scalekd_hf.data import Preparation
 from scalekd_hf.loading import ImageSpec
 from scalekd_hf.optimization import decayed_parameters
 
@@ -22,27 +21,6 @@ def trainer_for(folder, train=None, evaluation=None, **changes):
 
 def rates(trainer):
     return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-
-
-@pytest.mark.parametrize("magnitude", [0, 5.5, 8.75, 9, 10])
-def test_rand_augment_works_at_every_magnitude(magnitude):
-    preparation = Preparation(ImageSpec((16, 16)), training=True, rand_augment=magnitude)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8))
-    operations = next(step for step in preparation.transform.transforms if hasattr(step, "ops")).ops
-    assert len(operations) == 15 and all(operation.magnitude == magnitude for operation in operations)
-    for operation in operations:
-        operation.prob = 1.0
-        for _ in range(20):  # the noise reaches every level
-            assert operation(image).size == (20, 20)
-
-
-def test_posterize_keeps_the_high_bits():
-    from scalekd_hf.data import _posterize
-
-    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
-    assert np.asarray(_posterize(image, 0)).max() == 0
-    assert np.array_equal(np.asarray(_posterize(image, 3)), np.asarray(image) & 0b11100000)
-    assert np.array_equal(np.asarray(_posterize(image, 8)), np.asarray(image))
 
 
 def test_random_erasing_puts_noise_in():
@@ -69,8 +47,10 @@ def test_mixup_and_cutmix_give_soft_labels_to_the_task_loss_and_mixed_images_to_
 
 
 @pytest.mark.parametrize("rest", [1, 3])
-def test_an_odd_batch_at_the_end_of_a_pass_keeps_its_last_image_unmixed(tmp_path, digits, rest):
-    trainer = trainer_for(tmp_path, digits.select(range(8 + rest)), max_steps=4, mixup_alpha=0.8)
+def test_an_odd_batch_at_the_end_of_a_pass_keeps_its_last_image_unmixed(tmp_path, rest):
+    pixels, labels = torch.randn(8 + rest, 3, 32, 32), list(range(8 + rest))
+    data = datasets.Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": [label % 10 for label in labels]})
+    trainer = trainer_for(tmp_path, data, max_steps=4, mixup_alpha=0.8)
     seen = []
     trainer.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     trainer.train()
@@ -114,7 +94,6 @@ def test_a_larger_batch_after_a_resume_trains_the_images_that_are_left(tmp_path,
     options = {
         "max_steps": -1,
         "num_train_epochs": 1,
-        "images_per_epoch": 96,
         "save_strategy": "steps",
         "save_steps": 6,
     }
@@ -122,9 +101,6 @@ def test_a_larger_batch_after_a_resume_trains_the_images_that_are_left(tmp_path,
     resumed = trainer_for(tmp_path, stream, **options, per_device_train_batch_size=16, allow_data_mismatch=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert (resumed.state.global_step, resumed.loss_log.images_seen) == (6 + 3, 96)
-    with pytest.raises(ValueError, match="where the data is a stream"):
-        other = trainer_for(tmp_path, digits, max_steps=12, per_device_train_batch_size=16, allow_data_mismatch=True)
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
 def test_a_checkpoint_with_an_average_is_not_resumed_without(tmp_path, digits):
@@ -153,19 +129,7 @@ def test_synchronised_batchnorm_keeps_the_activations_in_norms_of_timm():
     assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
 
 
-def test_repeated_augmentation_gives_each_image_several_times_in_a_row(tmp_path, digits, digits_stream):
-    preparation = Preparation(ImageSpec((32, 32)), training=True, repeats=3)
-    data = ImageDataset(digits, preparation)
-    order = list(RepeatSampler(data))
-    assert len(order) == len(digits) and [index % 96 for index in order[:3]] == [order[0]] * 3
-    first, again = data[order[0]], data[order[1]]
-    assert first["labels"] == again["labels"] and not torch.equal(first["pixel_values"], again["pixel_values"])
-    data.set_epoch(1)
-    assert list(RepeatSampler(data)) != order
-    stream = iter(ImageStream(digits_stream, preparation, seed=0, buffer_size=16).loader(3, 0, 1, 0))
-    batch = next(stream)
-    assert batch["labels"].unique().numel() == 1
-    assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+def test_repeated_augmentation_trains(tmp_path, digits):
     trainer = trainer_for(tmp_path, digits, max_steps=2, repeated_augmentation=2)
     trainer.train()
     assert trainer.state.global_step == 2
@@ -221,16 +185,11 @@ def test_the_rate_falls_to_a_tenth_at_each_milestone(tmp_path, digits):
     assert rates(trainer) == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 3 + [0.0001])
 
 
-def test_epochs_of_a_stream_are_counted(tmp_path, digits, digits_stream):
+def test_epochs_of_a_stream_are_counted(tmp_path, digits):
     stream = digits.to_iterable_dataset()
     options = {"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 6}
-    with pytest.raises(ValueError, match="length of the training stream is not known.*`images_per_epoch`"):
-        trainer_for(tmp_path, stream, **options)
-    trainer = trainer_for(tmp_path, stream, images_per_epoch=96, **options)
-    assert trainer.args.max_steps == 8
-    known = digits_stream.map(lambda row: row)
-    known.info.splits = datasets.splits.SplitDict({"train": datasets.SplitInfo("train", num_examples=96)})
-    assert trainer_for(tmp_path, known, **options).args.max_steps == 8
+    assert trainer_for(tmp_path, stream, **options).args.max_steps == 8
+    assert trainer_for(tmp_path, stream, images_per_epoch=48, **options).args.max_steps == 4
 
 
 def weights(module):

@@ -66,7 +66,8 @@ def test_evaluation_reports_top1_and_top5_of_the_student_alone(tmp_path, digits)
     metrics = trainer.evaluate()
     batch = trainer.data_collator([trainer.eval_dataset[row] for row in range(len(digits))])
     with torch.no_grad():
-        ranked = trainer.student.model.eval()(batch["pixel_values"]).topk(5).indices
+        images = trainer._prepare_inputs(dict(batch))["pixel_values"]
+        ranked = trainer.student.model.eval()(images).topk(5).indices
     hits = ranked == batch["labels"][:, None]
     assert metrics["eval_top1"] == pytest.approx(hits[:, 0].float().mean().item())
     assert metrics["eval_top5"] == pytest.approx(hits.any(1).float().mean().item())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import timm.optim
+import torch
 from transformers import TrainingArguments
 
 from .losses import TASK_LOSSES
@@ -77,7 +79,11 @@ class ScaleKDConfig(TrainingArguments):
         crop_pct (`float`, *optional*):
             Side of the centre crop over the shorter side after resizing, in evaluation. By default the student's own.
         shuffle_buffer_size (`int`, *optional*, defaults to `1000`):
-            Images that a stream's shuffle buffer holds; shards are shuffled, too.
+            Rows of a stream that are shuffled together; shards are shuffled, too. Each worker holds so many encoded
+            images. Map-style data sets are shuffled whole.
+        max_bad_images (`float`, *optional*, defaults to `0.01`):
+            Share of the images of a pass that may be undecodable before the run stops. Each is listed in
+            `bad_images.jsonl` in `output_dir`, and its place goes to the next image.
         rand_augment (`float`, *optional*):
             Magnitude of RandAugment, of 10, with timm's increasing set, two operations and magnitude noise 0.5.
             Published: 8.75 for ResNet-50 and MobileNet-V1, 9 for ViT, Swin, ConvNeXt and EVA-02, 8 for Mixers.
@@ -102,7 +108,7 @@ class ScaleKDConfig(TrainingArguments):
             Shares of the run after which the rate falls to a tenth, instead of `lr_scheduler_type`. Published: 0.3, 0.6
             and 0.9 for ResNet-50, 100 epochs.
         images_per_epoch (`int`, *optional*):
-            Images in a pass over a stream that does not know it, so that `num_train_epochs` means something.
+            Images that count as an epoch, where that is not a pass over the data set.
         ema_decay (`float`, *optional*, defaults to `0.0`):
             Decay per step of a moving average of the student, which is then evaluated and saved. Published: 0.9999 for
             ViT, Swin, ConvNeXt, EVA-02 and two of the Mixers.
@@ -111,13 +117,14 @@ class ScaleKDConfig(TrainingArguments):
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete the run that `output_dir` holds when training starts.
         allow_data_mismatch (`bool`, *optional*, defaults to `False`):
-            Resume with other batches, processes, workers or seed than the checkpoint's: a stream goes on at the same
-            number of images seen, in another order.
+            Resume with other batches, processes, workers, seed or data set than the checkpoint's: the run goes on at the
+            same number of images seen, in another order.
 
     > Parent defaults that differ here: `remove_unused_columns=False` (images are transformed on the fly),
     > `ddp_find_unused_parameters=False` (every trained parameter has a gradient; the search costs time),
     > `logging_nan_inf_filter=False` (it synchronises every step and hides what this trainer reports),
-    > `logging_steps=50`.
+    > `logging_steps=50`, and `dataloader_num_workers`, which is 8, or as many as there are CPU cores for each process,
+    > where a GPU is used, and 0 on the CPU.
     """
 
     # Method
@@ -182,7 +189,10 @@ class ScaleKDConfig(TrainingArguments):
         default=None, metadata={"help": "Centre crop over the shorter side in evaluation. By default the student's."}
     )
     shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Images that a stream's shuffle buffer holds; shards are shuffled, too."}
+        default=1000, metadata={"help": "Rows of a stream that are shuffled together; shards are shuffled, too."}
+    )
+    max_bad_images: float = field(
+        default=0.01, metadata={"help": "Share of the images that may be undecodable before the run stops."}
     )
 
     rand_augment: float | None = field(
@@ -212,7 +222,7 @@ class ScaleKDConfig(TrainingArguments):
         default=None, metadata={"help": "Shares of the run after which the rate falls to a tenth."}
     )
     images_per_epoch: int | None = field(
-        default=None, metadata={"help": "Images in a pass over a stream that does not know it."}
+        default=None, metadata={"help": "Images that count as an epoch. By default those of the data set."}
     )
     ema_decay: float = field(
         default=0.0, metadata={"help": "Decay of a moving average of the student, which is evaluated and saved."}
@@ -225,7 +235,7 @@ class ScaleKDConfig(TrainingArguments):
     )
 
     allow_data_mismatch: bool = field(
-        default=False, metadata={"help": "Resume with other batches, processes, workers or seed than before."}
+        default=False, metadata={"help": "Resume with other batches, processes, workers, seed or data than before."}
     )
 
     # Other defaults than the parent's
@@ -238,18 +248,27 @@ class ScaleKDConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay off: it hides a loss that is not finite, and synchronises."}
     )
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Workers that decode images, for each process. By default 8 with a GPU, else 0."},
+    )
     logging_steps: float = field(
         default=50, metadata={"help": "Log every so many steps; below 1, a share of all training steps."}
     )
 
     def __post_init__(self) -> None:
+        if self.dataloader_num_workers is None:
+            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.dataloader_num_workers = (
+                min(8, max(1, cores)) if torch.cuda.is_available() and not self.use_cpu else 0
+            )
         super().__post_init__()
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore[assignment]
         for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):
             self._check(name, "must be finite and not negative", lambda value: 0 <= value < math.inf)
         self._check("label_smoothing_factor", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
-        shares = ("logit_weight", "hflip", "random_erasing", "teacher_drop_path")
+        shares = ("logit_weight", "hflip", "random_erasing", "teacher_drop_path", "max_bad_images")
         for name in shares:
             self._check(name, "must be between 0 and 1", lambda value: 0 <= value <= 1)
         self._check("ema_decay", "must be at least 0 and below 1", lambda value: 0 <= value < 1)

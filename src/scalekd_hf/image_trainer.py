@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from .bad_images import BadImages, TooManyBadImagesError
 from .config import ScaleKDConfig
-from .data import ImageDataset, ImageStream, Preparation, RepeatSampler, prepare_dataset
+from .data import ImageStream, Preparation, prepare_dataset
+from .loss_log import LossLog
+from .preparation import normalise
+from .sources import StreamReadError, Table
+from .stopping import Stopping
+from .stream import Layout
 from .students import Student
 
 
 __all__ = ["ImageTrainer", "Passes", "count_steps", "prepare_images"]
+
+BAD_IMAGES_FILE = "bad_images{}.jsonl"
+STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError)
 
 
 class ImageTrainer(Trainer):
     """A `Trainer` whose data sets hold images: map-style or streaming, mixed where the settings ask for it."""
 
     args: ScaleKDConfig
-    _resumed_images = 0  # images that the run had seen when it was resumed
+    loss_log: LossLog
+    _images_seen_before = 0  # when the run was resumed
+    _layout_start = 0  # place from which on images are dealt out as they are now
     _mixup: Mixup | None = None
+    _ahead: tuple[list, Any] | None = None  # the batches of the next step
+    _wanted: tuple = ()  # what they are got with
+    _normalisation: tuple[Tensor, Tensor] | None = None
+
+    def _feed(self) -> None:
+        """Set up what belongs to the images, once the parent is there."""
+        rank = f"_rank{self.args.process_index}" if self.args.world_size > 1 else ""
+        file = Path(str(self.args.output_dir), BAD_IMAGES_FILE.format(rank))
+        self.bad_images = {data: BadImages(file, self.args.max_bad_images) for data in ("training", "evaluation")}
+        if isinstance(self.train_dataset, ImageStream):
+            self.add_callback(Passes(self, self.args.images_per_epoch or len(self.train_dataset.source)))
+        self.stopping = Stopping(self._fetch_next, STOPPING_FAILURES)
+        self.add_callback(self.stopping)  # after Passes: what a stop asks for is not undone by the end of an epoch
+        self._mixup = self._make_mixup()
 
     @property
     def student(self) -> Student:
@@ -32,26 +61,67 @@ class ImageTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).student
 
     def get_train_dataloader(self) -> DataLoader:
-        """The parent's, but for a stream: that one shards, shuffles and finds its place itself."""
+        """The parent's for finished samples; raw images come from an endless stream that finds its place itself."""
+        self._ahead = None
         if not isinstance(self.train_dataset, ImageStream):
             return super().get_train_dataloader()
-        return self.train_dataset.loader(
-            self._train_batch_size,
-            self.args.process_index,
-            self.args.world_size,
-            consumed_batches=self._resumed_images // (self._train_batch_size * self.args.world_size),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=False,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
+        return self.train_dataset.training_loader(
+            self._layout(), self.args.process_index, self._images_seen_before, **self._loader_options()
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.repeated_augmentation > 1 and isinstance(dataset, ImageDataset):
-            return RepeatSampler(dataset)
-        return super()._get_train_sampler(train_dataset)
+    def _layout(self) -> Layout:
+        workers = max(1, self.args.dataloader_num_workers or 0)
+        return Layout(self._train_batch_size or 1, self.args.world_size, workers, self._layout_start)
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "collate_fn": self.data_collator,
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The parent's; of a stream they were fetched at the end of the step before, where a failure can stop the run."""
+        self._wanted = (epoch_iterator, num_batches, device)
+        if self._ahead is None:
+            self._fetch()
+        assert self._ahead is not None
+        batches, self._ahead = self._ahead, None
+        return batches
+
+    def _fetch(self) -> None:
+        with self.loss_log.waiting():
+            self._ahead = super().get_batch_samples(*self._wanted)
+        for batch in self._ahead[0]:
+            self.bad_images["training"].add("training", batch.pop("bad_images", []))
+        if isinstance(self.train_dataset, ImageStream):
+            self.bad_images["training"].check(len(self.train_dataset.source), self.args.world_size)
+
+    def _fetch_next(self) -> None:
+        if isinstance(self.train_dataset, ImageStream):
+            self._fetch()
+
+    def _release_data(self) -> None:
+        """Let go of the data loader's iterator, whose workers then end; the garbage collector would make it wait for them."""
+        self._ahead, self._wanted = None, ()
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The parent's; images become float and are normalised on the device."""
+        self.bad_images["evaluation"].add("evaluation", inputs.pop("bad_images", []))
+        inputs = {
+            name: value.to(self.args.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        inputs = super()._prepare_inputs(inputs)
+        pixel_values = inputs.get("pixel_values")
+        if isinstance(pixel_values, Tensor) and pixel_values.dtype == torch.uint8:
+            if self._normalisation is None:
+                spec = self.student.spec
+                mean, std = (torch.tensor(v, device=pixel_values.device).view(3, 1, 1) for v in (spec.mean, spec.std))
+                self._normalisation = (mean, std)
+            inputs["pixel_values"] = normalise(pixel_values, *self._normalisation)
+        return inputs
 
     def _make_mixup(self) -> Mixup | None:
         if not (self.args.mixup_alpha or self.args.cutmix_alpha):
@@ -60,10 +130,7 @@ class ImageTrainer(Trainer):
         return Mixup(self.args.mixup_alpha, self.args.cutmix_alpha, label_smoothing=0.0, num_classes=classes)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The parent's; a raw data set is prepared first, and a stream is read by at most one worker.
-
-        Several workers end a stream with several short batches, of which the parent would lose images.
-        """
+        """The parent's; a raw data set is prepared first, and a stream is dealt out to ranks and workers."""
         named: Any = self.eval_dataset
         if isinstance(eval_dataset, str):
             eval_dataset = named[eval_dataset]
@@ -71,14 +138,24 @@ class ImageTrainer(Trainer):
         dataset = prepare_images(dataset, "eval_dataset", self.student, self.args)
         if not isinstance(dataset, ImageStream):
             return super().get_eval_dataloader(dataset)
-        loader = DataLoader(
-            dataset,
-            batch_size=self.args.eval_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=min(1, self.args.dataloader_num_workers),
-            pin_memory=self.args.dataloader_pin_memory,
+        options = self._loader_options()
+        return dataset.evaluation_loader(
+            self.args.eval_batch_size, self.args.process_index, self.args.world_size, **options
         )
-        return self.accelerator.prepare(loader)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; predictions on a stream come back in the order of its rows, and undecodable images are told."""
+        bad = self.bad_images["evaluation"]
+        bad.restart()
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        images = dataloader.dataset
+        bad.check(len(images) if hasattr(images, "__len__") else 0, self.args.world_size)
+        if not isinstance(images, ImageStream):
+            return output
+        order = images.row_order()
+        return output._replace(
+            predictions=_in_row_order(output.predictions, order), label_ids=_in_row_order(output.label_ids, order)
+        )
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """That of an evaluation; labels may be missing."""
@@ -100,15 +177,31 @@ class ImageTrainer(Trainer):
 
     def _data_settings(self) -> dict[str, Any]:
         """What the order of the images depends on."""
-        return {
-            "per_device_train_batch_size": self._train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+        settings: dict[str, Any] = {"seed": self.args.seed, "repeated_augmentation": self.args.repeated_augmentation}
+        batch, accumulated = self._train_batch_size, self.args.gradient_accumulation_steps
+        data = self.train_dataset
+        if isinstance(data, ImageStream):
+            settings["images"] = len(data.source)
+            if isinstance(data.source, Table):  # any reader can fetch any row
+                return settings | {"images per step": batch * accumulated * self.args.world_size}
+            settings["shuffle_buffer_size"] = self.args.shuffle_buffer_size
+        return settings | {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulated,
             "processes": self.args.world_size,
             "dataloader_num_workers": self.args.dataloader_num_workers,
-            "seed": self.args.seed,
-            "shuffle_buffer_size": self.args.shuffle_buffer_size,
-            "repeated_augmentation": self.args.repeated_augmentation,
         }
+
+
+def _in_row_order(values: Any, order: np.ndarray) -> Any:
+    """Arrays, or a tuple of them, whose first axis is in the order of the batches, in that of the rows."""
+    if isinstance(values, (tuple, list)):
+        return type(values)(_in_row_order(value, order) for value in values)
+    if not isinstance(values, np.ndarray) or len(values) != len(order):
+        return values
+    sorted_values = np.empty_like(values)
+    sorted_values[order] = values
+    return sorted_values
 
 
 def prepare_images(
@@ -123,45 +216,50 @@ def prepare_images(
             for key, value in dataset.items()
         }
 
-    def make() -> Preparation:
-        return Preparation(
-            student.spec,
-            name == "train_dataset",
-            args.image_column,
-            args.label_column if args.has_labels else None,
-            (args.crop_scale[0], args.crop_scale[1]),
-            args.hflip,
-            args.rand_augment,
-            args.random_erasing,
-            args.repeated_augmentation,
-            args.seed,
-        )
-
-    return prepare_dataset(dataset, name, make, args.seed, args.shuffle_buffer_size, labels_optional)
+    preparation = Preparation(
+        student.spec,
+        name == "train_dataset",
+        args.image_column,
+        args.label_column if args.has_labels else None,
+        (args.crop_scale[0], args.crop_scale[1]),
+        args.hflip,
+        args.rand_augment,
+        args.random_erasing,
+        args.repeated_augmentation,
+        args.seed,
+    )
+    shuffle = (args.seed, args.shuffle_buffer_size)
+    one_first = args.main_process_first(desc="counting the images")
+    return prepare_dataset(dataset, name, preparation, shuffle, args.max_bad_images, labels_optional, one_first)
 
 
 class Passes(TrainerCallback):
-    """Tells the data which pass it is in; accelerate does so only in some launches, and not after a resume."""
+    """Epochs of a stream, which the parent takes for a single endless one: after so many images, one ends."""
 
-    def __init__(self, data: ImageDataset | ImageStream):
-        self.data = data
+    def __init__(self, trainer: ImageTrainer, images_per_epoch: int):
+        self.trainer, self.images_per_epoch = trainer, images_per_epoch
 
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if isinstance(self.data, ImageDataset):
-            self.data.set_epoch(int(state.epoch or 0))
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        left = (state.max_steps - state.global_step) * self._images_per_step(args)
+        self._epochs = (self.trainer.loss_log.images_seen + left) / self.images_per_epoch
+        state.num_train_epochs = math.ceil(self._epochs)
+        state.epoch = self.trainer.loss_log.images_seen / self.images_per_epoch
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if isinstance(self.data, ImageStream):  # the parent counts from where it was resumed
-            state.epoch = state.global_step / state.max_steps
+        seen = self.trainer.loss_log.images_seen
+        before = seen - self._images_per_step(args)
+        state.epoch = seen / self.images_per_epoch
+        if seen // self.images_per_epoch > before // self.images_per_epoch and state.global_step < state.max_steps:
+            # The parent ends the last one. What its own callbacks do at the end of an epoch they do here, too.
+            self.trainer.callback_handler.on_epoch_end(args, state, control)
+            self.trainer.callback_handler.on_epoch_begin(args, state, control)
+
+    def _images_per_step(self, args: Any) -> int:
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def count_steps(stream: ImageStream, args: ScaleKDConfig, images_seen: int = 0) -> int:
-    """Steps for what is left of `num_train_epochs`, where the stream or the settings know the number of images."""
-    images = args.images_per_epoch or stream.known_length()
-    if images is None:
-        raise ValueError(
-            "The length of the training stream is not known: set `max_steps`, or `images_per_epoch` so that "
-            f"`num_train_epochs` ({args.num_train_epochs}) can be counted."
-        )
+    """Steps for what is left of `num_train_epochs`."""
+    images = args.images_per_epoch or len(stream.source)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return math.ceil((args.num_train_epochs * images - images_seen) / batch)

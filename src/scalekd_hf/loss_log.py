@@ -32,6 +32,7 @@ class LossLog:
         self._sums: Tensor | None = None  # (terms,)
         self._first_bad: Tensor | None = None  # (1 + terms,): step and terms of the first loss that is not finite
         self._micro_steps = 0
+        self._waited = 0.0
         self._time_logged = time.perf_counter()
 
     def add(self, step: int, loss: Tensor, losses: dict[str, Tensor], images: int) -> None:
@@ -39,7 +40,7 @@ class LossLog:
         terms = torch.stack([value.detach().float() for value in losses.values()])
         if self._sums is None or self._first_bad is None:
             self._names = list(losses)
-            self._time_logged = time.perf_counter()
+            self._time_logged, self._waited = time.perf_counter(), 0.0
             self._sums = torch.zeros_like(terms)
             self._first_bad = torch.cat([terms.new_full((1,), -1.0), self._sums])
         self._sums += terms
@@ -58,18 +59,29 @@ class LossLog:
         finally:
             self._time_logged += time.perf_counter() - start
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside is waiting for data."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - start
+
     def averages(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean of each term since the last call, over all processes; images per second and images seen."""
+        """Mean of each term since the last call, over all processes; images per second and images seen, and the share
+        of the time that this process waited for data."""
         if self._sums is None or not self._micro_steps:
             return {}
         means = accelerator.reduce(self._sums / self._micro_steps, "mean").tolist()
         elapsed = time.perf_counter() - self._time_logged
         images = self.images_seen - self._images_logged
+        speed = {"images_per_second": round(images / elapsed, 2), "data_wait": round(self._waited / elapsed, 4)}
         self._sums.zero_()
-        self._micro_steps = 0
+        self._micro_steps, self._waited = 0, 0.0
         self._images_logged, self._time_logged = self.images_seen, time.perf_counter()
         averages = dict(zip(self._names, means, strict=True))
-        return averages | {"images_per_second": round(images / elapsed, 2), "images_seen": self.images_seen}
+        return averages | speed | {"images_seen": self.images_seen}
 
     def stop_if_not_finite(self, accelerator: Accelerator, last_checkpoint: str | None) -> None:
         """Stop on every process if a loss on any was not finite.

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from .preparation import IGNORED_LABEL
+
 
 __all__ = ["TopKAccuracy", "compute_accuracy", "keep_top5"]
 
@@ -44,8 +46,9 @@ def keep_top5(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of the trainer; `prediction.predictions` comes from `keep_top5`."""
+    """`compute_metrics` of the trainer, without images that do not count; `predictions` comes from `keep_top5`."""
     metric, references = TopKAccuracy(keep_in_memory=True), np.asarray(prediction.label_ids)
+    counts = references != IGNORED_LABEL
     if references.ndim == 2:  # soft labels
-        references = references.argmax(axis=1)
-    return metric.compute(predictions=prediction.predictions, references=references)
+        counts, references = references.any(axis=1), references.argmax(axis=1)
+    return metric.compute(predictions=np.asarray(prediction.predictions)[counts], references=references[counts])

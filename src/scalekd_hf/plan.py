@@ -16,7 +16,7 @@ from transformers import Trainer, get_scheduler
 
 from .building import build_model, class_names, num_heads
 from .config import ScaleKDConfig
-from .data import Preparation, dataset_labels, prepare_dataset
+from .data import Preparation, check_dataset, dataset_labels
 from .distiller import ScaleKDModel
 from .loading import ImageSpec
 from .optimization import scaled_learning_rate, timm_optimizer
@@ -113,7 +113,7 @@ def _local_labels(arguments: DistillArguments, config: ScaleKDConfig) -> list[st
     for name, data in zip(("train_dataset", "eval_dataset"), load_data(arguments), strict=True):
         if data is not None:
             column = config.label_column if config.has_labels else None
-            prepare_dataset(data, name, lambda: Preparation(ImageSpec(), False, config.image_column, column))  # noqa: B023
+            check_dataset(data, name, Preparation(ImageSpec(), False, config.image_column, column))
             labels = labels or dataset_labels(data, config.label_column)
     return labels
 
@@ -278,13 +278,7 @@ def _schedule(result: Plan, arguments: DistillArguments, config: ScaleKDConfig, 
     images = config.images_per_epoch or count_images(arguments) or 0
     if config.max_steps <= 0 and not images:
         raise ValueError("the number of steps is not known: set `max_steps`, or `images_per_epoch`.")
-    if config.max_steps > 0:
-        steps = config.max_steps
-    elif arguments.streaming:
-        steps = math.ceil(config.num_train_epochs * images / batch)
-    else:
-        batches = math.ceil(images / (batch / config.gradient_accumulation_steps))
-        steps = math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * images / batch)
     _check_optimiser(config, steps)
     rate = scaled_learning_rate(config, batch)
     result.schedule = {
@@ -295,11 +289,12 @@ def _schedule(result: Plan, arguments: DistillArguments, config: ScaleKDConfig, 
         "images seen": steps * batch,
     }
     if files and arguments.streaming:
-        readers = processes * max(1, config.dataloader_num_workers)
+        readers = processes * max(1, config.dataloader_num_workers or 0)
         result.schedule["shards / readers"] = f"{len(files)} / {readers}"
         if len(files) < readers:
             result.warnings.append(
-                f"{len(files)} shards for {readers} readers (ranks x workers): each reader reads all bytes."
+                f"{len(files)} shards for {readers} readers (ranks x workers): each reads its part of a shard, and "
+                "what stands before it in its piece of the file."
             )
     if rate != config.learning_rate:
         result.warnings.append(

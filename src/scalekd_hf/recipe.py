@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow.parquet
 import yaml
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers import HfArgumentParser
 
 from .config import ScaleKDConfig
@@ -39,14 +41,17 @@ class DataArguments:
 
     Args:
         dataset: data set on the Hub, or a local folder that `datasets.load_dataset` understands.
-        train_files, eval_files: glob patterns of Parquet, WebDataset or Arrow files, instead of `dataset`.
-        dataset_config: configuration of the data set.
+        train_files, eval_files: glob patterns, or URLs, of Parquet, WebDataset or Arrow files, instead of `dataset`.
+        dataset_config, revision: configuration and revision (branch, tag or commit) of the data set.
+        cache_dir: where downloads are kept; by default the cache of `datasets`.
         train_split, eval_split: its splits; `none` to evaluate on nothing.
-        streaming: read while training, without a download first.
+        streaming: read while training, without a download first; a local folder of images is never copied anyway.
     """
 
     dataset: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a local folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the data set: branch, tag or commit."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads of the data set are kept."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     train_files: str | None = field(default=None, metadata={"help": "Files to train on, instead of `dataset`."})
@@ -223,20 +228,34 @@ def count_images(arguments: DataArguments) -> int | None:
 
 
 def _load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any:
+    options: dict[str, Any] = {"cache_dir": arguments.cache_dir, "streaming": arguments.streaming}
     if pattern is not None:
-        files = sorted(glob.glob(pattern, recursive=True))
+        files = [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
         if not files:
             raise ValueError(f"No file matches {pattern!r}, seen from {str(Path.cwd())!r}.")
         suffix = Path(files[0]).suffix
         if suffix not in FORMATS:
             raise ValueError(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}.")
-        return datasets.load_dataset(FORMATS[suffix], data_files=files, split="train", streaming=arguments.streaming)
+        return datasets.load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
+    source = {"path": arguments.dataset, "name": arguments.dataset_config, "revision": arguments.revision}
     try:
-        return datasets.load_dataset(
-            arguments.dataset, arguments.dataset_config, split=split, streaming=arguments.streaming
-        )
+        if arguments.streaming and Path(str(arguments.dataset)).is_dir():
+            # A stream of a folder knows no random access, which files on a disk allow.
+            options["streaming"] = not isinstance(datasets.load_dataset_builder(**source), ImageFolder)
+        return datasets.load_dataset(**source, split=split, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`dataset` {arguments.dataset!r} (configuration {arguments.dataset_config!r}, split {split!r}) cannot be "
-            f"loaded: {error} Gated data sets need their terms accepted on the Hub and `hf auth login`."
+            f"`dataset` {arguments.dataset!r} (configuration {arguments.dataset_config!r}, revision {arguments.revision!r}, "
+            f"split {split!r}) cannot be loaded: {error} {_access(str(arguments.dataset), error)}"
         ) from error
+
+
+def _access(dataset: str, error: Exception) -> str:
+    """What to do about a data set that the Hub does not give out."""
+    if not isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return ""
+    page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{dataset}"
+    account = "with an account that may read it: `hf auth login`, or its token in HF_TOKEN"
+    if "gated" in str(error):
+        return f"Accept its terms on {page}, then log in {account}."
+    return f"Check the name on {page}. If it is private or gated, log in {account}."

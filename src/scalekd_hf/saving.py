@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
-from transformers import BitImageProcessor
+from transformers import BitImageProcessor, TrainingArguments
 
 from .loading import INTERPOLATIONS
 from .students import Student
@@ -38,6 +38,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 STUDENT_FILE, HEADS_FILE, RUN_STATE_FILE = "model.safetensors", "mimicking_heads.safetensors", "scalekd_state.json"
+UNFINISHED_FOLDER = "unfinished_checkpoint"  # holds a checkpoint until it is whole
+INTERRUPTED_FILE = "interrupted.json"  # the run was stopped by SIGTERM, with these settings
+NOT_OF_THE_RUN = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "allow_data_mismatch", "local_rank")
 
 
 def check_rebuildable(student: Student) -> None:
@@ -78,19 +81,23 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
 
     Args:
         student: what to save.
-        folder: made where it does not exist; a student in it is replaced.
+        folder: made where it does not exist; a student in it is replaced once the new one is whole.
         state_dict: full weights by the names of `student.model`, where the module's own are sharded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = student.model.state_dict() if state_dict is None else state_dict
-    if student.classifier.library == "timm":
-        state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
-        _save_timm_config(student, folder)
-        save_file(state_dict, folder / STUDENT_FILE, metadata={"format": "pt"})
-    else:
-        student.model.save_pretrained(folder, state_dict=state_dict)
-        _image_processor(student).save_pretrained(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as name:
+        unfinished = Path(name)
+        if student.classifier.library == "timm":
+            state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
+            _save_timm_config(student, unfinished)
+            save_file(state_dict, unfinished / STUDENT_FILE, metadata={"format": "pt"})
+        else:
+            student.model.save_pretrained(unfinished, state_dict=state_dict)
+            _image_processor(student).save_pretrained(unfinished)
+        for file in sorted(unfinished.iterdir(), key=lambda file: file.suffix == ".safetensors"):  # weights come last
+            file.replace(folder / file.name)
 
 
 def _save_timm_config(student: Student, folder: Path) -> None:
@@ -183,6 +190,19 @@ def check_output_dir(folder: str | Path, overwrite: bool) -> list[Path]:
             "`resume_from_checkpoint=True`, delete it with `overwrite_output_dir=True`, or choose another."
         )
     return held
+
+
+def run_settings(args: TrainingArguments) -> dict[str, Any]:
+    """All settings but those that a resumed run may have otherwise, as JSON has them."""
+    settings = {name: value for name, value in args.to_dict().items() if name not in NOT_OF_THE_RUN}
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
+
+
+def interrupted(folder: str | Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder holds a run with these settings that SIGTERM stopped."""
+    file = Path(folder, INTERRUPTED_FILE)
+    return file.exists() and json.loads(file.read_text())["settings"] == settings
 
 
 def check_checkpoint(folder: str | Path, sharded: bool) -> None:

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
-from transformers import TrainerState, set_seed
+from torch import nn
+from transformers import set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from .averaging import TRAINED_FILE, AveragedStudent
+from .averaging import AveragedStudent
 from .building import build_model
+from .checkpointing import CheckpointTrainer
 from .config import ScaleKDConfig
-from .data import ImageDataset, ImageStream, collate, dataset_labels
+from .data import Collator, ImageStream, collate, dataset_labels
 from .distiller import check_labels
-from .image_trainer import ImageTrainer, Passes, count_steps, prepare_images
+from .image_trainer import count_steps, prepare_images
 from .loss_log import LossLog
 from .metrics import compute_accuracy, keep_top5
 from .optimization import decayed_parameters, scaled_learning_rate, step_schedule, timm_optimizer
-from .saving import (
-    RUN_STATE_FILE,
-    check_checkpoint,
-    check_output_dir,
-    check_rebuildable,
-    load_checkpoint,
-    save_heads,
-    save_student,
-)
+from .saving import check_checkpoint, check_rebuildable, interrupted, run_settings
 from .students import Student
 from .teachers import Teacher
 
@@ -42,7 +33,7 @@ __all__ = ["ScaleKDTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class ScaleKDTrainer(ImageTrainer):
+class ScaleKDTrainer(CheckpointTrainer):
     """Distils a frozen teacher into a student with ScaleKD (NeurIPS 2024, arXiv 2411.06786).
 
     ```python
@@ -83,6 +74,7 @@ class ScaleKDTrainer(ImageTrainer):
         args = args if args is not None else ScaleKDConfig(output_dir="scalekd_output")
         if not isinstance(args, ScaleKDConfig):
             raise ValueError(f"`args` must be a `ScaleKDConfig`, got a `{type(args).__name__}`.")
+        self.settings = run_settings(args)
         args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
         set_seed(args.seed)
         labels = dataset_labels(train_dataset if train_dataset is not None else eval_dataset, args.label_column)
@@ -100,7 +92,7 @@ class ScaleKDTrainer(ImageTrainer):
         if kwargs.get("compute_metrics") is None and kwargs.get("preprocess_logits_for_metrics") is None:
             kwargs["compute_metrics"] = compute_accuracy
             kwargs["preprocess_logits_for_metrics"] = keep_top5
-        kwargs.setdefault("data_collator", collate)
+        kwargs["data_collator"] = Collator(kwargs.get("data_collator") or collate)
         if args.timm_optim is not None:
             kwargs.setdefault("optimizer_cls_and_kwargs", timm_optimizer(args, args.learning_rate))
         if args.sync_batchnorm and args.world_size > 1:
@@ -119,13 +111,10 @@ class ScaleKDTrainer(ImageTrainer):
             eval_dataset=prepare_images(eval_dataset, "eval_dataset", distiller.student, args),
             **kwargs,
         )
-        self._saving_checkpoint = False
-        if isinstance(self.train_dataset, (ImageStream, ImageDataset)):
-            self.add_callback(Passes(self.train_dataset))
         self.averaged = AveragedStudent(self.student, args.ema_decay) if args.ema_decay else None
         if self.averaged is not None:
             self.add_callback(self.averaged)
-        self._mixup = self._make_mixup()
+        self._feed()
 
     # Training
 
@@ -138,13 +127,19 @@ class ScaleKDTrainer(ImageTrainer):
             ValueError: `output_dir` holds a run and neither resuming nor overwriting was asked for; or a
                 checkpoint that cannot be used.
             NonFiniteLossError: a loss that is not finite.
+            RunInterrupted: SIGTERM came, and a checkpoint is saved. It is a `SystemExit` with status 75; the same call
+                resumes the run.
+            StreamReadError, TooManyBadImagesError: the images ended; a checkpoint is saved.
         """
         checkpoint = resume_from_checkpoint or None
+        if checkpoint is None and interrupted(str(self.args.output_dir), self.settings):
+            logger.warning("The run in %r was interrupted by SIGTERM: it is resumed.", str(self.args.output_dir))
+            checkpoint = True
         if checkpoint is True:
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
             if checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in `output_dir` {self.args.output_dir!r}.")
-        self._resumed_images = 0
+        self._images_seen_before = self._layout_start = 0
         self.loss_log.reset()
         if self.averaged is not None:
             self.averaged.restart()
@@ -157,8 +152,18 @@ class ScaleKDTrainer(ImageTrainer):
                 return self._load_finished(checkpoint, step)
         if isinstance(self.train_dataset, ImageStream):
             self.args.ignore_data_skip = True  # it starts where the checkpoint stands
-        result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self.stopping.release()
+            self._release_data()
         self._stop_if_not_finite()
+        self._report_bad_images()
+        if self.stopping.stopped:
+            self._note_interruption()
+            self.accelerator.wait_for_everyone()
+            self.stopping.raise_reason()
+        self._forget_interruption()
         return result
 
     def compute_loss(
@@ -225,105 +230,16 @@ class ScaleKDTrainer(ImageTrainer):
         with averaged, self.loss_log.paused():
             return super().evaluation_loop(*args, **kwargs)
 
+    def _report_bad_images(self) -> None:
+        for data, bad in self.bad_images.items():
+            if bad.kinds:
+                logger.warning(
+                    "Undecodable images met in %s: %s. They are listed in %r.", data, bad.summary(), str(bad.file)
+                )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each loss term averaged since the last log, images per second and images seen."""
         if "loss" in logs:
             self._stop_if_not_finite()
             logs.update(self.loss_log.averages(self.accelerator))
         super().log(logs, start_time)
-
-    def _stop_if_not_finite(self) -> None:
-        self.loss_log.stop_if_not_finite(self.accelerator, get_last_checkpoint(str(self.args.output_dir)))
-
-    # Saving and loading
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._stop_if_not_finite()  # before a good checkpoint is rotated away
-        self._saving_checkpoint = True
-        if self.averaged is not None:
-            self.averaged.synchronise(self.accelerator)
-        try:
-            with self.loss_log.paused():
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_checkpoint = False
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The student; in checkpoints also the heads and the images seen. Never the teacher."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-        def part(prefix: str) -> dict[str, Tensor] | None:
-            if state_dict is None:
-                return None
-            return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-
-        student_state = part("student.model.")
-        if self.averaged is not None:
-            student_state = self.averaged.average.module.state_dict()
-        save_student(model.student, folder, student_state)
-        if self._saving_checkpoint:
-            if self.averaged is not None:
-                self.averaged.save_trained(folder)
-            if model.heads is not None:
-                save_heads(model.heads, folder, part("heads."))
-            run_state = {"images_seen": self.loss_log.images_seen, "data": self._data_settings()}
-            (folder / RUN_STATE_FILE).write_text(json.dumps(run_state, indent=2))
-
-    def _read_run_state(self, checkpoint: Path) -> int:
-        """Images seen and data settings of a checkpoint; returns its step."""
-        run_state = json.loads((checkpoint / RUN_STATE_FILE).read_text())
-        now, then = self._data_settings(), run_state["data"]
-        changed = [f"{name} {then.get(name)} to {now[name]}" for name in now if now[name] != then.get(name)]
-        if changed and not (self.args.allow_data_mismatch and isinstance(self.train_dataset, ImageStream)):
-            raise ValueError(
-                f"The checkpoint {str(checkpoint)!r} was written with other settings of the data: {', '.join(changed)}. "
-                "The images would come in another order. Go back to them, or accept it with `allow_data_mismatch=True` "
-                "where the data is a stream."
-            )
-        if (checkpoint / TRAINED_FILE).exists() and self.averaged is None:
-            raise ValueError(
-                f"The checkpoint {str(checkpoint)!r} holds an averaged student: set its `ema_decay` again."
-            )
-        self._resumed_images = run_state["images_seen"]
-        self.loss_log.reset(self._resumed_images)
-        step: int = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-        if (
-            changed and self._epochs_were_counted and isinstance(self.train_dataset, ImageStream)
-        ):  # the epochs that are left, in steps of the new batch
-            self.args.max_steps = step + count_steps(self.train_dataset, self.args, self._resumed_images)
-        return step
-
-    def _load_finished(self, checkpoint: str, step: int) -> TrainOutput:
-        """A run that needs no more steps: load what it ended with."""
-        self._load_from_checkpoint(checkpoint)
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        best = self.state.best_model_checkpoint
-        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
-            self._load_best_model()
-        return TrainOutput(step, float("nan"), {})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_weights(resume_from_checkpoint, resume=True)
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_weights(str(self.state.best_model_checkpoint), resume=False)
-
-    def _load_weights(self, folder: str, resume: bool) -> None:
-        distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        load_checkpoint(distiller.student, distiller.heads, folder)
-        if self.averaged is not None:
-            self.averaged.load(Path(folder), resume)
-
-    def _clear_output_dir(self) -> None:
-        held = check_output_dir(str(self.args.output_dir), self.args.overwrite_output_dir)
-        self.accelerator.wait_for_everyone()  # everyone has looked before anything goes
-        if self.args.should_save:
-            for path in held:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.accelerator.wait_for_everyone()

@@ -1,0 +1,92 @@
+"""Images that could not be decoded: counted, listed in a file, and too many of them an error."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .decoding import BadImageError
+
+
+__all__ = ["BadImages", "TooManyBadImagesError", "describe"]
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 10
+
+
+class TooManyBadImagesError(ValueError):
+    """More images than `max_bad_images` allows could not be decoded."""
+
+    @classmethod
+    def of(
+        cls, bad: list[dict[str, Any]], share: float, images: int, file: Path | None = None
+    ) -> TooManyBadImagesError:
+        """The error, with the first of the images."""
+        shown = ", ".join(f"row {entry['row']} ({entry['kind']})" for entry in bad[:SHOWN])
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        return cls(
+            f"{len(bad)} images cannot be decoded, more than `max_bad_images` ({share:g}) of {images} allows: {shown}{more}. "
+            f"{f'All are listed in {str(file)!r}. ' if file else ''}Mend the data, or raise `max_bad_images`."
+        )
+
+
+def describe(error: BadImageError, number: int, place: dict[str, int]) -> dict[str, Any]:
+    """What is known of an image that could not be decoded: its row, its shard where there are shards, and why."""
+    return {"row": number, **place, "kind": error.kind, "reason": str(error)}
+
+
+class BadImages:
+    """Counts the undecodable images of this process by kind, and lists each once in a file of JSON lines.
+
+    Args:
+        file: made with the first of them.
+        share: of a pass that may be undecodable (`max_bad_images`).
+    """
+
+    def __init__(self, file: Path, share: float):
+        self.file, self.share = file, share
+        self.kinds: Counter[str] = Counter()
+        self._listed: set[tuple[str, int]] | None = None
+        self._pass = -1
+        self._of_pass: list[dict[str, Any]] = []
+
+    def add(self, data: str, entries: list[dict[str, Any]]) -> None:
+        """Take in what a batch said; `data` names the data set."""
+        if self._listed is None:
+            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            self._listed = {(entry["data"], entry["row"]) for entry in map(json.loads, lines)}
+        for entry in entries:
+            if entry.get("pass", 0) != self._pass:
+                self._pass, self._of_pass = entry.get("pass", 0), []
+            self._of_pass.append(entry)
+            self.kinds[entry["kind"]] += 1
+            if (data, entry["row"]) not in self._listed:
+                self._listed.add((data, entry["row"]))
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with self.file.open("a") as opened:
+                    opened.write(json.dumps({"data": data, **entry}) + "\n")
+                if len(self._listed) <= SHOWN:
+                    logger.warning(
+                        "An image of the %s data is left out: row %d, %s.", data, entry["row"], entry["reason"]
+                    )
+
+    def restart(self) -> None:
+        """A new pass over the data begins."""
+        self._of_pass = []
+
+    def check(self, images: int, processes: int) -> None:
+        """Refuse to go on where this process met too many in one pass over `images` images.
+
+        Raises:
+            TooManyBadImagesError: with the first of them.
+        """
+        if len(self._of_pass) > max(1, self.share * images / processes):
+            raise TooManyBadImagesError.of(self._of_pass, self.share, images // processes, self.file)
+
+    def summary(self) -> str:
+        """Number of each kind, in words; empty without any."""
+        return ", ".join(f"{kind}: {count}" for kind, count in self.kinds.most_common())

@@ -1,0 +1,220 @@
+"""The part of the trainer that keeps a run: checkpoints that are whole or not there, and going on from them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+
+from .averaging import TRAINED_FILE, AveragedStudent
+from .data import ImageStream
+from .image_trainer import ImageTrainer, count_steps
+from .saving import (
+    INTERRUPTED_FILE,
+    RUN_STATE_FILE,
+    UNFINISHED_FOLDER,
+    check_output_dir,
+    load_checkpoint,
+    save_heads,
+    save_student,
+)
+
+
+__all__ = ["CheckpointTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointTrainer(ImageTrainer):
+    """Writes a checkpoint beside the others and moves it in place once it is whole.
+
+    The folder is `checkpoint-N` as everywhere: the student's files, the mimicking heads, and the trainer's own.
+    """
+
+    averaged: AveragedStudent | None = None
+    settings: dict[str, Any]  # of this run, as it was asked for
+    _epochs_were_counted = False
+    _unfinished: Path | None = None  # where a checkpoint is being written
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._unfinished or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._stop_if_not_finite()  # before a good checkpoint is rotated away
+        if self.averaged is not None:
+            self.averaged.synchronise(self.accelerator)
+        output_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self._remove_unfinished(output_dir)
+        self._unfinished = output_dir / UNFINISHED_FOLDER
+        try:
+            with self.loss_log.paused():
+                super()._save_checkpoint(model, trial)
+                self._finish_checkpoint(self._unfinished / name, output_dir / name)
+        except OSError as error:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+            last = get_last_checkpoint(str(output_dir))
+            raise OSError(
+                f"Writing {name!r} into {str(output_dir)!r} failed ({error}). What was written of it is removed; the last whole "
+                f"checkpoint is {last or 'none'}. Make room, and resume from it."
+            ) from error
+        finally:
+            self._unfinished = None
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(output_dir / name))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(output_dir), self.args.save_total_limit, best, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._unfinished is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_checkpoint(self, unfinished: Path, place: Path) -> None:
+        """Move a checkpoint in place, once every process has written its part."""
+        if self.state.best_model_checkpoint == str(unfinished):
+            self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            _flush(unfinished)
+            _move(unfinished, place)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process and unfinished.exists():  # a node with a disk of its own
+            _move(unfinished, place)
+
+    def _remove_unfinished(self, output_dir: Path) -> None:
+        """Remove what a process that died while saving has left."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process:
+            shutil.rmtree(output_dir / UNFINISHED_FOLDER, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The student; in checkpoints also the heads and the images seen. Never the teacher."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+        def part(prefix: str) -> dict[str, Tensor] | None:
+            if state_dict is None:
+                return None
+            return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+
+        student_state = part("student.model.")
+        if self.averaged is not None:
+            student_state = self.averaged.average.module.state_dict()
+        save_student(model.student, folder, student_state)
+        if self._unfinished is None:
+            return
+        if self.averaged is not None:
+            self.averaged.save_trained(folder)
+        if model.heads is not None:
+            save_heads(model.heads, folder, part("heads."))
+        run_state = {
+            "images_seen": self.loss_log.images_seen,
+            "layout_start": self._layout_start,
+            "data": self._data_settings(),
+        }
+        (folder / RUN_STATE_FILE).write_text(json.dumps(run_state, indent=2))
+
+    # Going on
+
+    def _read_run_state(self, checkpoint: Path) -> int:
+        """Images seen and data settings of a checkpoint; returns its step."""
+        run_state = json.loads((checkpoint / RUN_STATE_FILE).read_text())
+        now, then = self._data_settings(), run_state["data"]
+        changed = [f"{name} {then.get(name)} to {now[name]}" for name in now if now[name] != then.get(name)]
+        if changed and not (self.args.allow_data_mismatch and isinstance(self.train_dataset, ImageStream)):
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} was written with other settings of the data: {', '.join(changed)}. "
+                "The images would come in another order. Go back to them, or accept it with `allow_data_mismatch=True`: the "
+                "run then goes on at the same number of images seen."
+            )
+        if (checkpoint / TRAINED_FILE).exists() and self.averaged is None:
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} holds an averaged student: set its `ema_decay` again."
+            )
+        images_seen: int = run_state["images_seen"]
+        self._images_seen_before = images_seen
+        self._layout_start = images_seen if changed else run_state.get("layout_start", 0)
+        self.loss_log.reset(images_seen)
+        step: int = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        if (
+            changed and self._epochs_were_counted and isinstance(self.train_dataset, ImageStream)
+        ):  # the epochs that are left, in steps of the new batch
+            self.args.max_steps = step + count_steps(self.train_dataset, self.args, images_seen)
+        return step
+
+    def _load_finished(self, checkpoint: str, step: int) -> TrainOutput:
+        """A run that needs no more steps: load what it ended with."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            self._load_best_model()
+        return TrainOutput(step, float("nan"), {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_weights(resume_from_checkpoint, resume=True)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_weights(str(self.state.best_model_checkpoint), resume=False)
+
+    def _load_weights(self, folder: str, resume: bool) -> None:
+        distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        load_checkpoint(distiller.student, distiller.heads, folder)
+        if self.averaged is not None:
+            self.averaged.load(Path(folder), resume)
+
+    def _note_interruption(self) -> None:
+        """Leave word that the same command is to resume this run."""
+        if self.args.should_save:
+            file = Path(str(self.args.output_dir), INTERRUPTED_FILE)
+            file.write_text(json.dumps({"step": self.state.global_step, "settings": self.settings}, indent=2))
+
+    def _forget_interruption(self) -> None:
+        if self.args.should_save:
+            Path(str(self.args.output_dir), INTERRUPTED_FILE).unlink(missing_ok=True)
+
+    def _clear_output_dir(self) -> None:
+        held = check_output_dir(str(self.args.output_dir), self.args.overwrite_output_dir)
+        self.accelerator.wait_for_everyone()  # everyone has looked before anything goes
+        if self.args.should_save:
+            for path in held:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.accelerator.wait_for_everyone()
+
+    def _stop_if_not_finite(self) -> None:
+        self.loss_log.stop_if_not_finite(self.accelerator, get_last_checkpoint(str(self.args.output_dir)))
+
+
+def _flush(folder: Path) -> None:
+    """Have the files of a folder on the disk, so that a machine that loses power does not lose them."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _move(unfinished: Path, place: Path) -> None:
+    if place.exists():  # the same step once more, after a resume from before it
+        replaced = unfinished.with_name("replaced")
+        place.rename(replaced)
+    unfinished.rename(place)
+    shutil.rmtree(unfinished.parent, ignore_errors=True)

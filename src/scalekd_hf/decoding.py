@@ -1,0 +1,210 @@
+"""From what a row of a data set holds to an RGB image, with one error for everything that is no image.
+
+Opening and decoding are two steps: a JPEG that is opened only can still be decoded at a fraction of its
+resolution (`PIL.Image.Image.draft`).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+
+
+__all__ = ["BadImageError", "is_reducible", "open_image", "pillow_errors", "to_rgb"]
+
+JPEG_START = b"\xff\xd8\xff"
+REMEDIES = {
+    "empty": "Leave out the row, or store the image again.",
+    "missing": "Check the path, or store the images in the data set itself.",
+    "not an image": "Leave out the row, or check that the column holds images.",
+    "truncated": "Fetch the file again, or leave it out.",
+    "too large": "Scale the image down, or raise `PIL.Image.MAX_IMAGE_PIXELS`.",
+    "unreadable": "Save the image in another format, or leave it out.",
+}
+
+
+class BadImageError(ValueError):
+    """A value that no image can be made of.
+
+    Attributes:
+        kind: "empty", "missing", "not an image", "truncated", "too large", or "unreadable" for the rest.
+    """
+
+    def __init__(self, message: str, kind: str = "unreadable"):
+        super().__init__(message)
+        self.kind = kind
+
+
+def _bad(kind: str, detail: Any) -> BadImageError:
+    return BadImageError(f"An image is {kind}: {detail}. {REMEDIES[kind]}", kind)
+
+
+def open_image(value: Any) -> Image.Image:
+    """Open an image, without decoding it where it is encoded.
+
+    Args:
+        value: a row's {"bytes": ..., "path": ...}, encoded bytes, a path, a PIL image, or pixels as an array or
+            nested list (height, width), with 1, 3 or 4 channels behind or without: integers of 8 or 16 bits, or
+            floats in 0..1 or 0..255.
+
+    Raises:
+        BadImageError: the value is no image.
+    """
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise _bad("empty", "there are neither bytes nor a path")
+    if isinstance(value, (str, os.PathLike)):
+        value = _read(Path(value))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return _open_bytes(bytes(value))
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return _from_pixels(value)
+    raise _bad("not an image", f"a value of type {type(value).__name__} is neither bytes, a path nor pixels")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise _bad("missing", f"there is no file {str(path)!r}") from None
+    except OSError as error:
+        raise _bad("unreadable", f"{str(path)!r} cannot be read ({error})") from error
+
+
+def _open_bytes(content: bytes) -> Image.Image:
+    if not content:
+        raise _bad("empty", "it has 0 bytes")
+    with pillow_errors():
+        try:
+            return Image.open(io.BytesIO(content))
+        except Image.DecompressionBombError:
+            if not content.startswith(JPEG_START):
+                raise
+            image = JpegImagePlugin.JpegImageFile(io.BytesIO(content))
+            at_least = image.width * image.height / 8**2  # pixels, decoded at the lowest resolution
+            if image.info.get("progressive") or at_least > _pixel_limit():
+                raise  # a progressive one needs its full size of memory at any resolution
+            return image
+
+
+def _from_pixels(value: Any) -> Image.Image:
+    try:
+        pixels = np.asarray(value)
+    except ValueError as error:
+        raise _bad("not an image", f"its rows differ in length ({error})") from None
+    if pixels.size == 0:
+        raise _bad("empty", f"its shape is {pixels.shape}")
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    colour = pixels.ndim == 3 and pixels.shape[2] in (3, 4)
+    if not (colour or pixels.ndim == 2) or pixels.dtype.kind not in "buif":
+        shape = f"pixels of shape {pixels.shape} and type {pixels.dtype}"
+        raise _bad("not an image", f"{shape} are not (height, width) or (height, width, 3)")
+    return Image.fromarray(_eight_bits(pixels))
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Scale pixels to uint8: floats up to 1 times 255, 16-bit integers, and anything else over 255, divided."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+        return (pixels // 256).astype(np.uint8)
+    peak = pixels.max()
+    if pixels.dtype.kind in "bf" and peak <= 1:
+        pixels = pixels * 255.0
+    elif peak > 255:
+        pixels = pixels / (256 if peak < 65536 else peak / 255)
+    return np.nan_to_num(pixels).clip(0, 255).astype(np.uint8)
+
+
+def to_rgb(image: Image.Image, reduction: float = 1.0) -> Image.Image:
+    """Decode an image, turn it as its EXIF orientation says, and convert it to RGB with 8 bits a channel.
+
+    Args:
+        image: from `open_image`. Where it was not decoded yet, it is afterwards.
+        reduction: a JPEG may be decoded at a half, a quarter or an eighth of its resolution, 1 / reduction at the
+            least. One over Pillow's limit of pixels is decoded at what brings it below, whatever the reduction.
+
+    Raises:
+        BadImageError: the encoded image is damaged or too large.
+    """
+    with pillow_errors():
+        _draft(image, reduction)
+        image.load()
+        if _is_rotated(image):
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "RGB":
+            return image
+        if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut off at 255
+            return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow warns of the direct way
+        return image.convert("RGB")
+
+
+def _draft(image: Image.Image, reduction: float) -> None:
+    """Let a JPEG be decoded smaller; any other image takes no notice."""
+    width, height = image.size
+    scale = max((scale for scale in (2, 4, 8) if scale <= reduction), default=1)
+    while scale < 8 and width * height > scale**2 * _pixel_limit():
+        scale *= 2
+    if scale > 1:
+        image.draft("RGB", (width // scale, height // scale))
+
+
+def _pixel_limit() -> float:
+    """The number of pixels from which on Pillow refuses to open an image."""
+    return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
+
+
+def is_reducible(image: Image.Image) -> bool:
+    """Whether `to_rgb` can decode the image at less than its resolution: a JPEG, not yet decoded, not rotated."""
+    return isinstance(image, JpegImagePlugin.JpegImageFile) and bool(image.tile) and not _is_rotated(image)
+
+
+def _is_rotated(image: Image.Image) -> bool:
+    """Whether the EXIF orientation asks for a turn or a flip; one that cannot be read asks for none."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except (SyntaxError, ValueError, TypeError, KeyError, EOFError, struct.error):
+        return False
+
+
+@contextmanager
+def pillow_errors() -> Iterator[None]:
+    """Turn what Pillow raises into a `BadImageError`, and keep it from warning of large images."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise what they like on damaged files
+        raise _bad(_kind(error), f"{type(error).__name__}, {error}") from error
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too large"
+    if isinstance(error, (SyntaxError, struct.error, EOFError, zlib.error)):
+        return "truncated"
+    told = str(error).lower()
+    if isinstance(error, OSError) and ("truncated" in told or "broken" in told):
+        return "truncated"
+    return "unreadable"

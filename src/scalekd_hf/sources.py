@@ -1,0 +1,257 @@
+"""Where rows come from: a map-style data set by index, or a stream shard by shard, in the order of a pass.
+
+Both know their number of rows, so that a pass has an end that all processes know, and a place in it can
+be found again without reading what comes before.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import datasets
+import numpy as np
+import pyarrow.parquet
+from datasets.fingerprint import Hasher
+from datasets.iterable_dataset import RebatchedArrowExamplesIterable, SelectColumnsIterable
+from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.utils.file_utils import xopen
+from huggingface_hub.errors import HfHubHTTPError
+
+
+__all__ = ["Shards", "StreamReadError", "Table", "retrying"]
+
+logger = logging.getLogger(__name__)
+
+HUB_CLIENT_ERROR = HfHubHTTPError.__bases__[0]  # of whichever HTTP client huggingface_hub uses
+NETWORK_ERRORS = (OSError, TimeoutError, aiohttp.ClientError, HUB_CLIENT_ERROR)
+LASTING_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)  # trying again does not help
+RETRY_DELAYS = (1, 4, 16, 60, 120)  # seconds before each new try; `datasets` itself tries again before that
+MAX_UNITS = 4096  # of more shards, neighbours are read together
+READ_ROWS = 64  # rows of Arrow made Python objects at a time
+COUNT_LOG_SECONDS = 30
+
+
+class StreamReadError(RuntimeError):
+    """A stream could not be read, also after several tries."""
+
+
+class Table:
+    """Rows of a map-style data set."""
+
+    def __init__(self, rows: datasets.Dataset, columns: list[str]):
+        self.rows = rows.select_columns(columns)
+        self._order: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.rows[number]
+
+    def place(self, number: int) -> dict[str, int]:
+        """Nothing more is to be said of a row than its number."""
+        return {}
+
+    def order(self, seed: int, pass_number: int) -> np.ndarray:
+        """Row numbers in the order of a pass."""
+        if self._order[0] != (seed, pass_number):
+            shuffled = np.random.default_rng((seed, pass_number)).permutation(len(self))
+            self._order = ((seed, pass_number), shuffled)
+        return self._order[1]
+
+
+class Shards:
+    """A stream as counted units, each a shard or some neighbouring ones, of pieces that can be skipped.
+
+    Args:
+        stream: a `datasets.IterableDataset`.
+        columns: those that are needed.
+    """
+
+    def __init__(self, stream: datasets.IterableDataset, columns: list[str]):
+        self.pieces = _counted(stream)  # rows of each piece of each unit
+        self.stream = stream.select_columns(columns) if stream.features else stream
+        self.counts = [sum(unit) for unit in self.pieces]
+        self.offsets = [0, *itertools.accumulate(self.counts)]
+
+    def __len__(self) -> int:
+        return self.offsets[-1]
+
+    def place(self, number: int) -> dict[str, int]:
+        """Shard, and row in it, of a row number."""
+        unit = bisect.bisect_right(self.offsets, number) - 1
+        return {"shard": unit, "shard_row": number - self.offsets[unit]}
+
+    def order(self, seed: int, pass_number: int) -> list[int]:
+        """Units in the order of a pass."""
+        return np.random.default_rng((seed, pass_number)).permutation(len(self.counts)).tolist()
+
+    def rows(self, order: list[int], position: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Row numbers and rows of the units in `order`, from a position in that sequence on."""
+        for unit in order:
+            if position >= self.counts[unit]:
+                position -= self.counts[unit]
+                continue
+            for row_number, row in enumerate(self._unit(unit, position), start=position):
+                yield self.offsets[unit] + row_number, row
+            position = 0
+
+    def read_twice(self, order: list[int], bounds: list[int]) -> int:
+        """Rows that are read in vain where readers start at `bounds` (positions in the sequence) and not at a piece."""
+        pieces = (rows for unit in order for rows in self.pieces[unit])
+        starts = [0, *itertools.accumulate(pieces)]
+        return sum(bound - starts[bisect.bisect_right(starts, bound) - 1] for bound in bounds)
+
+    def _unit(self, unit: int, start: int) -> Iterator[dict[str, Any]]:
+        """Rows of a unit from `start` on; what fails is opened again where it failed."""
+        failures = 0
+        while True:
+            try:
+                for row in self._open(unit, start):
+                    yield row
+                    start, failures = start + 1, 0
+            except NETWORK_ERRORS as error:
+                _wait(error, failures, f"shard {unit} of {len(self.counts)}")
+                failures += 1
+                continue
+            if start != self.counts[unit]:
+                raise StreamReadError(
+                    f"Shard {unit} of the stream has {start} rows and had {self.counts[unit]} when they were counted: its "
+                    f"files have changed. Delete {str(_cache_folder())!r} and start a new run."
+                )
+            return
+
+    def _open(self, unit: int, start: int) -> Iterator[dict[str, Any]]:
+        stream, pieces = self.stream.shard(len(self.counts), unit), self.pieces[unit]
+        if start and len(pieces) > 1:
+            bounds = [0, *itertools.accumulate(pieces)]
+            first = bisect.bisect_right(bounds, start) - 1
+            stream, start = stream.reshard(), start - bounds[first]
+            parts = [stream.shard(len(pieces), piece) for piece in range(first, len(pieces))]
+        else:
+            parts = [stream]
+        # `iter` with batches does not split by worker a second time.
+        rows = (row for part in parts for batch in part.iter(batch_size=READ_ROWS) for row in _rows(batch))
+        yield from itertools.islice(rows, start, None)
+
+
+def _rows(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))
+
+
+def retrying(read: Callable[[], Any], what: str) -> Any:
+    """The result of `read`, tried again after failures of the network.
+
+    Raises:
+        StreamReadError: it failed too often.
+    """
+    for failures in itertools.count():
+        try:
+            return read()
+        except NETWORK_ERRORS as error:
+            _wait(error, failures, what)
+
+
+def _wait(error: Exception, failures: int, what: str) -> None:
+    if failures >= len(RETRY_DELAYS) or isinstance(error, LASTING_ERRORS):
+        raise StreamReadError(
+            f"Reading {what} failed {failures + 1} times, at last with {type(error).__name__}: {error}"
+        ) from error
+    delay = RETRY_DELAYS[failures]
+    logger.warning("Reading %s failed (%s: %s); once more in %g s.", what, type(error).__name__, error, delay)
+    time.sleep(delay)
+
+
+# Counting
+
+
+def _counted(stream: datasets.IterableDataset) -> list[list[int]]:
+    """Rows of each piece of each unit of a stream, counted once and kept in the cache of `datasets`."""
+    file = _cache_file(stream)
+    if file is not None and file.exists():
+        kept: list[list[int]] = json.loads(file.read_text())
+        return kept
+    units = min(stream.num_shards, MAX_UNITS)
+    row_groups = _row_groups(stream)
+    if row_groups is not None:
+        grouped = np.array_split(np.arange(len(row_groups)), units)  # as `shard` groups them
+        pieces = [[rows for shard in unit for rows in row_groups[shard]] for unit in grouped]
+    else:
+        pieces = _count_by_reading(stream, units)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(pieces))
+        unfinished.replace(file)
+    return pieces
+
+
+def _row_groups(stream: datasets.IterableDataset) -> list[list[int]] | None:
+    """Rows of each row group of each file of a plain Parquet stream, from its footers; None for others."""
+    kwargs, builder = _origin(stream)
+    if not isinstance(builder, Parquet) or builder.config.filters is not None or "files" not in kwargs:
+        return None
+    download = datasets.DownloadConfig(token=builder.token)
+
+    def read(file: str, wanted: tuple[int, ...] | None) -> list[int]:
+        with xopen(file, "rb", download_config=download) as opened:
+            metadata = pyarrow.parquet.read_metadata(opened)
+        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        return rows if wanted is None else [sum(rows[group] for group in wanted)]
+
+    def retried(file: str, wanted: tuple[int, ...] | None) -> list[int]:
+        return retrying(lambda: read(file, wanted), f"the footer of {file}")
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(retried, kwargs["files"], kwargs["row_groups_list"]))
+
+
+def _origin(stream: datasets.IterableDataset) -> tuple[dict[str, Any], Any]:
+    """Files and builder of a stream that passes rows on as they are; `datasets` has no public way to tell them."""
+    examples = stream._ex_iterable
+    while isinstance(examples, (RebatchedArrowExamplesIterable, SelectColumnsIterable)):
+        examples = examples.ex_iterable
+    return getattr(examples, "kwargs", {}), getattr(getattr(examples, "generate_tables_fn", None), "__self__", None)
+
+
+def _count_by_reading(stream: datasets.IterableDataset, units: int) -> list[list[int]]:
+    logger.warning("The length of the stream is not in its metadata: it is read once to count its images.")
+    logged, total, pieces = time.monotonic(), 0, []
+    for unit in range(units):
+        rows = 0
+        for batch in stream.shard(units, unit).iter(batch_size=READ_ROWS):
+            rows += len(next(iter(batch.values())))
+            if time.monotonic() - logged > COUNT_LOG_SECONDS:
+                logged = time.monotonic()
+                logger.warning("Counted %d images so far, in shard %d of %d.", total + rows, unit, units)
+        pieces.append([rows])
+        total += rows
+    return pieces
+
+
+def _cache_folder() -> Path:
+    return Path(datasets.config.HF_DATASETS_CACHE) / "scalekd_lengths"
+
+
+def _cache_file(stream: datasets.IterableDataset) -> Path | None:
+    """Where the counts are kept: by what the stream is made of, and by size and time of its local files."""
+    try:
+        made_of = Hasher.hash(stream._ex_iterable)
+    except Exception:  # whatever a user's function holds that cannot be hashed
+        return None
+    kwargs, _ = _origin(stream)
+    names = [value for values in kwargs.values() if isinstance(values, list) for value in values]
+    local = [Path(name).stat() for name in names if isinstance(name, str) and os.path.exists(name)]
+    state = Hasher.hash([(file.st_size, file.st_mtime_ns) for file in local])
+    return _cache_folder() / f"{made_of}-{state}.json"

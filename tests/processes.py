@@ -1,0 +1,82 @@
+"""Functions run in forked processes, one or several in a group of torch.distributed, without importing all anew."""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+
+
+@dataclass
+class Outcome:
+    """How a process ended: its exit status, minus the signal's number if one ended it, and what it printed."""
+
+    status: int
+    text: str
+
+
+class Started:
+    """Processes that run `function(*arguments)`; with more than one, as ranks of a group."""
+
+    def __init__(self, folder, function, *arguments, processes=1):
+        self.files = [Path(folder) / f"output_{time.monotonic_ns()}_{rank}.txt" for rank in range(processes)]
+        for file in self.files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        port = _free_port()
+        sys.stdout.flush()
+        self.pids = []
+        for rank, file in enumerate(self.files):
+            pid = os.fork()
+            if pid == 0:
+                _child(rank, processes, port, file, function, arguments)
+            self.pids.append(pid)
+
+    def wait(self):
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
+        return [Outcome(status, file.read_text()) for status, file in zip(statuses, self.files, strict=True)]
+
+
+def in_processes(folder, function, *arguments, processes=1):
+    """Run a function in other processes and wait for them."""
+    return Started(folder, function, *arguments, processes=processes).wait()
+
+
+def in_child(folder, function, *arguments):
+    """Run a function in one other process and wait for it."""
+    return in_processes(folder, function, *arguments)[0]
+
+
+def _child(rank, processes, port, file, function, arguments):
+    status = 1
+    try:
+        output = os.open(file, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        if processes > 1:
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in group.items()})
+            AcceleratorState._reset_state(reset_partial_state=True)
+        torch.manual_seed(0)
+        function(*arguments)
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]

@@ -1,0 +1,272 @@
+"""A run that is stopped, at any step and in any way, goes on as if it had not been."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import run, settings, small_student, timm_swin
+from PIL import Image
+from processes import Started, in_child, in_processes
+
+from scalekd_hf import ScaleKDTrainer
+
+
+ROWS = 28  # of three shards; 3.5 steps of 8 a pass
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    generator = np.random.default_rng(0)
+    for shard, rows in enumerate((6, 13, 9)):
+        images = [Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(rows)]
+        data = {"image": images, "label": [row % 10 for row in range(rows)]}
+        datasets.Dataset.from_dict(data, features=features).to_parquet(folder / f"{shard}.parquet", batch_size=4)
+    return sorted(str(file) for file in folder.iterdir())
+
+
+ALL_AT_ONCE = {
+    "max_steps": 9,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "shuffle_buffer_size": 5,
+    "mixup_alpha": 0.8,
+    "cutmix_alpha": 1.0,
+    "ema_decay": 0.9,
+    "rand_augment": 9,
+    "random_erasing": 0.25,
+    "hflip": 0.5,
+    "teacher_drop_path": 0.3,
+    "logging_steps": 3,
+}
+
+
+class Trainer(ScaleKDTrainer):
+    """Can be told to die, or to be told to end, at a point of a step."""
+
+    at = ("", 0)
+    how = signal.SIGKILL
+
+    def strike(self, point):
+        if self.at == (point, self.state.global_step):
+            os.kill(os.getpid(), self.how)
+
+    def training_step(self, *args, **kwargs):
+        result = super().training_step(*args, **kwargs)
+        self.strike("step")
+        return result
+
+    def _save_rng_state(self, output_dir):
+        self.strike("saving")
+        return super()._save_rng_state(output_dir)
+
+    def _finish_checkpoint(self, unfinished, place):
+        self.strike("moving")
+        super()._finish_checkpoint(unfinished, place)
+
+
+def trainer_for(folder, shards, kind="stream", at=("", 0), how=signal.SIGKILL, **changes):
+    torch.manual_seed(0)
+    data = datasets.load_dataset("parquet", data_files=shards, split="train", streaming=kind == "stream")
+    student, options = small_student(drop_path_rate=0.2), {**ALL_AT_ONCE, **changes}
+    evaluation = data if "eval_strategy" in options else None
+    trainer = Trainer(student, timm_swin(), settings(folder, **options), data, evaluation)
+    trainer.at, trainer.how = at, how
+    return trainer
+
+
+def digest(trainer):
+    """What a run has come to: weights, average, heads and optimiser, to the bit."""
+    found = hashlib.sha256()
+    parts = {**trainer.model.student.state_dict(), **trainer.model.heads.state_dict()}
+    parts |= {f"average.{name}": value for name, value in trainer.averaged.average.module.state_dict().items()}
+    for name, tensor in sorted(parts.items()):
+        found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for state in trainer.optimizer.state_dict()["state"].values():
+        found.update(state["exp_avg_sq"].contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def train(folder, shards, resume=None, **options):
+    """A run; its result is in result.json of the folder."""
+    trainer = trainer_for(folder, shards, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.is_world_process_zero():
+        result = {"digest": digest(trainer), "step": trainer.state.global_step}
+        result |= {"world_size": trainer.args.world_size, "kind": str(trainer.accelerator.distributed_type)}
+        result |= {"images_seen": trainer.loss_log.images_seen, "epoch": trainer.state.epoch}
+        (trainer_folder := trainer.args.output_dir) and open(f"{trainer_folder}/result.json", "w").write(
+            json.dumps(result)
+        )
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one_to_the_bit(tmp_path, shards, kind, workers):
+    options = {"kind": kind, "dataloader_num_workers": workers}
+    train(tmp_path, shards, **options)
+    whole = result(tmp_path)
+    assert whole["images_seen"] == 72 and whole["epoch"] == pytest.approx(72 / ROWS)
+    for step in (1, 3, 4, 7) if workers == 0 else (3, 5):  # in the first pass, about its end, in the second
+        train(tmp_path, shards, resume=str(tmp_path / f"checkpoint-{step}"), **options)
+        assert result(tmp_path) == whole, step
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+def test_two_processes_resume_to_the_bit(tmp_path, shards, kind):
+    options = {"kind": kind, "dataloader_num_workers": 2, "per_device_train_batch_size": 2, "ema_decay": 0.9}
+
+    results = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        for outcome in in_processes(tmp_path, lambda: train(tmp_path, shards, resume, **options), processes=2):  # noqa: B023
+            assert outcome.status == 0, outcome.text[-3000:]
+        results.append(result(tmp_path))
+    assert (results[0]["world_size"], results[0]["kind"]) == (2, "DistributedType.MULTI_CPU")
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(("point", "last"), [("step", 4), ("saving", 3), ("moving", 3)])
+def test_a_run_that_is_killed_goes_on_from_its_last_whole_checkpoint(tmp_path, shards, point, last):
+    # Killed in the middle of a step (between its two micro-batches), or of writing a checkpoint.
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(whole, shards, save_strategy="no")
+    outcome = in_child(tmp_path, lambda: train(killed, shards, at=(point, 4), save_total_limit=1))
+    assert outcome.status == -signal.SIGKILL, outcome.text[-3000:]
+    assert [path.name for path in killed.glob("checkpoint-*")] == [f"checkpoint-{last}"]
+    train(killed, shards, resume=True, save_total_limit=1)
+    assert result(killed) == result(whole)
+    assert sorted(path.name for path in killed.iterdir() if path.is_dir()) == ["checkpoint-9"]
+
+
+@pytest.mark.parametrize("step", [3, 4])  # the first stops where an epoch ends
+def test_sigterm_saves_a_checkpoint_and_the_same_call_resumes(tmp_path, shards, step):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = {"save_strategy": "no", "dataloader_num_workers": 2}
+    train(whole, shards, **options)
+    outcome = in_child(tmp_path, lambda: train(stopped, shards, at=("step", step), how=signal.SIGTERM, **options))
+    assert outcome.status == 75, outcome.text[-3000:]
+    assert [path.name for path in stopped.glob("checkpoint-*")] == [f"checkpoint-{step + 1}"]
+    with pytest.raises(ValueError, match="holds a run already"):  # other settings are another run
+        train(stopped, shards, **options, learning_rate=0.5)
+    train(stopped, shards, **options)
+    assert result(stopped) == result(whole)
+    assert not (stopped / "interrupted.json").exists()
+
+
+def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path, shards):
+    options = {"save_strategy": "no", "dataloader_num_workers": 1, "max_steps": 10_000}
+    started = Started(tmp_path, lambda: train(tmp_path / "run", shards, **options), processes=2)
+    time.sleep(6)
+    os.kill(started.pids[1], signal.SIGTERM)
+    outcomes = started.wait()
+    assert [outcome.status for outcome in outcomes] == [75, 75], outcomes[0].text[-3000:] + outcomes[1].text[-3000:]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")  # of one and the same step
+    assert (checkpoint / "rng_state_0.pth").exists() and (checkpoint / "rng_state_1.pth").exists()
+
+
+def test_workers_live_on_when_a_whole_group_of_processes_gets_sigterm(tmp_path, shards):
+    def grouped():
+        os.setpgid(0, 0)
+        train(tmp_path / "run", shards, dataloader_num_workers=2, save_strategy="no", max_steps=10_000)
+
+    started = Started(tmp_path, grouped)
+    time.sleep(4)
+    os.killpg(started.pids[0], signal.SIGTERM)
+    (outcome,) = started.wait()
+    assert outcome.status == 75, outcome.text[-3000:]
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+def test_other_batches_and_workers_go_on_at_the_same_number_of_images(tmp_path, shards, kind):
+    train(tmp_path, shards, kind=kind, max_steps=3)
+    options = {"kind": kind, "dataloader_num_workers": 2, "per_device_train_batch_size": 2}
+    with pytest.raises(ValueError, match="other settings of the data.*allow_data_mismatch"):
+        train(tmp_path, shards, resume=True, **options)
+    train(tmp_path, shards, resume=True, max_steps=6, allow_data_mismatch=True, **options)
+    assert result(tmp_path)["images_seen"] == 24 + 3 * 4
+    train(tmp_path, shards, resume=True, max_steps=8, **options)  # and from then on exactly
+    assert result(tmp_path)["images_seen"] == 24 + 5 * 4
+
+
+def test_workers_do_not_matter_to_a_data_set_in_memory(tmp_path, shards):
+    train(tmp_path, shards, kind="map", dataloader_num_workers=2)
+    whole = result(tmp_path)
+    train(tmp_path, shards, kind="map", resume=str(tmp_path / "checkpoint-4"))
+    assert result(tmp_path) == whole
+
+
+def test_other_data_is_refused(tmp_path, shards):
+    train(tmp_path, shards, max_steps=2)
+    with pytest.raises(ValueError, match="images 28 to 19"):
+        train(tmp_path, shards[:2], resume=True)
+
+
+def test_epochs_of_a_stream_evaluate_save_and_log_and_callbacks_hear_of_them(tmp_path, shards):
+    options = {"max_steps": -1, "num_train_epochs": 3, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    options |= {"logging_strategy": "epoch", "mixup_alpha": 0.0, "cutmix_alpha": 0.0}
+    trainer = trainer_for(tmp_path, shards, **options)
+    trainer.train()
+    assert trainer.state.global_step == 11 and trainer.state.num_train_epochs == 4  # 84 images and a bit, by eights
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["images_seen"] for entry in logged] == [32, 56, 88]
+    assert [entry["epoch"] for entry in logged] == pytest.approx([32 / ROWS, 56 / ROWS, 88 / ROWS])
+    assert sum("eval_top1" in entry for entry in trainer.state.log_history) == 3
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-11",
+        "checkpoint-4",
+        "checkpoint-7",
+    ]
+
+
+def test_the_log_tells_the_share_of_the_time_spent_waiting_for_images(tmp_path, shards):
+    trainer = trainer_for(tmp_path, shards, save_strategy="no", logging_steps=2)
+    slow = trainer.train_dataset.preparation.transform
+    trainer.train_dataset.preparation.transform = lambda image: time.sleep(0.05) or slow(image)
+    trainer.train()
+    shares = [entry["data_wait"] for entry in trainer.state.log_history if "data_wait" in entry]
+    assert len(shares) == 4 and all(0.3 < share < 1 for share in shares)
+
+
+@pytest.mark.slow
+def test_torchrun_passes_sigterm_on_and_the_same_command_resumes(tmp_path):
+    words = [
+        "python",
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29573",
+        "recipes/distill.py",
+    ]
+    words += ["recipes/configs/quickstart.yaml", "--baseline", "false", "--output_dir", tmp_path / "run", "--use_cpu"]
+    words += ["--max_steps", "30", "--disable_tqdm", "true", "--eval_strategy", "no", "--logging_steps", "1"]
+    import subprocess
+    import sys
+
+    from helpers import ROOT
+
+    words = [sys.executable, *map(str, words[1:])]
+    started = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in started.stdout:
+        if "images_seen" in line:
+            break
+    started.terminate()
+    text = started.stdout.read()
+    assert started.wait() != 0 and list((tmp_path / "run").glob("checkpoint-*")), text[-3000:]
+    assert (tmp_path / "run" / "interrupted.json").exists()
+    finished = run(*words)
+    assert finished.returncode == 0 and "it is resumed" in finished.stderr, finished.stderr[-3000:]
+    assert (tmp_path / "run" / "model.safetensors").exists()
