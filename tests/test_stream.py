@@ -257,14 +257,16 @@ def test_tar_files_and_folders_of_images_are_read_alike(tmp_path, caplog):
 
 
 @pytest.fixture
-def server(files):
+def server(files, monkeypatch):
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0.01)
     with RangeServer({f"/{number}.parquet": open(file, "rb").read() for number, file in enumerate(files)}) as server:
         yield server
 
 
 def test_a_network_that_fails_for_a_while_changes_nothing(files, server, monkeypatch, caplog):
     monkeypatch.setattr(sources, "RETRY_DELAYS", (0.01,) * 20)
-    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
     expected = labels(steps_of(stream_of(files), 20))
     data = prepared(stream_of([f"{server.url}/{number}.parquet" for number in range(4)]))
     server.fail_every(2)
@@ -275,7 +277,6 @@ def test_a_network_that_fails_for_a_while_changes_nothing(files, server, monkeyp
 
 def test_a_network_that_stays_away_ends_the_stream(server, monkeypatch):
     monkeypatch.setattr(sources, "RETRY_DELAYS", (0.01,) * 2)
-    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
     data = prepared(stream_of([f"{server.url}/{number}.parquet" for number in range(4)]))
     server.fail_every(1)
     with pytest.raises(StreamReadError, match="Reading shard . of 4 failed 3 times, at last with"):
@@ -284,7 +285,6 @@ def test_a_network_that_stays_away_ends_the_stream(server, monkeypatch):
 
 def test_workers_end_with_the_same_error(server, monkeypatch):
     monkeypatch.setattr(sources, "RETRY_DELAYS", ())
-    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
     data = prepared(stream_of([f"{server.url}/{number}.parquet" for number in range(4)]))
     server.fail_every(1)
     with pytest.raises(StreamReadError, match="failed 1 times"):

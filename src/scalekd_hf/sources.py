@@ -32,8 +32,8 @@ __all__ = ["Shards", "StreamReadError", "Table", "retrying"]
 
 logger = logging.getLogger(__name__)
 
-HUB_CLIENT_ERROR = HfHubHTTPError.__bases__[0]  # of whichever HTTP client huggingface_hub uses
-NETWORK_ERRORS = (OSError, TimeoutError, aiohttp.ClientError, HUB_CLIENT_ERROR)
+HUB_CLIENT_ERROR: Any = HfHubHTTPError.__bases__[0]  # of whichever HTTP client huggingface_hub uses
+NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, TimeoutError, aiohttp.ClientError, HUB_CLIENT_ERROR)
 LASTING_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)  # trying again does not help
 RETRY_DELAYS = (1, 4, 16, 60, 120)  # seconds before each new try; `datasets` itself tries again before that
 MAX_UNITS = 4096  # of more shards, neighbours are read together
