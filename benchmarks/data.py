@@ -1,21 +1,26 @@
-"""Images a second on one core, from encoded bytes to normalised batches: ours, timm's and torchvision's way.
+"""Images a second from encoded bytes to normalised batches: ours, timm's and torchvision's way; what the stream adds
+to it, and how it grows with workers.
 
 python benchmarks/data.py [--images 256]
 
 The images are JPEGs of 469 x 401 pixels, cut from the photographs that scikit-learn and scikit-image bring along;
 both have to be installed. Nothing is downloaded. Every way does the same: decode, random resized crop to 224
-(bicubic), flip, RandAugment of magnitude 9 and erasing with probability 0.25 (or neither), normalise.
+(bicubic), flip, RandAugment of magnitude 9 and erasing with probability 0.25 (or neither), normalise. The first two
+tables are of one core.
 """
 
 import argparse
 import io
+import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import skimage.data
 import torch
@@ -27,7 +32,11 @@ from torch import Tensor
 from torchvision import transforms
 
 from scalekd_hf.augmentation import Augmentation
+from scalekd_hf.data import ImageStream, prepare_dataset
 from scalekd_hf.decoding import open_image
+from scalekd_hf.loading import ImageSpec
+from scalekd_hf.preparation import Preparation, collate
+from scalekd_hf.stream import Layout
 
 
 WIDTH, HEIGHT, QUALITY = 469, 401, 96  # the mean size of ImageNet's training images; quality for as many bytes
@@ -144,12 +153,70 @@ def report_rates(contents: list[bytes]) -> None:
         print(f"{name:36}{rate:>10.0f}{1000 / rate:>10.2f}{rate / timm_rate:>8.2f}x", flush=True)
 
 
+def stream_of(contents: list[bytes], folder: str) -> ImageStream:
+    """The images as a stream of four Parquet shards in row groups of 100, each of them eight times, prepared for training as in a run."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for shard in range(4):
+        part = contents[shard::4] * 8
+        rows = {"image": [{"bytes": content, "path": None} for content in part], "label": [0] * len(part)}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(f"{folder}/{shard}.parquet", batch_size=100)
+    files = [f"{folder}/{shard}.parquet" for shard in range(4)]
+    stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    preparation = Preparation(ImageSpec((SIZE, SIZE)), True, rand_augment=9, random_erasing=0.25)
+    return prepare_dataset(stream, "train_dataset", preparation, shuffle=(0, 100))
+
+
+def report_stream(contents: list[bytes]) -> None:
+    """One core: decoding and augmenting, and what a stream of shards adds: reading, shuffling, seeding, keeping count."""
+    times: dict[str, list[float]] = {"decode and augment": [], "open": [], "stream without decoding": []}
+    with tempfile.TemporaryDirectory() as folder:
+        stream = stream_of(contents, folder)
+        augment, stream.preparation.transform = stream.preparation.transform, lambda image: None
+        for _ in range(REPEATS):
+            rows = iter(stream)
+            ways = (lambda content: augment(open_image(content)), open_image, lambda _: next(rows))  # noqa: B023
+            for name, way, passes in zip(
+                times, ways, (1, 1, 8), strict=True
+            ):  # the stream's pass is eight times as long
+                start = time.perf_counter()
+                for content in contents * passes:
+                    way(content)
+                times[name].append((time.perf_counter() - start) / passes)
+    work, opening, streaming = (1000 * statistics.median(values) / len(contents) for values in times.values())
+    added = streaming - opening
+    print(f"\ndecode and augment {work:.2f} ms/image, the stream adds {added:.3f}: {added / work:.1%}")
+
+
+def report_workers(contents: list[bytes], seconds: float = 6.0) -> None:
+    """A training loader with more and more workers."""
+    print(f"\n{'workers':>8}{'images/s':>10}{'to one':>9}   of {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory() as folder:
+        stream, one = stream_of(contents, folder), None
+        for workers in (1, 2, 4, 8, 16):
+            if workers > 2 * (os.cpu_count() or 1):
+                break
+            layout = Layout(BATCH, workers=workers)
+            loader = iter(stream.training_loader(layout, 0, 0, num_workers=workers, collate_fn=collate))
+            for _ in range(2 * workers):
+                next(loader)  # what was made while the workers started
+            start, images = time.perf_counter(), 0
+            while time.perf_counter() - start < seconds:
+                images += len(next(loader)["pixel_values"])
+            rate = images / (time.perf_counter() - start)
+            one = one or rate
+            print(f"{workers:>8}{rate:>10.0f}{rate / one:>8.2f}x", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256, help="a multiple of 64")
     arguments = parser.parse_args()
+    datasets.disable_progress_bars()
     torch.set_num_threads(1)
-    report_rates(jpegs(arguments.images))
+    contents = jpegs(arguments.images)
+    report_rates(contents)
+    report_stream(contents)
+    report_workers(contents)
 
 
 if __name__ == "__main__":

@@ -202,3 +202,10 @@ def test_the_digits_in_the_repository_are_those_of_the_script(tmp_path):
     made = {make_digits.enlarge(cells).tobytes() for cells in digits.images}
     kept = datasets.Dataset.from_parquet([str(f) for f in sorted(make_digits.FOLDER.glob("*.parquet"))])
     assert len(kept) == 1797 and {image.tobytes() for image in kept["image"]} == made
+
+
+@pytest.mark.slow
+def test_a_data_set_that_the_hub_does_not_give_out_says_how_to_get_it():
+    missing, gated = run("python", "tests/scripts/closed_hub.py").stdout.strip().splitlines()
+    assert "'me/missing'" in missing and "Check the name on http" in missing and "hf auth login" in missing
+    assert "'me/gated'" in gated and "Accept its terms on http" in gated and "HF_TOKEN" in gated

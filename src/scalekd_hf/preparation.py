@@ -134,16 +134,20 @@ def normalise(pixel_values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixel_values.float().sub_(255 * mean).div_(255 * std)
 
 
+_GENERATOR = np.random.MT19937()  # NumPy's global state is swapped for it: saving and restoring costs 60 µs
+
+
 @contextmanager
 def _seeded(*parts: Any) -> Iterator[None]:
     """Seed Python and NumPy from `parts`, and put their states back afterwards."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little")
-    states = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_bit_generator()
+    np.random.set_bit_generator(_GENERATOR)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        random.setstate(python)
+        np.random.set_bit_generator(numpy)

@@ -1,14 +1,10 @@
-"""Two steps of distillation in one or more processes; rank 0 writes what happened. Started by torchrun in the tests."""
+"""Two steps of distillation in one or more processes; rank 0 writes what happened."""
 
 import json
-import sys
 from pathlib import Path
 
 import datasets
 import torch
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import DIGITS, settings, small_student, timm_swin
 
 from scalekd_hf import ScaleKDTrainer, load_student
@@ -52,7 +48,3 @@ def main(folder: str, batch: str) -> None:
         }
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "log.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
