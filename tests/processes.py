@@ -1,8 +1,11 @@
 """Functions run in forked processes, one or several in a group of torch.distributed, without importing all anew."""
 
 import os
+import runpy
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from helpers import ROOT
 
 
 @dataclass
@@ -49,6 +53,24 @@ def in_processes(folder, function, *arguments, processes=1):
 def in_child(folder, function, *arguments):
     """Run a function in one other process and wait for it."""
     return in_processes(folder, function, *arguments)[0]
+
+
+def run_script(script, *words):
+    """Run a script from the repository's root as a command would; returns the finished process with its text."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = Started(folder, _as_main, script, [str(word) for word in words], Path(folder, "errors.txt"))
+        (outcome,) = started.wait()
+        errors = Path(folder, "errors.txt").read_text()
+    return subprocess.CompletedProcess([script, *words], outcome.status, outcome.text, errors)
+
+
+def _as_main(script, words, errors):
+    output = os.open(errors, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 2)
+    os.chdir(ROOT)
+    sys.argv = [script, *words]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
 
 
 def _child(rank, processes, port, file, function, arguments):

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 import yaml
-from helpers import ROOT, run
+from helpers import ROOT
+from processes import run_script
 
 import scalekd_hf
 from scalekd_hf.plan import _SavedBytes
@@ -134,18 +135,11 @@ def test_kept_activations_are_counted_once_and_weights_not_at_all():
 
 
 def test_the_command_prints_a_table_or_json(tmp_path):
-    words = [
-        "python",
-        "recipes/distill.py",
-        "recipes/configs/quickstart.yaml",
-        "--output_dir",
-        tmp_path / "run",
-        "--plan",
-    ]
-    table = run(*words, "--plan_processes", "3", "--dataloader_num_workers", "2")
+    words = ["recipes/distill.py", "recipes/configs/quickstart.yaml", "--output_dir", tmp_path / "run", "--plan"]
+    table = run_script(*words, "--plan_processes", "3", "--dataloader_num_workers", "2")
     assert table.returncode == 0, table.stderr[-2000:]
     assert "projectors" in table.stdout and "4 shards for 6 readers" in table.stdout
-    result = run(*words, "json", "--last_num_heads", "7")
+    result = run_script(*words, "json", "--last_num_heads", "7")
     plan = json.loads(result.stdout)
     assert result.returncode == 1 and "7 heads" in plan["error"]
     assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import json
 import pytest
 import yaml
 from helpers import ROOT, run
+from processes import run_script
 from transformers import AutoModelForImageClassification
 
 from scalekd_hf import ScaleKDConfig
@@ -131,9 +132,9 @@ def test_the_quickstart_in_small(tmp_path):
     resolved = yaml.safe_load((tmp_path / "run" / "config_resolved.yaml").read_text())
     assert (resolved["max_steps"], resolved["crop_pct"]) == (6, 1.0)
 
-    refused = run("python", "recipes/distill.py", *words)
+    refused = run_script("recipes/distill.py", *words)
     assert refused.returncode != 0 and "holds a run already" in refused.stderr
-    resumed = run("python", "recipes/distill.py", *words, "--resume_from_checkpoint", "true")
+    resumed = run_script("recipes/distill.py", *words, "--resume_from_checkpoint", "true")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     again = json.loads((tmp_path / "run" / "results.json").read_text())
     assert again["student distilled"]["top1"] == results["student distilled"]["top1"]
@@ -152,7 +153,7 @@ def test_distillation_without_labels_through_the_recipe(tmp_path, logit_weight):
         "2",
         "--use_cpu",
     ]
-    result = run("python", "recipes/distill.py", *words, "--output_dir", tmp_path)
+    result = run_script("recipes/distill.py", *words, "--output_dir", tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.num_labels == 10
 
@@ -169,10 +170,10 @@ def test_the_baseline_is_not_resumed_from_the_distilled_student(tmp_path):
         "--save_steps",
         "1",
     ]
-    assert run("python", "recipes/distill.py", *words).returncode == 0
+    assert run_script("recipes/distill.py", *words).returncode == 0
     first = json.loads((tmp_path / "results.json").read_text())
     alone = (tmp_path / "alone" / "model.safetensors").read_bytes()
-    resumed = run("python", "recipes/distill.py", *words, "--resume_from_checkpoint", tmp_path / "checkpoint-1")
+    resumed = run_script("recipes/distill.py", *words, "--resume_from_checkpoint", tmp_path / "checkpoint-1")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert (tmp_path / "alone" / "model.safetensors").read_bytes() == alone
     again = json.loads((tmp_path / "results.json").read_text())
@@ -181,10 +182,10 @@ def test_the_baseline_is_not_resumed_from_the_distilled_student(tmp_path):
 
 def test_a_teacher_is_trained_on_the_users_labels_and_then_teaches(tmp_path):
     words = ["recipes/configs/quickstart_teacher.yaml", "--max_steps", "2", "--use_cpu", "--output_dir"]
-    result = run("python", "recipes/train_teacher.py", *words, tmp_path / "teacher")
+    result = run_script("recipes/train_teacher.py", *words, tmp_path / "teacher")
     assert result.returncode == 0, result.stderr[-3000:]
     words = ["--teacher", tmp_path / "teacher", "--max_steps", "1", "--use_cpu", "--baseline", "false"]
-    result = run("python", "recipes/distill.py", *words, "--output_dir", tmp_path / "student")
+    result = run_script("recipes/distill.py", *words, "--output_dir", tmp_path / "student")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "student distilled" in result.stdout and "student alone" not in result.stdout
 
