@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 
 from transformers import AutoModelForImageClassification, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, Teacher, load_student, load_teacher
 from scalekd_hf.building import class_names
 from scalekd_hf.data import dataset_labels
 from scalekd_hf.plan import plan_words
 from scalekd_hf.recipe import DistillArguments, load_data, parse_config, take_plan, write_config
-from scalekd_hf.saving import STUDENT_FILE, check_output_dir, interrupted, run_settings
+from scalekd_hf.saving import STUDENT_FILE, check_output_dir, interrupted, last_checkpoint, run_settings
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -42,7 +41,7 @@ def run(arguments: DistillArguments, config: ScaleKDConfig, data: tuple, distil:
     trainer = ScaleKDTrainer(student, teacher if distil else None, config, train, evaluation)
     checkpoint = config.resume_from_checkpoint
     if checkpoint is True:
-        checkpoint = get_last_checkpoint(config.output_dir)  # none yet: the run was stopped before it began
+        checkpoint = last_checkpoint(config.output_dir)  # none yet: the run was stopped before it began
     finished = Path(config.output_dir, STUDENT_FILE).exists()
     if checkpoint is not None or not (config.resume_from_checkpoint and finished):
         trainer.train(resume_from_checkpoint=checkpoint)

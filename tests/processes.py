@@ -31,6 +31,7 @@ class Started:
         self.files = [Path(folder) / f"output_{time.monotonic_ns()}_{rank}.txt" for rank in range(processes)]
         for file in self.files:
             file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
         port = _free_port()
         sys.stdout.flush()
         self.pids = []
@@ -79,7 +80,7 @@ def _child(rank, processes, port, file, function, arguments):
         output = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         if processes > 1:
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -90,6 +90,23 @@ def test_too_many_bad_images_stop_the_run_with_the_list_and_a_checkpoint(tmp_pat
     assert again.state.global_step == 20
 
 
+@pytest.mark.parametrize("kind", ["stream", "map"])
+def test_the_loss_of_an_evaluation_is_the_mean_over_the_good_images(tmp_path, files, kind):
+    losses = []
+    for batch in (1, 7, 30):  # by ones, a batch holds nothing but a bad image
+        trainer = trainer_for(tmp_path, files, kind, per_device_eval_batch_size=batch)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5) and losses[0] > 0
+
+
+def test_bad_images_in_an_evaluation_stop_the_run_with_a_checkpoint(tmp_path, files):
+    trainer = trainer_for(tmp_path, files, max_bad_images=0.2, eval_strategy="steps", eval_steps=2)
+    trainer.bad_images["evaluation"].share = 0.01
+    with pytest.raises(TooManyBadImagesError):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_data_without_one_good_image_is_an_error(tmp_path, files):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
     rows = {"image": [{"bytes": b"no", "path": None}] * 8, "label": [0] * 8}

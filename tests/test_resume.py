@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import re
+import resource
 import signal
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,8 +16,10 @@ import torch
 from helpers import run, settings, small_student, timm_swin
 from PIL import Image
 from processes import Started, in_child, in_processes
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from scalekd_hf import ScaleKDTrainer
+from scalekd_hf.saving import last_checkpoint
 
 
 ROWS = 28  # of three shards; 3.5 steps of 8 a pass
@@ -109,6 +114,12 @@ def train(folder, shards, resume=None, **options):
         )
 
 
+def wait_for_steps(started):
+    """Until a run has logged its first steps."""
+    while "images_seen" not in started.files[0].read_text():
+        time.sleep(0.1)
+
+
 def result(folder):
     return json.loads((folder / "result.json").read_text())
 
@@ -163,13 +174,13 @@ def test_sigterm_saves_a_checkpoint_and_the_same_call_resumes(tmp_path, shards, 
         train(stopped, shards, **options, learning_rate=0.5)
     train(stopped, shards, **options)
     assert result(stopped) == result(whole)
-    assert not (stopped / "interrupted.json").exists()
+    assert not (stopped / "_interrupted.json").exists()
 
 
 def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path, shards):
     options = {"save_strategy": "no", "dataloader_num_workers": 1, "max_steps": 10_000}
     started = Started(tmp_path, lambda: train(tmp_path / "run", shards, **options), processes=2)
-    time.sleep(6)
+    wait_for_steps(started)
     os.kill(started.pids[1], signal.SIGTERM)
     outcomes = started.wait()
     assert [outcome.status for outcome in outcomes] == [75, 75], outcomes[0].text[-3000:] + outcomes[1].text[-3000:]
@@ -183,7 +194,7 @@ def test_workers_live_on_when_a_whole_group_of_processes_gets_sigterm(tmp_path, 
         train(tmp_path / "run", shards, dataloader_num_workers=2, save_strategy="no", max_steps=10_000)
 
     started = Started(tmp_path, grouped)
-    time.sleep(4)
+    wait_for_steps(started)
     os.killpg(started.pids[0], signal.SIGTERM)
     (outcome,) = started.wait()
     assert outcome.status == 75, outcome.text[-3000:]
@@ -220,7 +231,7 @@ def test_epochs_of_a_stream_evaluate_save_and_log_and_callbacks_hear_of_them(tmp
     options |= {"logging_strategy": "epoch", "mixup_alpha": 0.0, "cutmix_alpha": 0.0}
     trainer = trainer_for(tmp_path, shards, **options)
     trainer.train()
-    assert trainer.state.global_step == 11 and trainer.state.num_train_epochs == 4  # 84 images and a bit, by eights
+    assert trainer.state.global_step == 11 and trainer.state.num_train_epochs == 3  # 84 images by eights
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["images_seen"] for entry in logged] == [32, 56, 88]
     assert [entry["epoch"] for entry in logged] == pytest.approx([32 / ROWS, 56 / ROWS, 88 / ROWS])
@@ -239,6 +250,85 @@ def test_the_log_tells_the_share_of_the_time_spent_waiting_for_images(tmp_path, 
     trainer.train()
     shares = [entry["data_wait"] for entry in trainer.state.log_history if "data_wait" in entry]
     assert len(shares) == 4 and all(0.3 < share < 1 for share in shares)
+
+
+def replaced_twice(folder, shards):
+    """Train, go back a step, and die while the last checkpoint is written once more."""
+    train(folder, shards, max_steps=3)
+    trainer = trainer_for(folder, shards, max_steps=3)
+    rename = Path.rename
+
+    def die(self, target):
+        rename(self, target)
+        if target.name.startswith("_replaced-"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.rename = die
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_a_checkpoint_that_is_being_replaced_is_not_lost(tmp_path, shards):
+    outcome = in_child(tmp_path, lambda: replaced_twice(tmp_path / "run", shards))
+    assert outcome.status == -signal.SIGKILL, outcome.text[-3000:]
+    assert not (tmp_path / "run" / "checkpoint-3").exists()
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
+    train(tmp_path / "run", shards, resume=True, max_steps=4)
+    assert not list((tmp_path / "run").glob("_*"))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, shards):
+    def full(folder):
+        trainer = trainer_for(folder, shards, max_steps=4)
+        trainer.add_callback(Filling())
+        trainer.train()
+
+    class Filling(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:  # no file may grow beyond this any more
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    outcome = in_child(tmp_path, lambda: full(tmp_path / "run"))
+    assert outcome.status == 1 and re.search(r"Writing 'checkpoint-3'.*checkpoint-2.*Make room", outcome.text), outcome
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_another_run_in_the_folder_is_not_taken_for_the_interrupted_one(tmp_path, shards):
+    run, options = tmp_path / "run", {"save_strategy": "no", "max_steps": 4}
+    outcome = in_child(tmp_path, lambda: train(run, shards, at=("step", 2), how=signal.SIGTERM, **options))
+    assert outcome.status == 75, outcome.text[-3000:]
+    train(run, shards, **{**options, "save_strategy": "steps"}, learning_rate=0.5, overwrite_output_dir=True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(run, shards, **options)
+    (run / "_interrupted.json").write_text('{"st')
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(run, shards, **options)
+
+
+def test_sigterm_saves_all_that_resuming_needs_even_if_only_the_model_was_asked_for(tmp_path, shards):
+    run, options = tmp_path / "run", {"save_only_model": True, "max_steps": 4}
+    outcome = in_child(tmp_path, lambda: train(run, shards, at=("step", 2), how=signal.SIGTERM, **options))
+    assert outcome.status == 75 and not (run / "checkpoint-2" / "optimizer.pt").exists(), outcome.text[-3000:]
+    train(run, shards, **options)
+    assert result(run)["step"] == 4
+
+
+def test_settings_may_be_used_for_two_runs(tmp_path, shards):
+    args = trainer_for(tmp_path, shards, max_steps=-1, num_train_epochs=2).args
+    assert args.max_steps == 7
+    data = datasets.load_dataset("parquet", data_files=shards[:2], split="train", streaming=True)
+    given = settings(tmp_path, max_steps=-1, num_train_epochs=2)
+    steps = [ScaleKDTrainer(small_student(), None, given, data).args.max_steps for _ in range(2)]
+    assert steps == [5, 5] and given.max_steps == -1
+
+
+def test_early_stopping_evaluates_and_saves_an_epoch_once(tmp_path, shards):
+    options = {"max_steps": -1, "num_train_epochs": 5, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = trainer_for(tmp_path, shards, **options, mixup_alpha=0.0, cutmix_alpha=0.0)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [4, 7]
 
 
 @pytest.mark.slow
@@ -266,7 +356,7 @@ def test_torchrun_passes_sigterm_on_and_the_same_command_resumes(tmp_path):
     started.terminate()
     text = started.stdout.read()
     assert started.wait() != 0 and list((tmp_path / "run").glob("checkpoint-*")), text[-3000:]
-    assert (tmp_path / "run" / "interrupted.json").exists()
+    assert (tmp_path / "run" / "_interrupted.json").exists()
     finished = run(*words)
     assert finished.returncode == 0 and "it is resumed" in finished.stderr, finished.stderr[-3000:]
     assert (tmp_path / "run" / "model.safetensors").exists()

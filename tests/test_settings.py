@@ -139,10 +139,12 @@ def test_weight_decay_leaves_out_norms_biases_tables_and_queries(tmp_path):
     model = trainer_for(tmp_path).model
     decayed = decayed_parameters(model, decay_all=False)
     left_out = [name for name, _ in model.named_parameters() if name not in decayed]
-    for part in ("norm.weight", ".bias", "pos_embed", "queries", "relative_position_bias_table"):
+    for part in ("norm.weight", ".bias", "pos_embed", "queries"):
         assert any(part in name for name in left_out) and not any(name.endswith(part) for name in decayed), part
     assert "heads.last_spatial.attn.q.weight" in decayed
     vit = load_student("timm/vit_tiny_patch16_224", image_size=32, depth=2)
+    swin = decayed_parameters(ScaleKDTrainer(timm_swin(), None, settings(tmp_path)).model, decay_all=False)
+    assert swin and not any("relative_position_bias_table" in name for name in swin)
     assert {"model.cls_token", "model.pos_embed"}.isdisjoint(decayed_parameters(vit, decay_all=False))
     assert len(decayed_parameters(model, decay_all=True)) == len(list(model.parameters()))
 

@@ -232,6 +232,50 @@ def test_fewer_shards_than_readers_are_read_in_parts_and_the_log_says_what_it_co
     assert "4 shards for 6 readers" in caplog.text and "of 40 rows are read more than once" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.take(13),
+        lambda s: s.skip(25),
+        lambda s: s.skip(3).take(20),
+        lambda s: s.filter(lambda row: row["label"] % 3 == 0),
+        lambda s: s.map(lambda row: {"label": 39 - row["label"]}),
+        lambda s: datasets.interleave_datasets([s.take(20), s.skip(20)]),
+        lambda s: datasets.concatenate_datasets([s, s.take(5)]),
+        lambda s: s.shuffle(seed=3, buffer_size=4, max_buffer_input_shards=1).take(15),
+        lambda s: s.repeat(2),
+    ],
+)
+def test_streams_that_the_user_has_changed_keep_their_rows_and_their_order(files, monkeypatch, change):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    stream = change(stream_of(files))
+    expected = [row["label"] for row in stream]
+    data = prepared(stream, training=False)
+    taken = [batch["labels"] for batch in data.evaluation_loader(4, 0, 1, num_workers=2, collate_fn=collate)]
+    rows = torch.cat(taken)[: len(expected)].tolist()
+    assert [label for _, label in sorted(zip(data.row_order().tolist(), rows, strict=True))] == expected
+    steps = steps_of(stream, len(expected), workers=2, batch_size=1)
+    assert sorted(labels(steps)) == sorted(expected)
+
+
+def test_a_shuffle_of_the_users_is_left_to_the_trainer(files, caplog):
+    shuffled = stream_of(files).shuffle(seed=0, buffer_size=10)
+    assert sorted(labels(steps_of(shuffled, 20))) == list(range(ROWS))
+    assert "`shuffle()` is left out" in caplog.text
+
+
+def test_a_cache_that_cannot_be_used_costs_counting_and_no_run(files, tmp_path, monkeypatch, caplog):
+    stream = stream_of(files)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("not a folder")
+    assert len(Shards(stream, ["image"])) == ROWS and "cannot be kept" in caplog.text
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    Shards(stream_of(files), ["image"])
+    (file,) = (tmp_path / "scalekd_lengths").iterdir()
+    file.write_text("")
+    assert len(Shards(stream_of(files), ["image"])) == ROWS and "counted again" in caplog.text
+
+
 def test_tar_files_and_folders_of_images_are_read_alike(tmp_path, caplog):
     for shard in range(2):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
@@ -273,6 +317,13 @@ def test_a_network_that_fails_for_a_while_changes_nothing(files, server, monkeyp
     taken = itertools.islice(iter(data.training_loader(Layout(2), 0, 0, collate_fn=collate)), 20)
     assert [label for batch in taken for label in batch["labels"].tolist()] == expected
     assert server.failures and "once more in 0.01 s" in caplog.text
+
+
+def test_counting_outlives_a_network_that_fails_for_a_while(server, monkeypatch):
+    monkeypatch.setattr(sources, "RETRY_DELAYS", (0.01,) * 20)
+    stream = stream_of([f"{server.url}/{number}.parquet" for number in range(4)]).map(lambda row: row)
+    server.fail_every(3)
+    assert len(prepared(stream).source) == ROWS and server.failures
 
 
 def test_a_network_that_stays_away_ends_the_stream(server, monkeypatch):

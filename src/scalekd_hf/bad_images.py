@@ -84,7 +84,7 @@ class BadImages:
         Raises:
             TooManyBadImagesError: with the first of them.
         """
-        if len(self._of_pass) > max(1, self.share * images / processes):
+        if len(self._of_pass) > (max(1, self.share * images / processes) if self.share else 0):
             raise TooManyBadImagesError.of(self._of_pass, self.share, images // processes, self.file)
 
     def summary(self) -> str:

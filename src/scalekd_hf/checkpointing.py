@@ -9,18 +9,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerState
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .averaging import TRAINED_FILE, AveragedStudent
 from .data import ImageStream
 from .image_trainer import ImageTrainer, count_steps
 from .saving import (
     INTERRUPTED_FILE,
+    REPLACED,
     RUN_STATE_FILE,
     UNFINISHED_FOLDER,
     check_output_dir,
+    last_checkpoint,
     load_checkpoint,
     save_heads,
     save_student,
@@ -40,7 +43,6 @@ class CheckpointTrainer(ImageTrainer):
 
     averaged: AveragedStudent | None = None
     settings: dict[str, Any]  # of this run, as it was asked for
-    _epochs_were_counted = False
     _unfinished: Path | None = None  # where a checkpoint is being written
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -54,19 +56,22 @@ class CheckpointTrainer(ImageTrainer):
         name = f"checkpoint-{self.state.global_step}"
         self._remove_unfinished(output_dir)
         self._unfinished = output_dir / UNFINISHED_FOLDER
+        only_model, self.args.save_only_model = self.args.save_only_model, False
+        if not self.stopping.stopped:  # else the run is to go on from here
+            self.args.save_only_model = only_model
         try:
             with self.loss_log.paused():
                 super()._save_checkpoint(model, trial)
                 self._finish_checkpoint(self._unfinished / name, output_dir / name)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is one or the other
             shutil.rmtree(self._unfinished, ignore_errors=True)
-            last = get_last_checkpoint(str(output_dir))
+            last = last_checkpoint(output_dir)
             raise OSError(
                 f"Writing {name!r} into {str(output_dir)!r} failed ({error}). What was written of it is removed; the last whole "
                 f"checkpoint is {last or 'none'}. Make room, and resume from it."
             ) from error
         finally:
-            self._unfinished = None
+            self._unfinished, self.args.save_only_model = None, only_model
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(output_dir / name))
         if self.args.should_save:
@@ -95,7 +100,9 @@ class CheckpointTrainer(ImageTrainer):
         """Remove what a process that died while saving has left."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_local_main_process:
-            shutil.rmtree(output_dir / UNFINISHED_FOLDER, ignore_errors=True)
+            last_checkpoint(output_dir)  # puts back what was being replaced
+            for left in (output_dir / UNFINISHED_FOLDER, *output_dir.glob(f"{REPLACED}*")):
+                shutil.rmtree(left, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -183,7 +190,9 @@ class CheckpointTrainer(ImageTrainer):
         """Leave word that the same command is to resume this run."""
         if self.args.should_save:
             file = Path(str(self.args.output_dir), INTERRUPTED_FILE)
-            file.write_text(json.dumps({"step": self.state.global_step, "settings": self.settings}, indent=2))
+            unfinished = file.with_suffix(".part")
+            unfinished.write_text(json.dumps({"step": self.state.global_step, "settings": self.settings}, indent=2))
+            unfinished.replace(file)
 
     def _forget_interruption(self) -> None:
         if self.args.should_save:
@@ -195,10 +204,11 @@ class CheckpointTrainer(ImageTrainer):
         if self.args.should_save:
             for path in held:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._forget_interruption()
         self.accelerator.wait_for_everyone()
 
     def _stop_if_not_finite(self) -> None:
-        self.loss_log.stop_if_not_finite(self.accelerator, get_last_checkpoint(str(self.args.output_dir)))
+        self.loss_log.stop_if_not_finite(self.accelerator, last_checkpoint(str(self.args.output_dir)))
 
 
 def _flush(folder: Path) -> None:
@@ -213,8 +223,9 @@ def _flush(folder: Path) -> None:
 
 
 def _move(unfinished: Path, place: Path) -> None:
+    replaced = place.with_name(REPLACED + place.name)
     if place.exists():  # the same step once more, after a resume from before it
-        replaced = unfinished.with_name("replaced")
         place.rename(replaced)
     unfinished.rename(place)
-    shutil.rmtree(unfinished.parent, ignore_errors=True)
+    for left in (replaced, unfinished.parent):
+        shutil.rmtree(left, ignore_errors=True)

@@ -313,6 +313,11 @@ class ScaleKDConfig(TrainingArguments):
             raise ValueError("Mixup and CutMix mix labels, too: they need a `label_column`, got 'none'.")
         if self.load_best_model_at_end and not self.has_labels:
             raise ValueError("`load_best_model_at_end` needs labels to tell the best: `label_column` is 'none'.")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` is not supported: the order of the images and the learning rate depend on the batch. "
+                "`--plan` estimates the memory; set `per_device_train_batch_size` and `gradient_accumulation_steps`."
+            )
         if getattr(self, "activation_checkpointing", self.gradient_checkpointing):
             raise ValueError(
                 "`activation_checkpointing` (`gradient_checkpointing`) is not supported yet: turn it off."

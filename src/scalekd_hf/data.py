@@ -10,7 +10,7 @@ import datasets
 from torch.utils.data import Dataset
 
 from .preparation import Collator, Preparation, collate
-from .sources import Shards, Table
+from .sources import Shards, Table, retrying, unshuffled
 from .stream import ImageStream, prepare_or_blank
 
 
@@ -66,7 +66,12 @@ def check_dataset(dataset: Any, name: str, preparation: Preparation, labels_opti
     streaming = isinstance(dataset, datasets.IterableDataset)
     if streaming or dataset.format["type"] != "custom":
         dataset = _undecoded(dataset.with_format(None))
-    first = next(iter(dataset.take(1)), None) if streaming or len(dataset) == 0 else dataset[0]
+    if streaming and preparation.training:
+        dataset = unshuffled(dataset)
+    if streaming:
+        first = retrying(lambda: next(iter(dataset.take(1)), None), f"the first row of `{name}`")
+    else:
+        first = dataset[0] if len(dataset) else None
     if first is None:
         raise ValueError(f"`{name}` is empty: there is not one image in it. Check its files and its split.")
     if "pixel_values" not in first:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from .bad_images import BadImages, TooManyBadImagesError
 from .config import ScaleKDConfig
 from .data import ImageStream, Preparation, prepare_dataset
 from .loss_log import LossLog
-from .preparation import normalise
-from .sources import StreamReadError, Table
+from .preparation import IGNORED_LABEL, normalise
+from .sources import Shards, StreamReadError, Table
 from .stopping import Stopping
 from .stream import Layout
 from .students import Student
@@ -37,11 +37,13 @@ class ImageTrainer(Trainer):
 
     args: ScaleKDConfig
     loss_log: LossLog
+    _epochs_were_counted = False
     _images_seen_before = 0  # when the run was resumed
     _layout_start = 0  # place from which on images are dealt out as they are now
     _mixup: Mixup | None = None
     _ahead: tuple[list, Any] | None = None  # the batches of the next step
     _wanted: tuple = ()  # what they are got with
+    _evaluated: Tensor  # sum of the losses, and images that count
     _normalisation: tuple[Tensor, Tensor] | None = None
 
     def _feed(self) -> None:
@@ -49,10 +51,14 @@ class ImageTrainer(Trainer):
         rank = f"_rank{self.args.process_index}" if self.args.world_size > 1 else ""
         file = Path(str(self.args.output_dir), BAD_IMAGES_FILE.format(rank))
         self.bad_images = {data: BadImages(file, self.args.max_bad_images) for data in ("training", "evaluation")}
+        self.passes: Passes | None = None
         if isinstance(self.train_dataset, ImageStream):
-            self.add_callback(Passes(self, self.args.images_per_epoch or len(self.train_dataset.source)))
-        self.stopping = Stopping(self._fetch_next, STOPPING_FAILURES)
-        self.add_callback(self.stopping)  # after Passes: what a stop asks for is not undone by the end of an epoch
+            self.passes = Passes(self, self.args.images_per_epoch or len(self.train_dataset.source))
+            self.callback_handler.callbacks.insert(0, self.passes)  # the others find the right epoch
+        self.stopping = Stopping(
+            self._fetch_next, STOPPING_FAILURES, lambda: bool(self.passes and self.passes.repeated)
+        )
+        self.add_callback(self.stopping)  # the last word on what is saved
         self._mixup = self._make_mixup()
 
     @property
@@ -79,6 +85,7 @@ class ImageTrainer(Trainer):
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
+            "multiprocessing_context": getattr(self.args, "dataloader_multiprocessing_context", None),
         }
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -137,7 +144,9 @@ class ImageTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = prepare_images(dataset, "eval_dataset", self.student, self.args)
         if not isinstance(dataset, ImageStream):
-            return super().get_eval_dataloader(dataset)
+            # Without a key, so that no loader of another data set is taken for this one's.
+            batch_size, sampler = self.args.eval_batch_size, cast(Any, self._get_eval_sampler)
+            return self._get_dataloader(dataset, "Evaluation", batch_size, sampler_fn=sampler)
         options = self._loader_options()
         return dataset.evaluation_loader(
             self.args.eval_batch_size, self.args.process_index, self.args.world_size, **options
@@ -147,8 +156,14 @@ class ImageTrainer(Trainer):
         """The parent's; predictions on a stream come back in the order of its rows, and undecodable images are told."""
         bad = self.bad_images["evaluation"]
         bad.restart()
+        self._evaluated = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         images = dataloader.dataset
+        total, counted = self.accelerator.reduce(self._evaluated, "sum").tolist()
+        metrics = cast(dict[str, float], output.metrics)
+        for name in metrics:
+            if name.endswith("_loss") and counted:
+                metrics[name] = total / counted  # the parent's mean is over blanks, too
         bad.check(len(images) if hasattr(images, "__len__") else 0, self.args.world_size)
         if not isinstance(images, ImageStream):
             return output
@@ -156,6 +171,24 @@ class ImageTrainer(Trainer):
         return output._replace(
             predictions=_in_row_order(output.predictions, order), label_ids=_in_row_order(output.label_ids, order)
         )
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """The parent's; adds the loss up over the images that count."""
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None and isinstance(labels, Tensor):
+            images = (labels.any(dim=1) if labels.ndim == 2 else labels != IGNORED_LABEL).sum()
+            self._evaluated += torch.stack([torch.where(images > 0, loss * images, 0.0), images])
+        return loss, logits, labels
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The parent's; where the images fail, the run is saved first."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except STOPPING_FAILURES as error:
+            if self.args.world_size == 1:
+                self.stopping.stopped, self.stopping.failure = True, error
+                self._save_checkpoint(cast(torch.nn.Module, self.model), None)
+            raise
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """That of an evaluation; labels may be missing."""
@@ -184,7 +217,7 @@ class ImageTrainer(Trainer):
             settings["images"] = len(data.source)
             if isinstance(data.source, Table):  # any reader can fetch any row
                 return settings | {"images per step": batch * accumulated * self.args.world_size}
-            settings["shuffle_buffer_size"] = self.args.shuffle_buffer_size
+            settings |= {"files": data.source.name, "shuffle_buffer_size": self.args.shuffle_buffer_size}
         return settings | {
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": accumulated,
@@ -230,7 +263,16 @@ def prepare_images(
     )
     shuffle = (args.seed, args.shuffle_buffer_size)
     one_first = args.main_process_first(desc="counting the images")
-    return prepare_dataset(dataset, name, preparation, shuffle, args.max_bad_images, labels_optional, one_first)
+    prepared = prepare_dataset(dataset, name, preparation, shuffle, args.max_bad_images, labels_optional, one_first)
+    if isinstance(prepared, ImageStream) and isinstance(prepared.source, Shards) and args.world_size > 1:
+        names: list[Any] = [None] * args.world_size
+        torch.distributed.all_gather_object(names, prepared.source.name)
+        if len(set(names)) > 1:
+            raise ValueError(
+                f"`{name}` has its files in another order on each process, as after `shuffle()` without a seed. Leave "
+                "`shuffle()` out: the trainer shuffles the images of a pass."
+            )
+    return prepared
 
 
 class Passes(TrainerCallback):
@@ -238,11 +280,13 @@ class Passes(TrainerCallback):
 
     def __init__(self, trainer: ImageTrainer, images_per_epoch: int):
         self.trainer, self.images_per_epoch = trainer, images_per_epoch
+        self.repeated = False  # the parent ends an epoch that has been ended
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.ended = -1
         left = (state.max_steps - state.global_step) * self._images_per_step(args)
-        self._epochs = (self.trainer.loss_log.images_seen + left) / self.images_per_epoch
-        state.num_train_epochs = math.ceil(self._epochs)
+        epochs = (self.trainer.loss_log.images_seen + left) / self.images_per_epoch
+        state.num_train_epochs = math.ceil(args.num_train_epochs if self.trainer._epochs_were_counted else epochs)
         state.epoch = self.trainer.loss_log.images_seen / self.images_per_epoch
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -250,9 +294,13 @@ class Passes(TrainerCallback):
         before = seen - self._images_per_step(args)
         state.epoch = seen / self.images_per_epoch
         if seen // self.images_per_epoch > before // self.images_per_epoch and state.global_step < state.max_steps:
-            # The parent ends the last one. What its own callbacks do at the end of an epoch they do here, too.
+            # The parent ends the last one. What callbacks do at the end of an epoch they do here, too.
             self.trainer.callback_handler.on_epoch_end(args, state, control)
             self.trainer.callback_handler.on_epoch_begin(args, state, control)
+            self.ended = state.global_step
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.repeated = self.ended == state.global_step
 
     def _images_per_step(self, args: Any) -> int:
         return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -260,6 +308,8 @@ class Passes(TrainerCallback):
 
 def count_steps(stream: ImageStream, args: ScaleKDConfig, images_seen: int = 0) -> int:
     """Steps for what is left of `num_train_epochs`."""
+    if args.num_train_epochs <= 0:
+        raise ValueError(f"`num_train_epochs` must be positive, got {args.num_train_epochs}.")
     images = args.images_per_epoch or len(stream.source)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return math.ceil((args.num_train_epochs * images - images_seen) / batch)

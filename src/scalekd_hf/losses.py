@@ -111,8 +111,11 @@ def task_loss(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label
     """
     context, (logits,) = _float32(logits)
     with context:
-        if kind == "cross_entropy":
+        if kind == "cross_entropy" and labels.ndim == 1:
             return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        if kind == "cross_entropy":
+            counted = labels.any(dim=1).sum().clamp(min=1)
+            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum") / counted
         if kind != "binary_cross_entropy":
             raise ValueError(f"`task_loss` must be one of {TASK_LOSSES}, got {kind!r}.")
         num_classes = logits.shape[-1]

@@ -47,8 +47,11 @@ def keep_top5(logits: Tensor, labels: Tensor) -> Tensor:
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """`compute_metrics` of the trainer, without images that do not count; `predictions` comes from `keep_top5`."""
-    metric, references = TopKAccuracy(keep_in_memory=True), np.asarray(prediction.label_ids)
+    predictions, references = (
+        np.concatenate(values) if isinstance(values, list) else np.asarray(values)  # batches, if they were kept apart
+        for values in (prediction.predictions, prediction.label_ids)
+    )
     counts = references != IGNORED_LABEL
     if references.ndim == 2:  # soft labels
         counts, references = references.any(axis=1), references.argmax(axis=1)
-    return metric.compute(predictions=np.asarray(prediction.predictions)[counts], references=references[counts])
+    return TopKAccuracy(keep_in_memory=True).compute(predictions=predictions[counts], references=references[counts])

@@ -142,12 +142,12 @@ def _seeded(*parts: Any) -> Iterator[None]:
     """Seed Python and NumPy from `parts`, and put their states back afterwards."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little")
-    python, numpy = random.getstate(), np.random.get_bit_generator()
-    np.random.set_bit_generator(_GENERATOR)
+    python, numpy = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
+    np.random.set_bit_generator(_GENERATOR)  # type: ignore[attr-defined]
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     try:
         yield
     finally:
         random.setstate(python)
-        np.random.set_bit_generator(numpy)
+        np.random.set_bit_generator(numpy)  # type: ignore[attr-defined]

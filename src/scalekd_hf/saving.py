@@ -6,8 +6,10 @@ a student folder plus the heads and the trainer's own files. The teacher is in n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from transformers import BitImageProcessor, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from .loading import INTERPOLATIONS
 from .students import Student
@@ -38,9 +41,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 STUDENT_FILE, HEADS_FILE, RUN_STATE_FILE = "model.safetensors", "mimicking_heads.safetensors", "scalekd_state.json"
-UNFINISHED_FOLDER = "unfinished_checkpoint"  # holds a checkpoint until it is whole
-INTERRUPTED_FILE = "interrupted.json"  # the run was stopped by SIGTERM, with these settings
-NOT_OF_THE_RUN = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "allow_data_mismatch", "local_rank")
+UNFINISHED_FOLDER = "_unfinished_checkpoint"  # holds a checkpoint until it is whole; `_` keeps it from the Hub
+REPLACED = "_replaced-"  # before the name of a checkpoint while another takes its place
+LEFT_BEHIND = "_unfinished-"
+INTERRUPTED_FILE = "_interrupted.json"  # the run was stopped by SIGTERM, with these settings
+NOT_OF_THE_RUN = ("output_dir", "resume_from_checkpoint", "allow_data_mismatch", "local_rank")
 
 
 def check_rebuildable(student: Student) -> None:
@@ -87,7 +92,9 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = student.model.state_dict() if state_dict is None else state_dict
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as name:
+    for left in folder.glob(f"{LEFT_BEHIND}*"):  # by a process that died here
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=LEFT_BEHIND) as name:
         unfinished = Path(name)
         if student.classifier.library == "timm":
             state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
@@ -201,8 +208,25 @@ def run_settings(args: TrainingArguments) -> dict[str, Any]:
 
 def interrupted(folder: str | Path, settings: dict[str, Any]) -> bool:
     """Whether a folder holds a run with these settings that SIGTERM stopped."""
-    file = Path(folder, INTERRUPTED_FILE)
-    return file.exists() and json.loads(file.read_text())["settings"] == settings
+    try:
+        note = json.loads(Path(folder, INTERRUPTED_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(note["settings"] == settings and last_checkpoint(folder) is not None)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last whole checkpoint in a folder, None where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    for replaced in folder.glob(f"{REPLACED}checkpoint-*"):  # a process died between two renames
+        place = folder / replaced.name.removeprefix(REPLACED)
+        if not place.exists():
+            with contextlib.suppress(OSError):  # another process was first
+                replaced.rename(place)
+    found: str | None = get_last_checkpoint(str(folder))
+    return found
 
 
 def check_checkpoint(folder: str | Path, sharded: bool) -> None:

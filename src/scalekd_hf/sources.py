@@ -7,6 +7,7 @@ be found again without reading what comes before.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import logging
@@ -22,13 +23,24 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 from datasets.fingerprint import Hasher
-from datasets.iterable_dataset import RebatchedArrowExamplesIterable, SelectColumnsIterable
+from datasets.iterable_dataset import (
+    ArrowExamplesIterable,
+    BufferShuffledExamplesIterable,
+    ExamplesIterable,
+    FilteredExamplesIterable,
+    FormattedExamplesIterable,
+    InterleavedShardsExamplesIterable,
+    MappedExamplesIterable,
+    RebatchedArrowExamplesIterable,
+    SelectColumnsIterable,
+    VerticallyConcatenatedMultiSourcesExamplesIterable,
+)
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HfHubHTTPError
 
 
-__all__ = ["Shards", "StreamReadError", "Table", "retrying"]
+__all__ = ["Shards", "StreamReadError", "Table", "retrying", "unshuffled"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +48,16 @@ HUB_CLIENT_ERROR: Any = HfHubHTTPError.__bases__[0]  # of whichever HTTP client 
 NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, TimeoutError, aiohttp.ClientError, HUB_CLIENT_ERROR)
 LASTING_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)  # trying again does not help
 RETRY_DELAYS = (1, 4, 16, 60, 120)  # seconds before each new try; `datasets` itself tries again before that
+SHARDED = (
+    ArrowExamplesIterable,
+    ExamplesIterable,
+    FilteredExamplesIterable,
+    FormattedExamplesIterable,
+    MappedExamplesIterable,
+    RebatchedArrowExamplesIterable,
+    SelectColumnsIterable,
+    VerticallyConcatenatedMultiSourcesExamplesIterable,
+)
 MAX_UNITS = 4096  # of more shards, neighbours are read together
 READ_ROWS = 64  # rows of Arrow made Python objects at a time
 COUNT_LOG_SECONDS = 30
@@ -80,6 +102,7 @@ class Shards:
 
     def __init__(self, stream: datasets.IterableDataset, columns: list[str]):
         self.pieces = _counted(stream)  # rows of each piece of each unit
+        self.name = _name(stream)
         self.stream = stream.select_columns(columns) if stream.features else stream
         self.counts = [sum(unit) for unit in self.pieces]
         self.offsets = [0, *itertools.accumulate(self.counts)]
@@ -132,7 +155,8 @@ class Shards:
             return
 
     def _open(self, unit: int, start: int) -> Iterator[dict[str, Any]]:
-        stream, pieces = self.stream.shard(len(self.counts), unit), self.pieces[unit]
+        units, pieces = len(self.counts), self.pieces[unit]
+        stream = self.stream.shard(units, unit) if units > 1 else self.stream
         if start and len(pieces) > 1:
             bounds = [0, *itertools.accumulate(pieces)]
             first = bisect.bisect_right(bounds, start) - 1
@@ -180,9 +204,12 @@ def _counted(stream: datasets.IterableDataset) -> list[list[int]]:
     """Rows of each piece of each unit of a stream, counted once and kept in the cache of `datasets`."""
     file = _cache_file(stream)
     if file is not None and file.exists():
-        kept: list[list[int]] = json.loads(file.read_text())
-        return kept
-    units = min(stream.num_shards, MAX_UNITS)
+        try:
+            kept: list[list[int]] = json.loads(file.read_text())
+            return kept
+        except (OSError, ValueError) as error:
+            logger.warning("The lengths in %r cannot be read (%s): the stream is counted again.", str(file), error)
+    units = min(stream.num_shards, MAX_UNITS) if _can_be_sharded(stream) else 1
     row_groups = _row_groups(stream)
     if row_groups is not None:
         grouped = np.array_split(np.arange(len(row_groups)), units)  # as `shard` groups them
@@ -190,11 +217,52 @@ def _counted(stream: datasets.IterableDataset) -> list[list[int]]:
     else:
         pieces = _count_by_reading(stream, units)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(pieces))
-        unfinished.replace(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(pieces))
+            unfinished.replace(file)
+        except OSError as error:
+            logger.warning("The lengths of the stream cannot be kept in %r (%s).", str(file.parent), error)
     return pieces
+
+
+def unshuffled(stream: datasets.IterableDataset) -> datasets.IterableDataset:
+    """A stream without a shuffle of its own, which the trainer does, for every pass anew and so that it can resume."""
+    examples = stream._ex_iterable
+    if not isinstance(examples, BufferShuffledExamplesIterable):
+        return stream
+    while isinstance(examples, (BufferShuffledExamplesIterable, InterleavedShardsExamplesIterable)):
+        examples = examples.ex_iterable
+    logger.warning("The stream's own `shuffle()` is left out: the trainer shuffles each pass (`shuffle_buffer_size`).")
+    return datasets.IterableDataset(
+        ex_iterable=examples,
+        info=stream._info.copy(),
+        split=stream._split,
+        formatting=stream._formatting,
+        token_per_repo_id=stream._token_per_repo_id,
+    )
+
+
+def _name(stream: datasets.IterableDataset) -> str:
+    """What a stream's files are called, in their order, in short: processes and resumed runs must find the same."""
+    kwargs, _ = _origin(stream)
+    lists = {key: values for key, values in kwargs.items() if isinstance(values, (list, tuple))}
+    names = [os.path.basename(str(value)) for key in sorted(lists) for value in lists[key] if "iterator" not in key]
+    return hashlib.blake2b("/".join(names).encode(), digest_size=4).hexdigest()
+
+
+def _can_be_sharded(stream: datasets.IterableDataset) -> bool:
+    """Whether the shards of a stream, one after the other, are its rows in their order: not after `take` or interleaving."""
+    waiting = [stream._ex_iterable]
+    while waiting:
+        examples = waiting.pop()
+        if not isinstance(examples, SHARDED):
+            return False
+        waiting += (
+            [examples.ex_iterable] if hasattr(examples, "ex_iterable") else getattr(examples, "ex_iterables", [])
+        )
+    return True
 
 
 def _row_groups(stream: datasets.IterableDataset) -> list[list[int]] | None:
@@ -228,15 +296,17 @@ def _origin(stream: datasets.IterableDataset) -> tuple[dict[str, Any], Any]:
 def _count_by_reading(stream: datasets.IterableDataset, units: int) -> list[list[int]]:
     logger.warning("The length of the stream is not in its metadata: it is read once to count its images.")
     logged, total, pieces = time.monotonic(), 0, []
+
+    def count(unit: int) -> int:
+        part = stream.shard(units, unit) if units > 1 else stream
+        return sum(len(next(iter(batch.values()))) for batch in part.iter(batch_size=READ_ROWS))
+
     for unit in range(units):
-        rows = 0
-        for batch in stream.shard(units, unit).iter(batch_size=READ_ROWS):
-            rows += len(next(iter(batch.values())))
-            if time.monotonic() - logged > COUNT_LOG_SECONDS:
-                logged = time.monotonic()
-                logger.warning("Counted %d images so far, in shard %d of %d.", total + rows, unit, units)
-        pieces.append([rows])
-        total += rows
+        pieces.append([retrying(lambda: count(unit), f"shard {unit} of {units}")])  # noqa: B023
+        total += pieces[-1][0]
+        if time.monotonic() - logged > COUNT_LOG_SECONDS:
+            logged = time.monotonic()
+            logger.warning("Counted %d images so far, in %d of %d shards.", total, unit + 1, units)
     return pieces
 
 

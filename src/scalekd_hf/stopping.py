@@ -34,10 +34,16 @@ class Stopping(TrainerCallback):
     Args:
         fetch_next: gets the images of the next step; what it raises as one of `failures` stops the run.
         failures: the errors after which the run stops with a checkpoint.
+        epoch_has_ended: whether the epoch that ends has been ended before.
     """
 
-    def __init__(self, fetch_next: Callable[[], None], failures: tuple[type[Exception], ...]):
-        self.fetch_next, self.failures = fetch_next, failures
+    def __init__(
+        self,
+        fetch_next: Callable[[], None],
+        failures: tuple[type[Exception], ...],
+        epoch_has_ended: Callable[[], bool],
+    ):
+        self.fetch_next, self.failures, self.epoch_has_ended = fetch_next, failures, epoch_has_ended
         self.failure: Exception | None = None
         self.terminated = self.stopped = False
         self._handler: Any = None
@@ -64,7 +70,7 @@ class Stopping(TrainerCallback):
         control.should_evaluate = False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped:  # all is saved; there may be no time for more
+        if self.stopped or self.epoch_has_ended():  # all is saved; there may be no time for more
             control.should_log = control.should_evaluate = control.should_save = False
 
     def release(self) -> None:

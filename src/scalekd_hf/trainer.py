@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from transformers import set_seed
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from .averaging import AveragedStudent
 from .building import build_model
@@ -23,7 +24,7 @@ from .image_trainer import count_steps, prepare_images
 from .loss_log import LossLog
 from .metrics import compute_accuracy, keep_top5
 from .optimization import decayed_parameters, scaled_learning_rate, step_schedule, timm_optimizer
-from .saving import check_checkpoint, check_rebuildable, interrupted, run_settings
+from .saving import check_checkpoint, check_rebuildable, interrupted, last_checkpoint, run_settings
 from .students import Student
 from .teachers import Teacher
 
@@ -75,6 +76,7 @@ class ScaleKDTrainer(CheckpointTrainer):
         if not isinstance(args, ScaleKDConfig):
             raise ValueError(f"`args` must be a `ScaleKDConfig`, got a `{type(args).__name__}`.")
         self.settings = run_settings(args)
+        args = copy.copy(args)  # the caller's may be for other runs, too
         args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
         set_seed(args.seed)
         labels = dataset_labels(train_dataset if train_dataset is not None else eval_dataset, args.label_column)
@@ -133,10 +135,10 @@ class ScaleKDTrainer(CheckpointTrainer):
         """
         checkpoint = resume_from_checkpoint or None
         if checkpoint is None and interrupted(str(self.args.output_dir), self.settings):
-            logger.warning("The run in %r was interrupted by SIGTERM: it is resumed.", str(self.args.output_dir))
+            logger.warning("The run in %r was stopped before its end: it is resumed.", str(self.args.output_dir))
             checkpoint = True
         if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.args.output_dir))
+            checkpoint = last_checkpoint(str(self.args.output_dir))
             if checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in `output_dir` {self.args.output_dir!r}.")
         self._images_seen_before = self._layout_start = 0
@@ -149,6 +151,7 @@ class ScaleKDTrainer(CheckpointTrainer):
             check_checkpoint(checkpoint, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
             step = self._read_run_state(Path(checkpoint))
             if 0 < self.args.max_steps <= step:  # the parent would train one step more
+                self._forget_interruption()
                 return self._load_finished(checkpoint, step)
         if isinstance(self.train_dataset, ImageStream):
             self.args.ignore_data_skip = True  # it starts where the checkpoint stands
@@ -157,10 +160,11 @@ class ScaleKDTrainer(CheckpointTrainer):
         finally:
             self.stopping.release()
             self._release_data()
+            if self.stopping.stopped:
+                self._note_interruption()
         self._stop_if_not_finite()
         self._report_bad_images()
         if self.stopping.stopped:
-            self._note_interruption()
             self.accelerator.wait_for_everyone()
             self.stopping.raise_reason()
         self._forget_interruption()
