@@ -36,11 +36,11 @@ def zero(stage):
 WAYS = {"ddp": {}, "zero1": {"deepspeed": zero(1)}, "zero2": {"deepspeed": zero(2)}, "zero3": {"deepspeed": zero(3)}}
 
 
-def train(folder, way, batch=4, resume=None, **changes):
+def train(folder, way, batch=4, resume=None, streaming=False, **changes):
     os.environ["DS_ACCELERATOR"] = "cpu"
     files = sorted(str(file) for file in DIGITS.glob("train-*.parquet"))
-    data = datasets.load_dataset("parquet", data_files=files, split="train")
-    options = {"per_device_train_batch_size": batch, "max_steps": 5, "optim": "sgd", "learning_rate": 0.1}
+    data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    options = {"per_device_train_batch_size": batch, "max_steps": 5, "optim": "sgd", "learning_rate": 0.02}
     options |= {"save_strategy": "steps", "save_steps": 2, **WAYS[way], **changes}
     torch.manual_seed(0)
     trainer = ScaleKDTrainer(small_student(), timm_swin(), settings(folder, **options), data)
@@ -86,3 +86,45 @@ def test_two_processes_equal_one(tmp_path, alone, way):
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert torch.allclose(tensor, theirs[name], rtol=1e-4, atol=1e-6), name
+
+
+def weights(folder):
+    """What a run has come to: the saved student, and the rest of its last checkpoint."""
+    files = [folder / "model.safetensors", *sorted((folder / "checkpoint-5").glob("*.safetensors"))]
+    return {(file.name, name): tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3"])
+def test_a_run_of_two_processes_resumes_to_the_bit_with_its_average(tmp_path, way):
+    options = {"ema_decay": 0.9, "save_steps": 1, "mixup_alpha": 0.8, "streaming": True, "optim": "adamw_torch"}
+    results = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, resume=resume, **options), processes=2):  # noqa: B023
+            assert outcome.status == 0, outcome.text[-3000:]
+        results.append(weights(tmp_path))
+    assert results[0].keys() == results[1].keys() and ("trained_student.safetensors", "head.fc.weight") in results[0]
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+@pytest.mark.parametrize("way", ["zero2", "zero3"])
+def test_the_teacher_is_in_no_file_of_an_engines_checkpoint(tmp_path, way):
+    for outcome in in_processes(tmp_path, train, tmp_path, way, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    (folder,) = (tmp_path / "checkpoint-4").glob("global_step*")
+    for file in folder.glob("*model_states.pt"):
+        names = torch.load(file, weights_only=False)["module"]
+        assert names and all(name.startswith(("student.", "heads.")) for name in names)
+    trained = sum(t.numel() for t in weights_of(small_student().model, tmp_path / "checkpoint-4"))
+    states = [torch.load(file, weights_only=False) for file in folder.glob("*optim_states.pt")]
+    masters = [state["optimizer_state_dict"] for state in states]
+    kind = "fp32_flat_groups" if way == "zero3" else "single_partition_of_fp32_groups"
+    held = sum(group.numel() for master in masters for group in master[kind])
+    assert len(states) == 2 and trained <= held < trained + 200  # and a little padding
+
+
+def weights_of(student, checkpoint):
+    """The parameters of a student, and of the heads in a checkpoint."""
+    buffers = {"running_mean", "running_var", "num_batches_tracked"}
+    heads = load_file(checkpoint / "mimicking_heads.safetensors")
+    kept = [tensor for name, tensor in heads.items() if name.rsplit(".", 1)[-1] not in buffers]
+    return [*student.parameters(), *kept]

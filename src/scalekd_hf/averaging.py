@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
 import torch.distributed
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import nn
 from transformers import TrainerCallback
 
-from .saving import load_strictly, load_student_weights, read_tensors
+from .gathering import full_state
+from .saving import load_strictly, load_student_weights, read_student, read_tensors
 from .students import Student
 
 
@@ -32,7 +34,11 @@ class AveragedStudent(TrainerCallback):
         self.average = ModelEmaV3(student.model, decay=decay)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.average.update(self.student.model)
+        self._update(self.student.model)
+
+    def _update(self, model: nn.Module) -> None:
+        # timm's update asks for nothing but the state dict; that of a sharded student is gathered.
+        self.average.update(SimpleNamespace(state_dict=partial(full_state, model)))
 
     def synchronise(self, accelerator: Accelerator) -> None:
         """Take the buffers of the first process everywhere: BatchNorm's statistics differ between processes."""
@@ -42,23 +48,20 @@ class AveragedStudent(TrainerCallback):
 
     def restart(self) -> None:
         """Start again from the student as it is."""
-        self.average.module.load_state_dict(self.student.model.state_dict())
+        self.average.module.load_state_dict(full_state(self.student.model))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The student has the averaged weights inside of this context."""
-        trained = {name: tensor.clone() for name, tensor in self.student.model.state_dict().items()}
-        _copy(self.average.module, self.student.model)
+        """The student is the averaged one inside of this context, a copy of it: evaluation may change its precision."""
+        trained, self.student.model = self.student.model, copy.deepcopy(self.average.module)
         try:
             yield
         finally:
-            for name, tensor in self.student.model.state_dict().items():
-                tensor.copy_(trained[name])
+            self.student.model = trained
 
-    def save_trained(self, folder: Path) -> None:
-        """Write the weights that training goes on with beside the averaged student of a checkpoint."""
-        trained = {name: tensor.contiguous() for name, tensor in self.student.model.state_dict().items()}
-        save_file(trained, folder / TRAINED_FILE)
+    def restore(self, folder: Path) -> None:
+        """Load the average of a checkpoint, whose other weights are loaded otherwise."""
+        load_strictly(self.average.module, read_student(self.student, folder), folder)
 
     def load(self, folder: Path, resume: bool) -> None:
         """Load the average of a checkpoint, and into the student what it trains on with, or the average itself."""
@@ -66,9 +69,3 @@ class AveragedStudent(TrainerCallback):
         self.restart()
         if resume:
             load_strictly(self.student.model, read_tensors(folder, TRAINED_FILE), folder)
-
-
-@torch.no_grad()
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    for mine, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
-        mine.copy_(theirs)

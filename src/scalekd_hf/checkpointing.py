@@ -16,8 +16,10 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .averaging import TRAINED_FILE, AveragedStudent
 from .data import ImageStream
+from .gathering import full_state
 from .image_trainer import ImageTrainer, count_steps
 from .saving import (
+    HEADS_FILE,
     INTERRUPTED_FILE,
     REPLACED,
     RUN_STATE_FILE,
@@ -25,8 +27,8 @@ from .saving import (
     check_output_dir,
     last_checkpoint,
     load_checkpoint,
-    save_heads,
     save_student,
+    save_tensors,
 )
 
 
@@ -105,34 +107,36 @@ class CheckpointTrainer(ImageTrainer):
                 shutil.rmtree(left, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The student; in checkpoints also the heads and the images seen. Never the teacher."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student, in full precision, under every launcher; every process must call it.
 
-        def part(prefix: str) -> dict[str, Tensor] | None:
-            if state_dict is None:
-                return None
-            return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+        In checkpoints also the heads, what an averaged student trains on with, and the images seen. Never the teacher.
+        """
+        folder, model = Path(output_dir or str(self.args.output_dir)), self._distiller()
+        student = full_state(model.student.model)
+        average = self.averaged.average.module.state_dict() if self.averaged is not None else None
+        heads = full_state(model.heads) if model.heads is not None and self._unfinished else None
+        if self.args.should_save:
+            save_student(model.student, folder, student if average is None else average)
+            if self._unfinished is not None:
+                self._save_rest(folder, student if average is not None else None, heads)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-        student_state = part("student.model.")
-        if self.averaged is not None:
-            student_state = self.averaged.average.module.state_dict()
-        save_student(model.student, folder, student_state)
-        if self._unfinished is None:
-            return
-        if self.averaged is not None:
-            self.averaged.save_trained(folder)
-        if model.heads is not None:
-            save_heads(model.heads, folder, part("heads."))
+    def _save_rest(self, folder: Path, trained: dict[str, Tensor] | None, heads: dict[str, Tensor] | None) -> None:
+        if trained is not None:
+            save_tensors(trained, folder / TRAINED_FILE)
+        if heads is not None:
+            save_tensors(heads, folder / HEADS_FILE)
         run_state = {
             "images_seen": self.loss_log.images_seen,
             "layout_start": self._layout_start,
             "data": self._data_settings(),
         }
         (folder / RUN_STATE_FILE).write_text(json.dumps(run_state, indent=2))
+
+    def _distiller(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     # Going on
 
@@ -172,7 +176,10 @@ class CheckpointTrainer(ImageTrainer):
         return TrainOutput(step, float("nan"), {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_weights(resume_from_checkpoint, resume=True)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint, resume=True)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -181,7 +188,7 @@ class CheckpointTrainer(ImageTrainer):
             self._load_weights(str(self.state.best_model_checkpoint), resume=False)
 
     def _load_weights(self, folder: str, resume: bool) -> None:
-        distiller = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        distiller = self._distiller()
         load_checkpoint(distiller.student, distiller.heads, folder)
         if self.averaged is not None:
             self.averaged.load(Path(folder), resume)

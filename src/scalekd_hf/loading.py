@@ -28,6 +28,8 @@ from transformers import (
     TimmWrapperConfig,
 )
 
+from .gathering import whole_models
+
 
 __all__ = ["Classifier", "ImageSpec", "load_classifier"]
 
@@ -75,6 +77,7 @@ class Classifier:
         return int(self.module.config.num_labels) if "ForImageClassification" in type(self.module).__name__ else 0
 
 
+@whole_models()
 def load_classifier(
     name_or_module: str | nn.Module,
     *,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import BitImageProcessor, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from .gathering import whole_models
 from .loading import INTERPOLATIONS
 from .students import Student
 
@@ -34,8 +35,8 @@ __all__ = [
     "load_strictly",
     "load_student_weights",
     "read_tensors",
-    "save_heads",
     "save_student",
+    "save_tensors",
 ]
 
 logger = logging.getLogger(__name__)
@@ -146,27 +147,36 @@ def load_student_weights(student: Student, folder: str | Path) -> None:
     Raises:
         ValueError: a missing or unreadable file, or weights of another architecture.
     """
+    load_strictly(student.model, read_student(student, folder), Path(folder))
+
+
+def read_student(student: Student, folder: str | Path) -> dict[str, Tensor]:
+    """Weights of a student folder by the names of `student.model`.
+
+    Raises:
+        ValueError: see `load_student_weights`.
+    """
     state_dict = read_tensors(Path(folder), STUDENT_FILE)
     if student.classifier.library == "transformers":
         # Names on disk may differ from those of the module: transformers knows how.
-        loaded, info = type(student.model).from_pretrained(
-            folder,
-            config=student.model.config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with whole_models():
+            loaded, info = type(student.model).from_pretrained(
+                folder,
+                config=student.model.config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
         wrong = {kind: keys for kind, keys in info.items() if keys and kind.endswith("_keys")}
         if wrong:
             raise ValueError(_unsuitable(student.model, Path(folder), wrong))
         state_dict = loaded.state_dict()
-    load_strictly(student.model, state_dict, Path(folder))
+    return state_dict
 
 
-def save_heads(heads: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write the mimicking heads into a checkpoint."""
-    state_dict = heads.state_dict() if state_dict is None else state_dict
-    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, Path(folder) / HEADS_FILE)
+def save_tensors(state_dict: dict[str, Tensor], file: str | Path) -> None:
+    """Write tensors by name."""
+    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, file)
 
 
 def load_checkpoint(student: Student, heads: nn.Module | None, folder: str | Path) -> None:

@@ -150,11 +150,16 @@ class ScaleKDTrainer(CheckpointTrainer):
         else:
             check_checkpoint(checkpoint, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
             step = self._read_run_state(Path(checkpoint))
+            if self.averaged is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                self.averaged.restore(Path(checkpoint))
             if 0 < self.args.max_steps <= step:  # the parent would train one step more
                 self._forget_interruption()
                 return self._load_finished(checkpoint, step)
         if isinstance(self.train_dataset, ImageStream):
             self.args.ignore_data_skip = True  # it starts where the checkpoint stands
+        teacher = self._distiller().teacher
+        if teacher is not None:  # engines that place the parameters do not know of it
+            teacher.to(self.args.device)
         try:
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
