@@ -25,9 +25,9 @@ class Outcome:
 
 
 class Started:
-    """Processes that run `function(*arguments)`; with more than one, as ranks of a group."""
+    """Processes that run `function(*arguments)`; with more than one, or if `group`, as ranks of a group."""
 
-    def __init__(self, folder, function, *arguments, processes=1):
+    def __init__(self, folder, function, *arguments, processes=1, group=False):
         self.files = [Path(folder) / f"output_{time.monotonic_ns()}_{rank}.txt" for rank in range(processes)]
         for file in self.files:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class Started:
         for rank, file in enumerate(self.files):
             pid = os.fork()
             if pid == 0:
-                _child(rank, processes, port, file, function, arguments)
+                _child(rank, processes if processes > 1 or group else 0, port, file, function, arguments)
             self.pids.append(pid)
 
     def wait(self):
@@ -46,9 +46,9 @@ class Started:
         return [Outcome(status, file.read_text()) for status, file in zip(statuses, self.files, strict=True)]
 
 
-def in_processes(folder, function, *arguments, processes=1):
+def in_processes(folder, function, *arguments, processes=1, group=False):
     """Run a function in other processes and wait for them."""
-    return Started(folder, function, *arguments, processes=processes).wait()
+    return Started(folder, function, *arguments, processes=processes, group=group).wait()
 
 
 def in_child(folder, function, *arguments):
@@ -81,7 +81,7 @@ def _child(rank, processes, port, file, function, arguments):
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        if processes > 1:
+        if processes:
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in group.items()})

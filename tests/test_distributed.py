@@ -9,8 +9,14 @@ import torch
 from helpers import DIGITS, settings, small_student, timm_swin
 from processes import in_processes
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from scalekd_hf import ScaleKDTrainer
+from scalekd_hf import ScaleKDTrainer, load_student
+from scalekd_hf.building import build_model
+from scalekd_hf.gathering import full_state
+from scalekd_hf.saving import save_student
 
 
 pytest.importorskip("deepspeed")
@@ -104,6 +110,53 @@ def test_a_run_of_two_processes_resumes_to_the_bit_with_its_average(tmp_path, wa
         results.append(weights(tmp_path))
     assert results[0].keys() == results[1].keys() and ("trained_student.safetensors", "head.fc.weight") in results[0]
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def sharded_steps(folder):
+    """Five steps on this process's half of each batch, with everything that trains sharded by FSDP2."""
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(0)
+    model = build_model(small_student(), timm_swin(), settings(folder, use_cpu=False)).train()
+    if size > 1:
+        mesh = init_device_mesh("cpu", (size,))
+        for module in (
+            *model.student.model.stages,
+            model.heads.penultimate_spatial,
+            model.student,
+            model.heads,
+            model,
+        ):
+            fully_shard(module, mesh=mesh)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert not any(isinstance(parameter, DTensor) for parameter in model.teacher.parameters())
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.005), []
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        pixels, labels = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
+        half = slice(8 // size * rank, 8 // size * (rank + 1))
+        loss = model(pixels[half], labels[half]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(total.item() / size)
+    state = full_state(model.student.model)
+    if rank == 0:
+        save_student(model.student, folder, state)
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def test_fsdp2_equals_one_process_and_saves_the_whole_student(tmp_path):
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        for outcome in in_processes(folder, sharded_steps, folder, processes=processes, group=True):
+            assert outcome.status == 0, outcome.text[-3000:]
+    one, two = (json.loads((tmp_path / name / "losses.json").read_text()) for name in "12")
+    assert two == pytest.approx(one, rel=1e-5) and len(one) == 5
+    mine, theirs = (load_student(str(tmp_path / name), pretrained=True).state_dict() for name in "12")
+    assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-4
 
 
 @pytest.mark.parametrize("way", ["zero2", "zero3"])

@@ -74,7 +74,7 @@ def test_an_odd_batch_at_the_end_of_a_pass_keeps_its_last_image_unmixed(tmp_path
             },
             "needs labels",
         ),
-        ({"gradient_checkpointing": True}, "`activation_checkpointing`"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size` is not supported"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, changes, message):

@@ -247,6 +247,26 @@ def test_mixed_precision_clipping_and_label_smoothing_train(tmp_path, digits):
     assert all(tensor.dtype == torch.float32 for tensor in trainer.student.parameters())
 
 
+@pytest.mark.parametrize("student", ["convnext", "transformers"])
+def test_recomputed_activations_give_the_same_run(tmp_path, digits, student):
+    logs = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = small_student() if student == "convnext" else transformers_vit()
+        options = {"gradient_checkpointing": recompute, "gradient_accumulation_steps": 2, "bf16": True, "max_steps": 3}
+        trainer = ScaleKDTrainer(model, timm_swin(), settings(tmp_path / str(recompute), **options), digits)
+        calls = []
+        trainer.student.model.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        inner = trainer.student.model.stages[2].blocks[0] if student == "convnext" else None
+        if inner is not None:
+            inner.register_forward_hook(lambda *_: calls.append(2))  # noqa: B023
+        trainer.train()
+        if inner is not None:
+            assert calls.count(2) == calls.count(1) * (2 if recompute else 1)
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_torch_compile_gives_the_same_losses(tmp_path, digits):
     losses = []

@@ -318,10 +318,6 @@ class ScaleKDConfig(TrainingArguments):
                 "`auto_find_batch_size` is not supported: the order of the images and the learning rate depend on the batch. "
                 "`--plan` estimates the memory; set `per_device_train_batch_size` and `gradient_accumulation_steps`."
             )
-        if getattr(self, "activation_checkpointing", self.gradient_checkpointing):
-            raise ValueError(
-                "`activation_checkpointing` (`gradient_checkpointing`) is not supported yet: turn it off."
-            )
 
     @property
     def has_labels(self) -> bool:

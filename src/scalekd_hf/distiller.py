@@ -163,6 +163,23 @@ class ScaleKDModel(nn.Module):
             self.teacher._apply(fn, recurse)
         return self
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Compute the student's activations again in the backward pass instead of keeping them; called by the Trainer."""
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                "`activation_checkpointing_kwargs` of a student know neither `every_n_layers` nor `offload`."
+            )
+        self.student.checkpoint_activations(activation_checkpointing_kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The same, by its former name."""
+        self.student.checkpoint_activations(gradient_checkpointing_kwargs)
+
     def trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The children whose parameters train: student and, with a teacher, heads."""
         yield "student", self.student

@@ -8,6 +8,7 @@ their shapes say which of those belong to the last stage and to the one before i
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from .loading import Classifier, check_patches, load_classifier
 
 
 __all__ = ["Student", "Tap", "load_student"]
+
+logger = logging.getLogger(__name__)
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 MAX_PREFIX_TOKENS = 16
@@ -68,6 +71,27 @@ class Student(nn.Module):
         if not self.num_labels:
             raise ValueError(
                 f"`student` {self.name!r} has no classifier head. Give it one with its number of classes."
+            )
+
+    def checkpoint_activations(self, kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations in the backward pass, with the model's own means; `kwargs` as transformers takes them.
+
+        Raises:
+            ValueError: a model that has none.
+        """
+        try:
+            if isinstance(self.model, PreTrainedModel):
+                self.model.gradient_checkpointing_enable({"use_reentrant": False, **(kwargs or {})})
+            else:
+                self.model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"`activation_checkpointing` is on, but {self.name!r} cannot recompute its activations ({error}). Turn it off, "
+                "or take a smaller batch with `gradient_accumulation_steps`."
+            ) from error
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules()):
+            logger.warning(
+                "With `activation_checkpointing`, BatchNorm takes each batch twice into its running statistics."
             )
 
     def name_labels(self, labels: list[str]) -> None:
