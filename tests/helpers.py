@@ -125,6 +125,11 @@ def run(*words, env=None, timeout=300):
     return subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, capture_output=True, text=True)
 
 
+def some_slow(names, count):
+    """Parameters of a test, of which all but the first few belong to the slow lane."""
+    return [name if index < count else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(names)]
+
+
 def images(count=2, size=32):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 

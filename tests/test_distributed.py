@@ -6,7 +6,8 @@ import os
 import datasets
 import pytest
 import torch
-from helpers import DIGITS, settings, small_student, timm_swin
+from accelerate.commands.config.config_args import load_config_from_file
+from helpers import DIGITS, ROOT, settings, small_student, some_slow, timm_swin
 from processes import in_processes
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,22 +25,18 @@ pytest.importorskip("deepspeed")
 TERMS = ("loss", "task", "logit", "penultimate_spatial", "penultimate_frequency", "last_spatial", "last_frequency")
 
 
-def zero(stage):
-    """A configuration of DeepSpeed in which even the smallest parameters are partitioned."""
-    parts = {
-        "stage": stage,
-        "stage3_param_persistence_threshold": 0,
-        "stage3_gather_16bit_weights_on_model_save": True,
-    }
-    auto = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-    }
-    return {"zero_optimization": parts, "zero_allow_untested_optimizer": True, **auto}
+LAUNCH = ROOT / "recipes" / "accelerate"
 
 
-WAYS = {"ddp": {}, "zero1": {"deepspeed": zero(1)}, "zero2": {"deepspeed": zero(2)}, "zero3": {"deepspeed": zero(3)}}
+def zero(name):
+    """A configuration of the recipes, in which even the smallest parameters are partitioned."""
+    config = json.loads((LAUNCH / f"{name}.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return config
+
+
+ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
+WAYS = {"ddp": {}, **{name: {"deepspeed": zero(name)} for name in ZERO}}
 
 
 def train(folder, way, batch=4, resume=None, streaming=False, **changes):
@@ -84,7 +81,7 @@ def test_two_processes_equal_one(tmp_path, alone, way):
     one, two = result(alone), result(tmp_path)
     assert two["world_size"] == 2
     assert two["kind"] == ("DistributedType.MULTI_CPU" if way == "ddp" else "DistributedType.DEEPSPEED")
-    assert two["partitioned"] == (two["parameters"] if way == "zero3" else 0)
+    assert two["partitioned"] == (two["parameters"] if way.startswith("zero3") else 0)
     for first, second in zip(one["history"], two["history"], strict=True):
         for name in TERMS:
             assert second[name] == pytest.approx(first[name], rel=1e-5), name
@@ -94,13 +91,23 @@ def test_two_processes_equal_one(tmp_path, alone, way):
         assert torch.allclose(tensor, theirs[name], rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.yaml")), ids=lambda file: file.stem)
+def test_launch_configurations_are_what_accelerate_takes(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes == {"single_gpu": 1, "cpu": 1, "multi_node": 32}.get(file.stem, 8)
+    engine = getattr(config, "deepspeed_config", None)
+    if engine:
+        stage = json.loads((ROOT / engine["deepspeed_config_file"]).read_text())["zero_optimization"]["stage"]
+        assert file.stem.startswith(f"zero{stage}")
+
+
 def weights(folder):
     """What a run has come to: the saved student, and the rest of its last checkpoint."""
     files = [folder / "model.safetensors", *sorted((folder / "checkpoint-5").glob("*.safetensors"))]
     return {(file.name, name): tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("way", some_slow(["ddp", "zero2", "zero3"], 1))
 def test_a_run_of_two_processes_resumes_to_the_bit_with_its_average(tmp_path, way):
     options = {"ema_decay": 0.9, "save_steps": 1, "mixup_alpha": 0.8, "streaming": True, "optim": "adamw_torch"}
     results = []
@@ -159,6 +166,7 @@ def test_fsdp2_equals_one_process_and_saves_the_whole_student(tmp_path):
     assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["zero2", "zero3"])
 def test_the_teacher_is_in_no_file_of_an_engines_checkpoint(tmp_path, way):
     for outcome in in_processes(tmp_path, train, tmp_path, way, processes=2):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, some_slow
 from processes import run_script
 
 import scalekd_hf
@@ -51,7 +51,7 @@ def test_every_published_pair_has_a_recipe():
     assert set(RECIPES) == set(PARAMETERS)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", some_slow(PARAMETERS, 4))
 def test_every_recipe_is_planned_with_the_published_sizes(name):
     plan = scalekd_hf.plan(RECIPES[name], processes=32)
     assert plan.error is None

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, some_slow
 
 from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.recipe import DistillArguments, parse_config
@@ -37,7 +37,7 @@ def parse(name, folder, *words):
     return parse_config(DistillArguments, [str(RECIPES[name]), *words])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", some_slow(RECIPES, 7))
 def test_two_steps_of_every_recipe_with_small_models(name, tmp_path, digits):
     patch14 = "14" in name or "eva" in name
     size = 56 if patch14 else 64

@@ -259,7 +259,7 @@ def test_recomputed_activations_give_the_same_run(tmp_path, digits, student):
         trainer.student.model.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
         inner = trainer.student.model.stages[2].blocks[0] if student == "convnext" else None
         if inner is not None:
-            inner.register_forward_hook(lambda *_: calls.append(2))  # noqa: B023
+            inner.register_forward_pre_hook(lambda *_: calls.append(2))  # noqa: B023
         trainer.train()
         if inner is not None:
             assert calls.count(2) == calls.count(1) * (2 if recompute else 1)
