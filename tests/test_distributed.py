@@ -59,6 +59,7 @@ def train(folder, way, batch=4, resume=None, streaming=False, **changes):
             "parameters": len(list(trainer.model.parameters())),
         }
         (folder / "result.json").write_text(json.dumps(result))
+    return trainer.state.log_history
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,35 @@ def test_a_run_of_two_processes_resumes_to_the_bit_with_its_average(tmp_path, wa
         results.append(weights(tmp_path))
     assert results[0].keys() == results[1].keys() and ("trained_student.safetensors", "head.fc.weight") in results[0]
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+@pytest.mark.parametrize("way", ["ddp", "zero2"])
+def test_a_checkpoint_of_two_processes_starts_one_and_says_what_stays_behind(tmp_path, way):
+    options = {"ema_decay": 0.9, "streaming": True, "optim": "adamw_torch"}
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, **options), processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    before = load_file(tmp_path / "checkpoint-4" / "trained_student.safetensors")
+
+    def alone():
+        resume = str(tmp_path / "checkpoint-4")
+        with pytest.raises(ValueError, match="processes 2 to 1" if way == "ddp" else "optimizer.pt is missing"):
+            train(tmp_path, "ddp", resume=resume, **options)
+        logs = train(tmp_path, "ddp", resume=resume, **options, max_steps=6, allow_data_mismatch=True)
+        assert [entry["images_seen"] for entry in logs if "loss" in entry and entry["step"] > 4] == [36, 40]
+        assert logs[-2]["learning_rate"] < 0.02 / 2  # the schedule went on
+
+    (outcome,) = in_processes(tmp_path, alone)
+    assert outcome.status == 0, outcome.text[-3000:]
+    after = load_file(tmp_path / "checkpoint-6" / "trained_student.safetensors")
+    assert all((after[name] - before[name]).abs().max() < 0.1 for name in before)
+
+
+def test_an_optimiser_in_parts_is_not_given_to_other_processes(tmp_path):
+    for outcome in in_processes(tmp_path, train, tmp_path, "ddp", processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    resume = str(tmp_path / "checkpoint-4")
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, "zero2", resume=resume), processes=2):
+        assert outcome.status == 1 and "is whole: 2 processes under DeepSpeed or FSDP cannot take it" in outcome.text
 
 
 def sharded_steps(folder):

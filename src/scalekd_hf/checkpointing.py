@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerState
@@ -27,6 +28,7 @@ from .saving import (
     check_output_dir,
     last_checkpoint,
     load_checkpoint,
+    optimizer_in_parts,
     save_student,
     save_tensors,
 )
@@ -155,6 +157,7 @@ class CheckpointTrainer(ImageTrainer):
             raise ValueError(
                 f"The checkpoint {str(checkpoint)!r} holds an averaged student: set its `ema_decay` again."
             )
+        self._say_what_stays_behind(checkpoint, then.get("processes", now["processes"]))
         images_seen: int = run_state["images_seen"]
         self._images_seen_before = images_seen
         self._layout_start = images_seen if changed else run_state.get("layout_start", 0)
@@ -165,6 +168,42 @@ class CheckpointTrainer(ImageTrainer):
         ):  # the epochs that are left, in steps of the new batch
             self.args.max_steps = step + count_steps(self.train_dataset, self.args, images_seen)
         return step
+
+    def _say_what_stays_behind(self, checkpoint: Path, processes: int) -> None:
+        """Of a checkpoint that other processes or another launcher wrote.
+
+        Raises:
+            ValueError: an optimiser in other parts than this launcher's.
+        """
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        in_parts, changed = optimizer_in_parts(checkpoint), processes != self.args.world_size
+        if sharded and (changed or not in_parts):
+            raise ValueError(
+                f"The optimiser in {str(checkpoint)!r} is {f'in parts for {processes} processes' if in_parts else 'whole'}: "
+                f"{self.args.world_size} processes under DeepSpeed or FSDP cannot take it. Launch as many processes in the "
+                "same way, or go on without DeepSpeed or FSDP."
+            )
+        behind = (["the optimiser's state"] if in_parts and not sharded else []) + ["random states"] * changed
+        if behind:
+            logger.warning(
+                "The checkpoint %r of %d processes starts %d: weights, average, step and schedule go on; %s cannot.",
+                str(checkpoint),
+                processes,
+                self.args.world_size,
+                " and ".join(behind),
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The parent's; where the optimiser stays behind, the schedule goes on all the same."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = Path(checkpoint or "", "scheduler.pt")
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if checkpoint is None or sharded or not optimizer_in_parts(checkpoint) or not schedule.exists():
+            return
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(schedule, weights_only=True))
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _load_finished(self, checkpoint: str, step: int) -> TrainOutput:
         """A run that needs no more steps: load what it ended with."""

@@ -216,7 +216,8 @@ class ImageTrainer(Trainer):
         if isinstance(data, ImageStream):
             settings["images"] = len(data.source)
             if isinstance(data.source, Table):  # any reader can fetch any row
-                return settings | {"images per step": batch * accumulated * self.args.world_size}
+                step = batch * accumulated * self.args.world_size
+                return settings | {"images per step": step, "processes": self.args.world_size}
             settings |= {"files": data.source.name, "shuffle_buffer_size": self.args.shuffle_buffer_size}
         return settings | {
             "per_device_train_batch_size": batch,

@@ -239,12 +239,17 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return found
 
 
+def optimizer_in_parts(folder: str | Path) -> bool:
+    """Whether a checkpoint's optimiser is kept by DeepSpeed or FSDP, in files of their own."""
+    return any(any(Path(folder).glob(pattern)) for pattern in ("global_step*", "optimizer_0", "pytorch_model_fsdp*"))
+
+
 def check_checkpoint(folder: str | Path, sharded: bool) -> None:
     """Refuse a checkpoint that training cannot go on from, before anything of it is loaded.
 
     Args:
         folder: the checkpoint.
-        sharded: its optimiser is kept by DeepSpeed or FSDP, in files of their own.
+        sharded: its optimiser is not in files of the Trainer's.
 
     Raises:
         ValueError: a folder without readable trainer state, optimiser or scheduler.

@@ -24,7 +24,7 @@ from .image_trainer import count_steps, prepare_images
 from .loss_log import LossLog
 from .metrics import compute_accuracy, keep_top5
 from .optimization import decayed_parameters, scaled_learning_rate, step_schedule, timm_optimizer
-from .saving import check_checkpoint, check_rebuildable, interrupted, last_checkpoint, run_settings
+from .saving import check_checkpoint, check_rebuildable, interrupted, last_checkpoint, optimizer_in_parts, run_settings
 from .students import Student
 from .teachers import Teacher
 
@@ -148,7 +148,8 @@ class ScaleKDTrainer(CheckpointTrainer):
         if checkpoint is None:
             self._clear_output_dir()
         else:
-            check_checkpoint(checkpoint, sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            check_checkpoint(checkpoint, sharded or (self.args.allow_data_mismatch and optimizer_in_parts(checkpoint)))
             step = self._read_run_state(Path(checkpoint))
             if self.averaged is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 self.averaged.restore(Path(checkpoint))
