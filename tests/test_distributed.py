@@ -2,19 +2,21 @@
 
 import json
 import os
+import time
 
 import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import DIGITS, ROOT, settings, small_student, some_slow, timm_swin
-from processes import in_processes
+from processes import Started, in_processes
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
-from scalekd_hf import ScaleKDTrainer, load_student
+from scalekd_hf import NonFiniteLossError, ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.building import build_model
 from scalekd_hf.gathering import full_state
 from scalekd_hf.saving import save_student
@@ -147,6 +149,47 @@ def test_an_optimiser_in_parts_is_not_given_to_other_processes(tmp_path):
     resume = str(tmp_path / "checkpoint-4")
     for outcome in in_processes(tmp_path, lambda: train(tmp_path, "zero2", resume=resume), processes=2):
         assert outcome.status == 1 and "is whole: 2 processes under DeepSpeed or FSDP cannot take it" in outcome.text
+
+
+def test_two_runs_into_one_folder_are_refused_and_the_first_goes_on(tmp_path):
+    first = Started(tmp_path, lambda: train(tmp_path, "ddp", max_steps=40, save_strategy="no"))
+    while "images_seen" not in first.files[0].read_text():
+        time.sleep(0.05)
+    for outcome in in_processes(tmp_path, train, tmp_path, "ddp", processes=2):
+        assert outcome.status == 1 and "is being written by another run" in outcome.text
+    (outcome,) = first.wait()
+    assert outcome.status == 0, outcome.text[-3000:]
+    assert not (tmp_path / "_lock").exists()
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path):
+    def diverge():
+        rank = int(os.environ["RANK"])
+        teacher = load_teacher(timm_swin())
+        if rank == 1:
+            teacher.model.head.register_forward_hook(lambda _, inputs, output: output * float("nan"))
+        data = datasets.Dataset.from_parquet(str(DIGITS / "train-00000-of-00004.parquet"))
+        with pytest.raises(NonFiniteLossError, match="step 1: .*logit=nan"):
+            ScaleKDTrainer(small_student(), teacher, settings(tmp_path, max_steps=4), data).train()
+
+    for outcome in in_processes(tmp_path, diverge, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    class Dying(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and args.process_index == 1:
+                os._exit(3)
+
+    def run():
+        data = datasets.Dataset.from_parquet(str(DIGITS / "train-00000-of-00004.parquet"))
+        options = {"max_steps": 1000, "ddp_timeout": 20}
+        ScaleKDTrainer(small_student(), timm_swin(), settings(tmp_path, **options), data, callbacks=[Dying()]).train()
+
+    start = time.monotonic()
+    outcomes = in_processes(tmp_path, run, processes=2)
+    assert [outcome.status for outcome in outcomes] == [1, 3] and time.monotonic() - start < 40
 
 
 def sharded_steps(folder):

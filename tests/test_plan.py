@@ -11,6 +11,7 @@ from processes import run_script
 
 import scalekd_hf
 from scalekd_hf.plan import _SavedBytes
+from scalekd_hf.scaling import communication, scaling
 
 
 RECIPES = {file.stem: file for file in sorted((ROOT / "recipes" / "configs").glob("*_to_*.yaml"))}
@@ -143,3 +144,16 @@ def test_the_command_prints_a_table_or_json(tmp_path):
     plan = json.loads(result.stdout)
     assert result.returncode == 1 and "7 heads" in plan["error"]
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_sent_and_how_it_scales_follows_from_flops_and_parameters():
+    sent = communication(1_000_000, 4)
+    assert sent == {"DDP": 0.006, "ZeRO-1, ZeRO-2": 0.006, "ZeRO-3, FSDP2": pytest.approx(0.009)}
+    assert communication(1_000_000, 1)["DDP"] == 0
+    rows = scaling(200.0, 64, 200_000_000)
+    assert list(rows) == ["8", "32", "256"] and rows["8"]["limit"] == "computing" and rows["32"]["limit"] == "network"
+    assert rows["8"]["images_per_second"] == pytest.approx(8 * 4e14 / 200e9)
+    assert 1 == rows["8"]["efficiency"] > rows["32"]["efficiency"] > rows["256"]["efficiency"] > 0
+    small = scaling(10.0, 256, 1_000_000)["8"]
+    assert small["limit"] == "data" and small["cores_per_gpu"] > 16
+    assert scaling(200.0, 64, 200_000_000, accumulation=8)["256"]["efficiency"] > rows["256"]["efficiency"]

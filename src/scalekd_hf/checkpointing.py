@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ from .saving import (
 
 
 __all__ = ["CheckpointTrainer"]
+
+LOCK_FILE = "_lock"
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +248,36 @@ class CheckpointTrainer(ImageTrainer):
     def _forget_interruption(self) -> None:
         if self.args.should_save:
             Path(str(self.args.output_dir), INTERRUPTED_FILE).unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else trains into the output folder inside of this context.
+
+        Raises:
+            ValueError: somebody does.
+        """
+        folder, holds = Path(str(self.args.output_dir)), [True]
+        lock = None
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / LOCK_FILE).open("a")
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+            except OSError:
+                holds = [False]
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(holds, 0)
+        try:
+            if not holds[0]:
+                raise ValueError(
+                    f"`output_dir` {str(folder)!r} is being written by another run. Wait for it, or choose another folder."
+                )
+            yield
+        finally:
+            if lock is not None:
+                lock.close()
+                if holds[0]:
+                    (folder / LOCK_FILE).unlink(missing_ok=True)
 
     def _clear_output_dir(self) -> None:
         held = check_output_dir(str(self.args.output_dir), self.args.overwrite_output_dir)

@@ -123,7 +123,7 @@ class ScaleKDConfig(TrainingArguments):
     > Parent defaults that differ here: `remove_unused_columns=False` (images are transformed on the fly),
     > `ddp_find_unused_parameters=False` (every trained parameter has a gradient; the search costs time),
     > `logging_nan_inf_filter=False` (it synchronises every step and hides what this trainer reports),
-    > `logging_steps=50`, and `dataloader_num_workers`, which is 8, or as many as there are CPU cores for each process,
+    > `logging_steps=50`, `ddp_static_graph=True` without gradient accumulation and compiling, and `dataloader_num_workers`, which is 8, or as many as there are CPU cores for each process,
     > where a GPU is used, and 0 on the CPU.
     """
 
@@ -263,6 +263,8 @@ class ScaleKDConfig(TrainingArguments):
                 min(8, max(1, cores)) if torch.cuda.is_available() and not self.use_cpu else 0
             )
         super().__post_init__()
+        if getattr(self, "ddp_static_graph", False) is None:  # with accumulation, DDP skips the exchange now and then
+            self.ddp_static_graph = self.gradient_accumulation_steps == 1 and not self.torch_compile
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore[assignment]
         for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):

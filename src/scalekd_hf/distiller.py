@@ -84,7 +84,6 @@ class ScaleKDModel(nn.Module):
 
     The teacher stays frozen and in eval mode (but for `teacher_drop_path`). It moves with the module but is no child of
     it, so that it is in no optimiser, no saved file and no engine's checkpoint, and no wrapper broadcasts its buffers.
-    With `shard_teacher` it is a child, which FSDP2 and ZeRO-3 can spread over the processes.
     Without a teacher this is the student alone, trained with the task loss: the baseline.
     In eval mode only the student runs.
 
@@ -98,7 +97,6 @@ class ScaleKDModel(nn.Module):
         temperature: T of the logit term.
         task_loss: "cross_entropy" or "binary_cross_entropy" over sigmoids.
         label_smoothing: of the task loss, in [0, 1).
-        shard_teacher: make the teacher a child.
     """
 
     main_input_name = "pixel_values"
@@ -118,15 +116,11 @@ class ScaleKDModel(nn.Module):
         temperature: float = 1.0,
         task_loss: str = "cross_entropy",
         label_smoothing: float = 0.0,
-        shard_teacher: bool = False,
     ):
         super().__init__()
         self.student, self.heads = student, heads
         self.teacher: Teacher | None
-        if shard_teacher:
-            self.teacher = teacher
-        else:
-            self.__dict__["teacher"] = teacher
+        self.__dict__["teacher"] = teacher  # past Module's bookkeeping, so that it is no child
         self.temperature, self.task_loss, self.label_smoothing = temperature, task_loss, label_smoothing
         self.weights = {"task": 1.0}
         if teacher is not None:
@@ -159,7 +153,7 @@ class ScaleKDModel(nn.Module):
         """The teacher goes where the module goes, and takes its precision; not to the meta device, from which a wrapper
         would not bring it back."""
         super()._apply(fn, recurse)
-        if "teacher" in self.__dict__ and self.teacher is not None and not fn(torch.empty(0)).is_meta:
+        if self.teacher is not None and not fn(torch.empty(0)).is_meta:
             self.teacher._apply(fn, recurse)
         return self
 

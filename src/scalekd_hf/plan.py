@@ -22,6 +22,7 @@ from .loading import ImageSpec
 from .optimization import scaled_learning_rate, timm_optimizer
 from .recipe import DistillArguments, as_words, count_images, load_data, parse_config
 from .saving import check_output_dir
+from .scaling import communication, scaling
 from .students import load_student
 from .teachers import load_teacher
 
@@ -43,6 +44,8 @@ class Plan:
     gflops_per_image: dict[str, float] = field(default_factory=dict)
     memory_gib: dict[str, float] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
+    communication_gb: dict[str, float] = field(default_factory=dict)
+    scaling: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
 
@@ -71,6 +74,14 @@ class Plan:
         lines += _block("GFLOP of a training step, per image", self.gflops_per_image, "{:.1f}")
         lines += _block("memory per process, GiB (estimated)", self.memory_gib, "{:.2f}")
         lines += _block("schedule", self.schedule, "{:g}")
+        lines += _block("GB that each GPU sends in a step", self.communication_gb, "{:.2f}")
+        if self.scaling:
+            lines.append(f"{'GPUs (estimated, H100)':<24}{'images/s':>10}{'computing':>11}{'cores/GPU':>11}  limit")
+        for name, row in self.scaling.items():
+            lines.append(
+                f"  {name:<22}{row['images_per_second']:>10.0f}{row['efficiency']:>11.0%}{row['cores_per_gpu']:>11.1f}  "
+                f"{row['limit']}"
+            )
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.error:
             lines.append(f"This run would fail: {self.error}")
@@ -99,6 +110,7 @@ def plan_run(arguments: DistillArguments, config: ScaleKDConfig, processes: int 
             _describe_models(result, model)
             _count(result, model, config)
         _schedule(result, arguments, config, processes or config.world_size)
+        _estimate_scaling(result, model, config, processes or config.world_size)
         _remember_warnings(result, model, config)
     except Exception as error:  # whatever would stop the run is the answer
         result.error = str(error) or repr(error)
@@ -301,6 +313,15 @@ def _schedule(result: Plan, arguments: DistillArguments, config: ScaleKDConfig, 
             f"the global batch is {batch}, the learning rate {config.learning_rate:g} is for {config.base_batch_size}: "
             f"it is scaled to {rate:g} ({config.lr_scaling})."
         )
+
+
+def _estimate_scaling(result: Plan, model: ScaleKDModel, config: ScaleKDConfig, processes: int) -> None:
+    trained = sum(_parameters(module) for _, module in model.trained_modules())
+    result.communication_gb = communication(trained, processes)
+    gflops, accumulation = sum(result.gflops_per_image.values()), config.gradient_accumulation_steps
+    if "total" in result.gflops_per_image:
+        gflops = result.gflops_per_image["total"]
+    result.scaling = scaling(gflops, config.per_device_train_batch_size, trained, accumulation)
 
 
 def _remember_warnings(result: Plan, model: ScaleKDModel, config: ScaleKDConfig) -> None:

@@ -126,14 +126,17 @@ class ScaleKDTrainer(CheckpointTrainer):
         """See `Trainer.train`.
 
         Raises:
-            ValueError: `output_dir` holds a run and neither resuming nor overwriting was asked for; or a
-                checkpoint that cannot be used.
+            ValueError: `output_dir` holds a run and neither resuming nor overwriting was asked for, or another run writes
+                into it; or a checkpoint that cannot be used.
             NonFiniteLossError: a loss that is not finite.
             RunInterrupted: SIGTERM came, and a checkpoint is saved. It is a `SystemExit` with status 75; the same call
                 resumes the run.
             StreamReadError, TooManyBadImagesError: the images ended; a checkpoint is saved.
         """
-        checkpoint = resume_from_checkpoint or None
+        with self._alone():
+            return self._train(resume_from_checkpoint or None, **kwargs)
+
+    def _train(self, checkpoint: Any, **kwargs: Any) -> TrainOutput:
         if checkpoint is None and interrupted(str(self.args.output_dir), self.settings):
             logger.warning("The run in %r was stopped before its end: it is resumed.", str(self.args.output_dir))
             checkpoint = True

@@ -1,0 +1,62 @@
+"""What a run sends between GPUs in a step, and how it would scale: an estimate from FLOPs and bandwidths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+__all__ = ["communication", "scaling"]
+
+GPUS_PER_NODE = 8
+FLOPS = 4e14  # of one H100 in bf16, at 40% of its peak
+NODE_BANDWIDTH = 3e11  # bytes a second of one GPU to the others of its machine
+NETWORK_BANDWIDTH = 4e10  # bytes a second of one GPU to other machines, 400 Gb/s at 80%
+BACKWARD = 2 / 3  # of a step, which hides the exchange of gradients
+CORES_PER_GPU = 16
+IMAGES_PER_CORE = 520  # a second: decoded and augmented, `benchmarks/data.py`
+
+# How often the trained parameters cross the links of a GPU in a step: gradients are reduced and the results
+# spread, which is once each; where parameters are sharded, they are fetched once more for the backward pass.
+CROSSINGS = {"DDP": 2, "ZeRO-1, ZeRO-2": 2, "ZeRO-3, FSDP2": 3}
+
+
+def communication(parameters: int, processes: int, bytes_each: int = 4) -> dict[str, float]:
+    """GB that each GPU sends in an optimiser step, for each launcher.
+
+    Args:
+        parameters: that are trained: student and projectors. The teacher is whole on each GPU and is never sent.
+        processes: GPUs.
+        bytes_each: of a gradient.
+    """
+    share = (processes - 1) / processes
+    return {name: times * parameters * bytes_each * share / 1e9 for name, times in CROSSINGS.items()}
+
+
+def scaling(gflops: float, batch: int, parameters: int, accumulation: int = 1) -> dict[str, dict[str, Any]]:
+    """Expected throughput with DDP on 8, 32 and 256 GPUs.
+
+    Args:
+        gflops: of a training step, per image.
+        batch: images of one GPU and micro-batch.
+        parameters, accumulation: see `communication`; micro-batches of a step.
+
+    Returns:
+        For each number of GPUs: images a second, efficiency (the share of a step that is computing), CPU cores that
+        each GPU needs for its images, and what limits the run.
+    """
+    rows = {}
+    computing = accumulation * batch * gflops * 1e9 / FLOPS
+    cores = batch * accumulation / computing / IMAGES_PER_CORE
+    for processes in (8, 32, 256):
+        bandwidth = NODE_BANDWIDTH if processes <= GPUS_PER_NODE else NETWORK_BANDWIDTH
+        sending = communication(parameters, processes)["DDP"] * 1e9 / bandwidth
+        exposed = max(0.0, sending - BACKWARD * computing / accumulation)
+        step = computing + exposed
+        limit = "network" if exposed > 0 else "computing"
+        rows[str(processes)] = {
+            "images_per_second": processes * batch * accumulation / step,
+            "efficiency": computing / step,
+            "cores_per_gpu": cores * computing / step,
+            "limit": "data" if cores * computing / step > CORES_PER_GPU else limit,
+        }
+    return rows
