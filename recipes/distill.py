@@ -78,6 +78,7 @@ def main() -> None:
     arguments, config = parse_config(DistillArguments, words, default_config=QUICKSTART)
     folders = (Path(config.output_dir), Path(config.output_dir, "alone"))
     if any(interrupted(folder, run_settings(config)) for folder in folders):
+        print(f"The run in {config.output_dir} was stopped before its end: it is resumed.")
         config.resume_from_checkpoint = True
     if not config.resume_from_checkpoint:
         check_output_dir(config.output_dir, config.overwrite_output_dir)

@@ -14,6 +14,7 @@ from scalekd_hf.saving import check_output_dir, interrupted, run_settings
 def main() -> None:
     arguments, config = parse_config(TeacherArguments)
     if interrupted(config.output_dir, run_settings(config)):
+        print(f"The run in {config.output_dir} was stopped before its end: it is resumed.")
         config.resume_from_checkpoint = True
     if not config.resume_from_checkpoint:
         check_output_dir(config.output_dir, config.overwrite_output_dir)

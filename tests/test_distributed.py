@@ -77,7 +77,7 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", some_slow(WAYS, 1))
 def test_two_processes_equal_one(tmp_path, alone, way):
     for outcome in in_processes(tmp_path, train, tmp_path, way, processes=2):
         assert outcome.status == 0, outcome.text[-3000:]
@@ -122,7 +122,7 @@ def test_a_run_of_two_processes_resumes_to_the_bit_with_its_average(tmp_path, wa
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
-@pytest.mark.parametrize("way", ["ddp", "zero2"])
+@pytest.mark.parametrize("way", some_slow(["ddp", "zero2"], 1))
 def test_a_checkpoint_of_two_processes_starts_one_and_says_what_stays_behind(tmp_path, way):
     options = {"ema_decay": 0.9, "streaming": True, "optim": "adamw_torch"}
     for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, **options), processes=2):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import RangeServer
 from PIL import Image
+from processes import in_child
 
 from scalekd_hf import sources
 from scalekd_hf.data import prepare_dataset
@@ -334,12 +335,17 @@ def test_a_network_that_stays_away_ends_the_stream(server, monkeypatch):
         next(iter(data))
 
 
-def test_workers_end_with_the_same_error(server, monkeypatch):
+def test_workers_end_with_the_same_error(server, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "RETRY_DELAYS", ())
     data = prepared(stream_of([f"{server.url}/{number}.parquet" for number in range(4)]))
     server.fail_every(1)
-    with pytest.raises(StreamReadError, match="failed 1 times"):
-        next(iter(data.training_loader(Layout(2, 1, 1), 0, 0, num_workers=1, collate_fn=collate)))
+
+    def read():
+        with pytest.raises(StreamReadError, match="failed 1 times"):
+            next(iter(data.training_loader(Layout(2, 1, 1), 0, 0, num_workers=1, collate_fn=collate)))
+
+    outcome = in_child(tmp_path, read)
+    assert outcome.status == 0, outcome.text[-3000:]
 
 
 def test_the_list_of_a_cache_is_plain_json(files, tmp_path, monkeypatch):
