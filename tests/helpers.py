@@ -138,7 +138,8 @@ class RangeServer:
     """An HTTP server on loopback that gives out files in parts, as the Hub does, and fails when it is told to."""
 
     def __init__(self, files):
-        self.files, self.failures, self._every, self._requests = files, 0, 0, 0
+        self.files, self.failures, self._every, self.requests = files, 0, 0, 0
+        self._last = None
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -152,8 +153,9 @@ class RangeServer:
                 self.answer(body=True)
 
             def answer(self, body):
-                outer._requests += body
-                if body and outer._every and outer._requests % outer._every == 0:
+                outer.requests += body
+                spent = outer._last is not None and outer.requests > outer._last
+                if body and spent or body and outer._every and outer.requests % outer._every == 0:
                     outer.failures += 1
                     self.send_error(503)
                     return
@@ -181,6 +183,10 @@ class RangeServer:
     def fail_every(self, requests):
         """Answer every so-and-so-manieth request with an error from now on; 0 for none."""
         self._every = requests
+
+    def fail_after(self, requests):
+        """Answer so many more requests, and then with errors only; None for no end."""
+        self._last = None if requests is None else self.requests + requests
 
     def __enter__(self):
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -13,12 +13,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import run, settings, small_student, timm_swin
+from helpers import RangeServer, run, settings, small_student, some_slow, timm_swin
 from PIL import Image
 from processes import Started, in_child, in_processes
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from scalekd_hf import ScaleKDTrainer
+from scalekd_hf import ScaleKDTrainer, sources
 from scalekd_hf.saving import last_checkpoint
 
 
@@ -329,6 +329,32 @@ def test_early_stopping_evaluates_and_saves_an_epoch_once(tmp_path, shards):
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0))
     trainer.train()
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [4, 7]
+
+
+@pytest.mark.parametrize("processes", some_slow([1, 2], 1))
+def test_a_network_that_stays_away_ends_the_run_with_a_checkpoint_and_the_same_call_resumes(
+    tmp_path, shards, monkeypatch, processes
+):
+    monkeypatch.setattr(sources, "RETRY_DELAYS", (0.01,))
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
+    for name in ("STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL", "STREAMING_READ_RETRY_INTERVAL"):
+        monkeypatch.setattr(datasets.config, name, 0.01)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = {"save_strategy": "no", "per_device_train_batch_size": 4 // processes}
+    with RangeServer({f"/{number}.parquet": open(file, "rb").read() for number, file in enumerate(shards)}) as server:
+        urls = [f"{server.url}/{number}.parquet" for number in range(3)]
+        for outcome in in_processes(tmp_path, lambda: train(whole, urls, **options), processes=processes):
+            assert outcome.status == 0, outcome.text[-3000:]
+        server.fail_after(server.requests * 2 // 3)  # of those that a whole run took
+        outcomes = in_processes(tmp_path, lambda: train(stopped, urls, **options), processes=processes)
+        assert any("StreamReadError" in outcome.text for outcome in outcomes), outcomes[0].text[-3000:]
+        assert all(outcome.status in (1, 75) for outcome in outcomes)
+        (checkpoint,) = stopped.glob("checkpoint-*")
+        assert 0 < int(checkpoint.name.rsplit("-", 1)[1]) < 9
+        server.fail_after(None)
+        for outcome in in_processes(tmp_path, lambda: train(stopped, urls, **options), processes=processes):
+            assert outcome.status == 0, outcome.text[-3000:]
+    assert result(stopped) == result(whole)
 
 
 @pytest.mark.slow

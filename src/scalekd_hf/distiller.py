@@ -170,9 +170,11 @@ class ScaleKDModel(nn.Module):
             )
         self.student.checkpoint_activations(activation_checkpointing_kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """The same, by its former name."""
-        self.student.checkpoint_activations(gradient_checkpointing_kwargs)
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The children whose parameters train: student and, with a teacher, heads."""
