@@ -17,6 +17,7 @@ from transformers import AutoModelForImageClassification, set_seed
 from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, Teacher, load_student, load_teacher
 from scalekd_hf.building import class_names
 from scalekd_hf.data import dataset_labels
+from scalekd_hf.gathering import whole_models
 from scalekd_hf.plan import plan_words
 from scalekd_hf.recipe import DistillArguments, load_data, parse_config, take_plan, write_config
 from scalekd_hf.saving import STUDENT_FILE, check_output_dir, interrupted, last_checkpoint, run_settings
@@ -50,7 +51,9 @@ def run(arguments: DistillArguments, config: ScaleKDConfig, data: tuple, distil:
     if evaluation is None or not config.has_labels:
         return {}
     # What was saved is evaluated, loaded as its users load it.
-    return evaluate(AutoModelForImageClassification.from_pretrained(config.output_dir), config, evaluation)
+    with whole_models():
+        student = AutoModelForImageClassification.from_pretrained(config.output_dir)
+    return evaluate(student, config, evaluation)
 
 
 def load_teacher_of(arguments: DistillArguments, config: ScaleKDConfig) -> Teacher:

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import DIGITS, ROOT, settings, small_student, some_slow, timm_swin
+from helpers import DIGITS, ROOT, run, settings, small_student, some_slow, timm_swin
 from processes import Started, in_processes
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -149,6 +149,30 @@ def test_an_optimiser_in_parts_is_not_given_to_other_processes(tmp_path):
     resume = str(tmp_path / "checkpoint-4")
     for outcome in in_processes(tmp_path, lambda: train(tmp_path, "zero2", resume=resume), processes=2):
         assert outcome.status == 1 and "is whole: 2 processes under DeepSpeed or FSDP cannot take it" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"bf16": True}, "`bf16` and `fp16` are not supported under DeepSpeed"), ({"timm_optim": "lamb"}, "flat parts")],
+)
+def test_what_an_engine_would_make_something_else_of_is_refused(tmp_path, changes, message):
+    def refused():
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, "zero2", **changes)
+
+    (outcome,) = in_processes(tmp_path, refused, group=True)
+    assert outcome.status == 0, outcome.text[-3000:]
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_to_its_end_under_zero3(tmp_path):
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "recipes/distill.py"]
+    words += ["recipes/configs/quickstart.yaml", "--baseline", "false", "--max_steps", "4", "--use_cpu"]
+    words += ["--eval_strategy", "no", "--ema_decay", "0.9", "--deepspeed", "recipes/accelerate/zero3.json"]
+    finished = run("python", *words, "--output_dir", tmp_path / "run", env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["teacher"]["top1"] >= 0.97 and "top1" in results["student distilled"]
 
 
 def test_two_runs_into_one_folder_are_refused_and_the_first_goes_on(tmp_path):

@@ -226,8 +226,10 @@ class CheckpointTrainer(ImageTrainer):
             self._load_weights(resume_from_checkpoint, resume=True)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and self.model_wrapped is not self.model:
             super()._load_best_model()
+            if self.averaged is not None:
+                self.averaged.restore(Path(str(self.state.best_model_checkpoint)))
         else:
             self._load_weights(str(self.state.best_model_checkpoint), resume=False)
 
@@ -263,8 +265,11 @@ class CheckpointTrainer(ImageTrainer):
             lock = (folder / LOCK_FILE).open("a")
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 holds = [False]
+            except OSError as error:  # a file system without locks
+                logger.warning("Nothing keeps another run out of %r: it cannot be locked (%s).", str(folder), error)
+        mine = holds[0]
         if self.args.world_size > 1:
             torch.distributed.broadcast_object_list(holds, 0)
         try:
@@ -275,9 +280,9 @@ class CheckpointTrainer(ImageTrainer):
             yield
         finally:
             if lock is not None:
-                lock.close()
-                if holds[0]:
+                if mine:
                     (folder / LOCK_FILE).unlink(missing_ok=True)
+                lock.close()
 
     def _clear_output_dir(self) -> None:
         held = check_output_dir(str(self.args.output_dir), self.args.overwrite_output_dir)

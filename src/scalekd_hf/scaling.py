@@ -10,7 +10,7 @@ __all__ = ["communication", "scaling"]
 GPUS_PER_NODE = 8
 FLOPS = 4e14  # of one H100 in bf16, at 40% of its peak
 NODE_BANDWIDTH = 3e11  # bytes a second of one GPU to the others of its machine
-NETWORK_BANDWIDTH = 4e10  # bytes a second of one GPU to other machines, 400 Gb/s at 80%
+NETWORK_BANDWIDTH = 4e10  # bytes a second of one GPU to other machines, 400 Gb/s for each at 80%
 BACKWARD = 2 / 3  # of a step, which hides the exchange of gradients
 CORES_PER_GPU = 16
 IMAGES_PER_CORE = 520  # a second: decoded and augmented, `benchmarks/data.py`
@@ -21,7 +21,7 @@ CROSSINGS = {"DDP": 2, "ZeRO-1, ZeRO-2": 2, "ZeRO-3, FSDP2": 3}
 
 
 def communication(parameters: int, processes: int, bytes_each: int = 4) -> dict[str, float]:
-    """GB that each GPU sends in an optimiser step, for each launcher.
+    """GB that each GPU sends in an optimiser step without accumulation, for each launcher.
 
     Args:
         parameters: that are trained: student and projectors. The teacher is whole on each GPU and is never sent.
@@ -48,8 +48,10 @@ def scaling(gflops: float, batch: int, parameters: int, accumulation: int = 1) -
     computing = accumulation * batch * gflops * 1e9 / FLOPS
     cores = batch * accumulation / computing / IMAGES_PER_CORE
     for processes in (8, 32, 256):
-        bandwidth = NODE_BANDWIDTH if processes <= GPUS_PER_NODE else NETWORK_BANDWIDTH
-        sending = communication(parameters, processes)["DDP"] * 1e9 / bandwidth
+        sent = communication(parameters, processes)["DDP"] * 1e9
+        sending = sent / NODE_BANDWIDTH
+        if processes > GPUS_PER_NODE:  # of a ring through all, each machine's GPUs share what leaves it
+            sending = max(sending, sent / GPUS_PER_NODE / NETWORK_BANDWIDTH)
         exposed = max(0.0, sending - BACKWARD * computing / accumulation)
         step = computing + exposed
         limit = "network" if exposed > 0 else "computing"

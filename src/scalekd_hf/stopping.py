@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class Stopping(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.failure, self.terminated, self.stopped = None, False, False
         if args.world_size > 1 and self._group is None:
-            self._group = torch.distributed.new_group(backend="gloo")
+            timeout = timedelta(seconds=args.ddp_timeout)
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._terminate)
 

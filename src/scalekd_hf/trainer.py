@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -30,6 +31,8 @@ from .teachers import Teacher
 
 
 __all__ = ["ScaleKDTrainer"]
+
+PER_TENSOR_OPTIMIZERS = ("lamb", "lars", "larc", "adafactor", "muon", "nlamb", "nlars", "fused")
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +116,7 @@ class ScaleKDTrainer(CheckpointTrainer):
             eval_dataset=prepare_images(eval_dataset, "eval_dataset", distiller.student, args),
             **kwargs,
         )
+        self._check_engine()
         self.averaged = AveragedStudent(self.student, args.ema_decay) if args.ema_decay else None
         if self.averaged is not None:
             self.add_callback(self.averaged)
@@ -164,6 +168,8 @@ class ScaleKDTrainer(CheckpointTrainer):
         teacher = self._distiller().teacher
         if teacher is not None:  # engines that place the parameters do not know of it
             teacher.to(self.args.device)
+        if self.averaged is not None:
+            self.averaged.average.to(self.args.device)
         try:
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
@@ -187,15 +193,16 @@ class ScaleKDTrainer(CheckpointTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The weighted loss in training, whose terms it adds up; the student's task loss in evaluation."""
-        if model.training and self._mixup is not None and "labels" in inputs:
+        training = self._distiller().training  # an engine around it may say otherwise
+        if training and self._mixup is not None and "labels" in inputs:
             inputs = self._mix(inputs)
-        if model.training and self.args.has_labels and "labels" not in inputs:
+        if training and self.args.has_labels and "labels" not in inputs:
             raise ValueError(
                 f"The training samples have no `labels`, only {sorted(inputs)}. Name them so, or set `label_column` to "
                 "none to train without."
             )
         outputs = model(**inputs)
-        if model.training:
+        if training:
             images = len(inputs["pixel_values"]) * self.args.world_size
             self.loss_log.add(self.state.global_step + 1, outputs.loss, outputs.losses, images)
         return (outputs.loss, {"loss": outputs.loss, "logits": outputs.logits}) if return_outputs else outputs.loss
@@ -238,10 +245,38 @@ class ScaleKDTrainer(CheckpointTrainer):
         """The parent's, with the averaged student where there is one."""
         averaged: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.averaged is not None:
+            self.averaged.average.to(self.args.device)
             self.averaged.synchronise(self.accelerator)
             averaged = self.averaged.in_place()
-        with averaged, self.loss_log.paused():
+        with averaged, self._without_engine(), self.loss_log.paused():
             return super().evaluation_loop(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _without_engine(self) -> Iterator[None]:
+        """A model that was not trained is evaluated as it is: engines want an optimiser, too."""
+        engines = self.is_deepspeed_enabled, self.is_fsdp_enabled
+        if any(engines) and self.model_wrapped is self.model:
+            self.is_deepspeed_enabled = self.is_fsdp_enabled = False
+            cast(nn.Module, self.model).to(self.args.device)
+        try:
+            yield
+        finally:
+            self.is_deepspeed_enabled, self.is_fsdp_enabled = engines
+
+    def _check_engine(self) -> None:
+        """Refuse what would fail, or be another method, under DeepSpeed or FSDP."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return
+        if self.args.bf16 or self.args.fp16:
+            raise ValueError(
+                "`bf16` and `fp16` are not supported under DeepSpeed and FSDP yet: these engines give student, teacher and "
+                "BatchNorm different precisions. Use DDP (recipes/accelerate/multi_gpu.yaml), or `--bf16 false --tf32 true`."
+            )
+        if self.is_deepspeed_enabled and str(self.args.timm_optim).startswith(PER_TENSOR_OPTIMIZERS):
+            raise ValueError(
+                f"`timm_optim` {self.args.timm_optim!r} scales steps tensor by tensor, but DeepSpeed gives it flat parts: it "
+                "would be another optimiser. Use DDP, or another optimiser."
+            )
 
     def _report_bad_images(self) -> None:
         for data, bad in self.bad_images.items():
