@@ -165,6 +165,33 @@ def test_what_an_engine_would_make_something_else_of_is_refused(tmp_path, change
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero2", "zero3"])
+def test_under_an_engine_the_best_is_loaded_and_models_are_evaluated_before_and_after_training(tmp_path, way):
+    def run_and_evaluate():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        data = datasets.Dataset.from_parquet(str(DIGITS / "train-00000-of-00004.parquet")).select(range(64))
+        options = {
+            "max_steps": 3,
+            "ema_decay": 0.5,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "eval_strategy": "steps",
+        }
+        options |= {"eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", **WAYS[way]}
+        torch.manual_seed(0)
+        args = settings(tmp_path, optim="sgd", greater_is_better=True, learning_rate=0.1, **options)
+        trainer = ScaleKDTrainer(small_student(), timm_swin(), args, data, data)
+        untrained = [trainer.evaluate()["eval_loss"] for _ in range(2)]
+        assert untrained[0] == untrained[1]
+        trainer.train()
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-3:]
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-5) and len(set(losses)) == 3
+
+    for outcome in in_processes(tmp_path, run_and_evaluate, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+
+
+@pytest.mark.slow
 def test_the_recipe_runs_to_its_end_under_zero3(tmp_path):
     words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "recipes/distill.py"]
     words += ["recipes/configs/quickstart.yaml", "--baseline", "false", "--max_steps", "4", "--use_cpu"]

@@ -13,7 +13,6 @@ from typing import Any
 import torch.distributed
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
-from torch import nn
 from transformers import TrainerCallback
 
 from .gathering import full_state
@@ -34,11 +33,8 @@ class AveragedStudent(TrainerCallback):
         self.average = ModelEmaV3(student.model, decay=decay)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._update(self.student.model)
-
-    def _update(self, model: nn.Module) -> None:
         # timm's update asks for nothing but the state dict; that of a sharded student is gathered.
-        self.average.update(SimpleNamespace(state_dict=partial(full_state, model)))
+        self.average.update(SimpleNamespace(state_dict=partial(full_state, self.student.model)))
 
     def synchronise(self, accelerator: Accelerator) -> None:
         """Take the buffers of the first process everywhere: BatchNorm's statistics differ between processes."""

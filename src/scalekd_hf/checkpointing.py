@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
@@ -142,6 +143,10 @@ class CheckpointTrainer(ImageTrainer):
         }
         (folder / RUN_STATE_FILE).write_text(json.dumps(run_state, indent=2))
 
+    def _engine_runs(self) -> bool:
+        """Whether DeepSpeed or FSDP holds the parameters: from the start of training on, not in an evaluation alone."""
+        return self.deepspeed is not None or isinstance(self.model, (FSDPModule, FullyShardedDataParallel))
+
     def _distiller(self) -> Any:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
@@ -226,7 +231,7 @@ class CheckpointTrainer(ImageTrainer):
             self._load_weights(resume_from_checkpoint, resume=True)
 
     def _load_best_model(self) -> None:
-        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and self.model_wrapped is not self.model:
+        if self._engine_runs():
             super()._load_best_model()
             if self.averaged is not None:
                 self.averaged.restore(Path(str(self.state.best_model_checkpoint)))

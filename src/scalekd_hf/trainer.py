@@ -255,7 +255,7 @@ class ScaleKDTrainer(CheckpointTrainer):
     def _without_engine(self) -> Iterator[None]:
         """A model that was not trained is evaluated as it is: engines want an optimiser, too."""
         engines = self.is_deepspeed_enabled, self.is_fsdp_enabled
-        if any(engines) and self.model_wrapped is self.model:
+        if any(engines) and not self._engine_runs():
             self.is_deepspeed_enabled = self.is_fsdp_enabled = False
             cast(nn.Module, self.model).to(self.args.device)
         try:
