@@ -20,6 +20,7 @@ from scalekd_hf import NonFiniteLossError, ScaleKDTrainer, load_student, load_te
 from scalekd_hf.building import build_model
 from scalekd_hf.gathering import full_state
 from scalekd_hf.saving import save_student
+from scalekd_hf.sharding import shard_fsdp2
 
 
 pytest.importorskip("deepspeed")
@@ -58,10 +59,19 @@ def train(folder, way, batch=4, resume=None, streaming=False, **changes):
             "world_size": trainer.args.world_size,
             "kind": str(trainer.accelerator.distributed_type),
             "partitioned": len(sharded),
+            "teacher_parts": part_of(trainer.model.teacher),
             "parameters": len(list(trainer.model.parameters())),
         }
         (folder / "result.json").write_text(json.dumps(result))
     return trainer.state.log_history
+
+
+def part_of(teacher):
+    """The share of the teacher's parameters that this process keeps."""
+    parameters = [
+        (getattr(p, "ds_tensor", p).numel(), getattr(p, "ds_numel", p.numel())) for p in teacher.parameters()
+    ]
+    return sum(held for held, _ in parameters) / sum(whole for _, whole in parameters)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +163,11 @@ def test_an_optimiser_in_parts_is_not_given_to_other_processes(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"bf16": True}, "`bf16` and `fp16` are not supported under DeepSpeed"), ({"timm_optim": "lamb"}, "flat parts")],
+    [
+        ({"fp16": True}, "Mixed precision is 'fp16'"),
+        ({"timm_optim": "lamb"}, "flat parts"),
+        ({"shard_teacher": True}, "`shard_teacher` needs FSDP2"),
+    ],
 )
 def test_what_an_engine_would_make_something_else_of_is_refused(tmp_path, changes, message):
     def refused():
@@ -243,7 +257,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert [outcome.status for outcome in outcomes] == [1, 3] and time.monotonic() - start < 40
 
 
-def sharded_steps(folder):
+def sharded_steps(folder, teacher_too=False, bf16=False):
     """Five steps on this process's half of each batch, with everything that trains sharded by FSDP2."""
     torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -261,12 +275,18 @@ def sharded_steps(folder):
             fully_shard(module, mesh=mesh)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         assert not any(isinstance(parameter, DTensor) for parameter in model.teacher.parameters())
+    if teacher_too:
+        whole = sum(parameter.numel() for parameter in model.teacher.parameters())
+        shard_fsdp2(model.teacher, torch.device("cpu"))
+        held = (p.to_local() if isinstance(p, DTensor) else p for p in model.teacher.parameters())
+        assert sum(part.numel() for part in held) < 0.6 * whole
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.005), []
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
         pixels, labels = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
         half = slice(8 // size * rank, 8 // size * (rank + 1))
-        loss = model(pixels[half], labels[half]).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(pixels[half], labels[half]).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -279,21 +299,47 @@ def sharded_steps(folder):
         (folder / "losses.json").write_text(json.dumps(losses))
 
 
-def test_fsdp2_equals_one_process_and_saves_the_whole_student(tmp_path):
+@pytest.mark.parametrize(("teacher_too", "bf16"), [(False, False), (True, False), (True, True)])
+def test_fsdp2_equals_one_process_and_saves_the_whole_student(tmp_path, teacher_too, bf16):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        for outcome in in_processes(folder, sharded_steps, folder, processes=processes, group=True):
+        how = folder, teacher_too and processes > 1, bf16
+        for outcome in in_processes(folder, sharded_steps, *how, processes=processes, group=True):
             assert outcome.status == 0, outcome.text[-3000:]
     one, two = (json.loads((tmp_path / name / "losses.json").read_text()) for name in "12")
-    assert two == pytest.approx(one, rel=1e-5) and len(one) == 5
+    assert two == pytest.approx(one, rel=5e-3 if bf16 else 1e-5) and len(one) == 5
     mine, theirs = (load_student(str(tmp_path / name), pretrained=True).state_dict() for name in "12")
-    assert max((mine[name] - theirs[name]).abs().max() for name in mine) < 1e-4
+    assert max((mine[name] - theirs[name]).abs().max() for name in mine) < (0.02 if bf16 else 1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["zero2", "zero3"])
-def test_the_teacher_is_in_no_file_of_an_engines_checkpoint(tmp_path, way):
-    for outcome in in_processes(tmp_path, train, tmp_path, way, processes=2):
+def test_bf16_under_an_engine_is_that_of_ddp_and_the_student_is_saved_in_full_precision(tmp_path, way):
+    config = zero(way)
+    config["zero_optimization"]["memory_efficient_linear"] = False  # it rounds before it adds a bias
+    for name, options in (("ddp", {}), (way, {"deepspeed": config})):
+        run_it = lambda: train(tmp_path / name, name, bf16=True, **options)  # noqa: B023, E731
+        for outcome in in_processes(tmp_path, run_it, processes=2):
+            assert outcome.status == 0, outcome.text[-3000:]
+    ddp, engine = (result(tmp_path / name)["history"] for name in ("ddp", way))
+    for first, second in zip(ddp, engine, strict=True):
+        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / way / "model.safetensors").values())
+
+
+@pytest.mark.slow
+def test_a_teacher_in_parts_under_zero3_equals_one_process(tmp_path, alone):
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, "zero3", shard_teacher=True), processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    for first, second in zip(result(alone)["history"], result(tmp_path)["history"], strict=True):
+        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+    assert result(tmp_path)["teacher_parts"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "parts"), [("zero2", False), ("zero3", False), ("zero3", True)])
+def test_the_teacher_is_in_no_file_of_an_engines_checkpoint(tmp_path, way, parts):
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, shard_teacher=parts), processes=2):
         assert outcome.status == 0, outcome.text[-3000:]
     (folder,) = (tmp_path / "checkpoint-4").glob("global_step*")
     for file in folder.glob("*model_states.pt"):

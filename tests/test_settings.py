@@ -9,6 +9,7 @@ from PIL import Image
 from timm.layers import convert_sync_batchnorm
 
 from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
+from scalekd_hf.building import build_model, convert_batchnorms
 from scalekd_hf.data import Preparation
 from scalekd_hf.loading import ImageSpec
 from scalekd_hf.optimization import decayed_parameters
@@ -127,6 +128,17 @@ def test_synchronised_batchnorm_keeps_the_activations_in_norms_of_timm():
         converted = convert_sync_batchnorm(model)
         assert torch.equal(converted(images), expected)
     assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
+
+
+@pytest.mark.parametrize("which", ["student", "all"])
+def test_batchnorms_of_the_student_or_of_all_are_synchronised(tmp_path, which):
+    student = load_student("timm/resnet18", num_classes=10, channels=(8, 8, 8, 8), image_size=32)
+    model = build_model(student, timm_swin(), settings(tmp_path, stem_norm="batch"))
+    convert_batchnorms(model, which)
+    for name, module in model.trained_modules():
+        kinds = {type(m) for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+        synchronised = {kind for kind in kinds if issubclass(kind, torch.nn.SyncBatchNorm)}
+        assert kinds and synchronised == (kinds if which in (name, "all") else set())
 
 
 def test_repeated_augmentation_trains(tmp_path, digits):
@@ -266,7 +278,7 @@ def test_a_student_by_name_gets_the_classes_of_the_teacher_where_the_data_has_no
 
 
 def test_sync_batchnorm_on_one_process_changes_nothing(tmp_path, digits):
-    trainer = trainer_for(tmp_path, digits, sync_batchnorm=True, max_steps=1)
+    trainer = trainer_for(tmp_path, digits, sync_batchnorm="all", max_steps=1)
     trainer.train()
     assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in trainer.model.modules())
 

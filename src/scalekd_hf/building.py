@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from .config import ScaleKDConfig
@@ -14,7 +15,7 @@ from .students import Student, load_student
 from .teachers import Teacher, load_teacher
 
 
-__all__ = ["build_model", "class_names", "num_heads"]
+__all__ = ["build_model", "class_names", "convert_batchnorms", "num_heads"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,3 +113,10 @@ def num_heads(teacher: Teacher, args: ScaleKDConfig) -> tuple[int, int]:
 
 def _largest_divisor(number: int, limit: int) -> int:
     return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
+
+
+def convert_batchnorms(distiller: ScaleKDModel, which: str) -> None:
+    """Make the BatchNorms of the "student", or of "all" that trains, synchronised ones."""
+    for name, module in distiller.trained_modules():
+        if which in (name, "all"):
+            convert_sync_batchnorm(module)  # timm's: it keeps activations that sit in its norms

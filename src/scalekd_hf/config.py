@@ -10,6 +10,7 @@ from typing import Any
 
 import timm.optim
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from .losses import TASK_LOSSES
@@ -19,6 +20,7 @@ from .projector import STEM_NORMS
 __all__ = ["ScaleKDConfig"]
 
 LR_SCALINGS = ("linear", "sqrt")
+SYNC_BATCHNORMS = ("none", "student", "all")
 
 
 @dataclass
@@ -112,8 +114,11 @@ class ScaleKDConfig(TrainingArguments):
         ema_decay (`float`, *optional*, defaults to `0.0`):
             Decay per step of a moving average of the student, which is then evaluated and saved. Published: 0.9999 for
             ViT, Swin, ConvNeXt, EVA-02 and two of the Mixers.
-        sync_batchnorm (`bool`, *optional*, defaults to `False`):
-            BatchNorm statistics over all processes, on GPUs. Published: `True` for ResNet-50, 100 epochs.
+        sync_batchnorm (`str`, *optional*, defaults to `"none"`):
+            BatchNorm statistics over all processes, on GPUs, of the `"student"` or of `"all"`, projectors included.
+            Published: `"all"` for ResNet-50, 100 epochs.
+        shard_teacher (`bool`, *optional*, defaults to `False`):
+            Keep the teacher in parts, too, under FSDP2 and ZeRO-3, where it is too large for each GPU.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete the run that `output_dir` holds when training starts.
         allow_data_mismatch (`bool`, *optional*, defaults to `False`):
@@ -227,7 +232,13 @@ class ScaleKDConfig(TrainingArguments):
     ema_decay: float = field(
         default=0.0, metadata={"help": "Decay of a moving average of the student, which is evaluated and saved."}
     )
-    sync_batchnorm: bool = field(default=False, metadata={"help": "BatchNorm statistics over all processes, on GPUs."})
+    sync_batchnorm: str = field(
+        default="none",
+        metadata={"help": "BatchNorm statistics over all processes, on GPUs.", "choices": list(SYNC_BATCHNORMS)},
+    )
+    shard_teacher: bool = field(
+        default=False, metadata={"help": "Keep the teacher in parts, too, under FSDP2 and ZeRO-3."}
+    )
 
     # Run
     overwrite_output_dir: bool = field(
@@ -263,6 +274,7 @@ class ScaleKDConfig(TrainingArguments):
                 min(8, max(1, cores)) if torch.cuda.is_available() and not self.use_cpu else 0
             )
         super().__post_init__()
+        self._autocast_under_engines()
         if getattr(self, "ddp_static_graph", False) is None:  # with accumulation, DDP skips the exchange now and then
             self.ddp_static_graph = self.gradient_accumulation_steps == 1 and not self.torch_compile
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
@@ -298,11 +310,32 @@ class ScaleKDConfig(TrainingArguments):
         known = timm.optim.list_optimizers()
         self._check("timm_optim", f"must be an optimiser of timm {known}", lambda value: value in known)
         self._check("student_taps", "must be the names of two modules", lambda value: len(value) == 2)
+        self._check("sync_batchnorm", f"must be one of {SYNC_BATCHNORMS}", lambda value: value in SYNC_BATCHNORMS)
         self._check("stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
         self._check("task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
         self._check_combinations()
         for name in ("remove_unused_columns", "logging_nan_inf_filter"):
             self._check(name, f"must be False: {type(self).__dataclass_fields__[name].metadata['help']}", _is_off)
+
+    def _autocast_under_engines(self) -> None:
+        """Keep the engines' own mixed precision off.
+
+        DeepSpeed and FSDP cast the parameters of what they wrap, but not the teacher's, which would meet the student's
+        activations in another precision. `bf16` is the trainer's autocast around float32 parameters there.
+        """
+        deepspeed = self.deepspeed_plugin
+        fsdp = self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        if deepspeed is None and not fsdp:
+            return
+        if self.fp16 or (self.mixed_precision != "no" and not self.bf16):
+            raise ValueError(
+                f"Mixed precision is {self.mixed_precision!r}; under DeepSpeed and FSDP it must be asked for with `bf16=True`: "
+                "`fp16` needs a loss scale that these engines keep for parameters in fp16 only."
+            )
+        self.mixed_precision = "no"
+        if deepspeed is not None and self.bf16:
+            deepspeed.deepspeed_config.pop("bf16", None)
+            deepspeed.hf_ds_config.config.pop("bf16", None)
 
     def _check_combinations(self) -> None:
         mixing = self.mixup_alpha > 0 or self.cutmix_alpha > 0

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import TrainOutput
 
 from .averaging import AveragedStudent
-from .building import build_model
+from .building import build_model, convert_batchnorms
 from .checkpointing import CheckpointTrainer
 from .config import ScaleKDConfig
 from .data import Collator, ImageStream, collate, dataset_labels
@@ -26,6 +25,7 @@ from .loss_log import LossLog
 from .metrics import compute_accuracy, keep_top5
 from .optimization import decayed_parameters, scaled_learning_rate, step_schedule, timm_optimizer
 from .saving import check_checkpoint, check_rebuildable, interrupted, last_checkpoint, optimizer_in_parts, run_settings
+from .sharding import shard_fsdp2, shard_zero3
 from .students import Student
 from .teachers import Teacher
 
@@ -64,6 +64,7 @@ class ScaleKDTrainer(CheckpointTrainer):
         ValueError: models, images or labels that do not fit each other.
     """
 
+    _teacher_is_sharded = False
     loss_is_scaled_for_ga = False  # every loss is a mean over its own batch
 
     def __init__(
@@ -100,10 +101,10 @@ class ScaleKDTrainer(CheckpointTrainer):
         kwargs["data_collator"] = Collator(kwargs.get("data_collator") or collate)
         if args.timm_optim is not None:
             kwargs.setdefault("optimizer_cls_and_kwargs", timm_optimizer(args, args.learning_rate))
-        if args.sync_batchnorm and args.world_size > 1:
+        if args.sync_batchnorm != "none" and args.world_size > 1:
             if args.device.type != "cuda":
                 raise ValueError("`sync_batchnorm` needs GPUs: torch has no synchronised BatchNorm on the CPU.")
-            distiller = convert_sync_batchnorm(distiller)  # timm's: it keeps activations that sit in its norms
+            convert_batchnorms(distiller, args.sync_batchnorm)
         self.loss_log = LossLog()
         train_dataset = prepare_images(train_dataset, "train_dataset", distiller.student, args)
         self._epochs_were_counted = isinstance(train_dataset, ImageStream) and args.max_steps <= 0
@@ -168,6 +169,8 @@ class ScaleKDTrainer(CheckpointTrainer):
         teacher = self._distiller().teacher
         if teacher is not None:  # engines that place the parameters do not know of it
             teacher.to(self.args.device)
+            if self.args.shard_teacher and not self._teacher_is_sharded:
+                self._shard(teacher)
         if self.averaged is not None:
             self.averaged.average.to(self.args.device)
         try:
@@ -206,6 +209,12 @@ class ScaleKDTrainer(CheckpointTrainer):
             images = len(inputs["pixel_values"]) * self.args.world_size
             self.loss_log.add(self.state.global_step + 1, outputs.loss, outputs.losses, images)
         return (outputs.loss, {"loss": outputs.loss, "logits": outputs.logits}) if return_outputs else outputs.loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
+        """bf16 under DeepSpeed and FSDP, see `ScaleKDConfig`; elsewhere Accelerate casts."""
+        if self.args.bf16 and self.args.mixed_precision == "no":
+            return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
+        return contextlib.nullcontext()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay, see `decay_all`."""
@@ -265,18 +274,26 @@ class ScaleKDTrainer(CheckpointTrainer):
 
     def _check_engine(self) -> None:
         """Refuse what would fail, or be another method, under DeepSpeed or FSDP."""
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            return
-        if self.args.bf16 or self.args.fp16:
+        state = self.accelerator.state
+        if self.args.shard_teacher and not (
+            (self.is_deepspeed_enabled and state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3)
+            or (self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 2)
+        ):
             raise ValueError(
-                "`bf16` and `fp16` are not supported under DeepSpeed and FSDP yet: these engines give student, teacher and "
-                "BatchNorm different precisions. Use DDP (recipes/accelerate/multi_gpu.yaml), or `--bf16 false --tf32 true`."
+                "`shard_teacher` needs FSDP2 or DeepSpeed ZeRO-3: launch with one of them, or leave it out."
             )
         if self.is_deepspeed_enabled and str(self.args.timm_optim).startswith(PER_TENSOR_OPTIMIZERS):
             raise ValueError(
                 f"`timm_optim` {self.args.timm_optim!r} scales steps tensor by tensor, but DeepSpeed gives it flat parts: it "
                 "would be another optimiser. Use DDP, or another optimiser."
             )
+
+    def _shard(self, teacher: Teacher) -> None:
+        if self.is_fsdp_enabled:
+            shard_fsdp2(teacher, self.args.device)
+        else:
+            shard_zero3(teacher, self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
+        self._teacher_is_sharded = True
 
     def _report_bad_images(self) -> None:
         for data, bad in self.bad_images.items():
