@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import time
 
 import datasets
@@ -179,6 +181,22 @@ def test_what_an_engine_would_make_something_else_of_is_refused(tmp_path, change
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("bf16", "backend"), [(False, "aot_eager"), (True, "inductor")])
+def test_everything_together_under_ddp_equals_one_plain_process(tmp_path, bf16, backend):
+    plain = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "ema_decay": 0.9}
+    all_on = {"gradient_checkpointing": True, "torch_compile": True, "torch_compile_backend": backend, "bf16": bf16}
+    one, two = (tmp_path / name for name in "12")
+    for processes, batch, folder, options in ((1, 4, one, {}), (2, 2, two, all_on)):
+        run_it = lambda: train(folder, "ddp", batch, max_steps=3, **plain, **options)  # noqa: B023, E731
+        for outcome in in_processes(folder, run_it, processes=processes):
+            assert outcome.status == 0, outcome.text[-3000:]
+    assert result(two)["world_size"] == 2
+    for first, second in zip(result(one)["history"], result(two)["history"], strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-2 if bf16 else 1e-5)
+        assert bf16 or second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["zero2", "zero3"])
 def test_under_an_engine_the_best_is_loaded_and_models_are_evaluated_before_and_after_training(tmp_path, way):
     def run_and_evaluate():
@@ -203,6 +221,46 @@ def test_under_an_engine_the_best_is_loaded_and_models_are_evaluated_before_and_
 
     for outcome in in_processes(tmp_path, run_and_evaluate, processes=2):
         assert outcome.status == 0, outcome.text[-3000:]
+
+
+SRUN = """#!/usr/bin/env bash
+shift
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & echo $! >> "$TASKS"; done
+wait
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$1" = show ] && echo localhost || echo "$*" >> "$REQUEUED"
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_its_tasks_and_puts_an_interrupted_run_in_the_queue_again(tmp_path):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):  # what SLURM's do on one machine
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    text = (ROOT / "recipes" / "configs" / "quickstart.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(f"{text}\nuse_cpu: true\nbaseline: false\nmax_steps: 30\nlogging_steps: 1\n")
+    requeued, log = tmp_path / "requeued", tmp_path / "log"
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "REQUEUED": str(requeued),
+        "TASKS": str(tmp_path / "tasks"),
+        "SLURM_JOB_ID": "7",
+    }
+    env |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "one"}
+    words = ["bash", "recipes/accelerate/slurm.sh", tmp_path / "run.yaml", tmp_path / "run"]
+    for interrupt in (True, False):
+        with log.open("w") as output:
+            started = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output)
+        while interrupt and "images_seen" not in log.read_text() and started.poll() is None:
+            time.sleep(0.2)
+        if interrupt:
+            for task in (tmp_path / "tasks").read_text().split():
+                os.kill(int(task), signal.SIGTERM)
+        assert started.wait(timeout=200) == 0, log.read_text()[-3000:]
+        assert requeued.read_text() == "requeue 7\n", log.read_text()[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["student distilled"]["top1"] > 0
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from processes import run_script
 
 import scalekd_hf
 from scalekd_hf.plan import _SavedBytes
-from scalekd_hf.scaling import communication, scaling
+from scalekd_hf.scaling import communication, memory_by_launcher, scaling
 
 
 RECIPES = {file.stem: file for file in sorted((ROOT / "recipes" / "configs").glob("*_to_*.yaml"))}
@@ -150,6 +150,8 @@ def test_what_is_sent_and_how_it_scales_follows_from_flops_and_parameters():
     sent = communication(1_000_000, 4)
     assert sent == {"DDP": 0.006, "ZeRO-1, ZeRO-2": 0.006, "ZeRO-3, FSDP2": pytest.approx(0.009)}
     assert communication(1_000_000, 1)["DDP"] == 0
+    parts = {"teacher": 8.0, "student and projectors": 4.0, "gradients": 4.0, "optimiser": 8.0, "activations": 16.0}
+    assert list(memory_by_launcher(parts, 4).values()) == [40.0, 34.0, 31.0, 28.0, 26.0, 22.0]
     rows = scaling(200.0, 64, 200_000_000)
     assert list(rows) == ["8", "32", "256"] and {row["limit"] for row in rows.values()} == {"computing"}
     assert rows["8"]["images_per_second"] == pytest.approx(8 * 4e14 / 200e9) and rows["256"]["efficiency"] == 1

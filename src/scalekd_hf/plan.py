@@ -22,7 +22,7 @@ from .loading import ImageSpec
 from .optimization import scaled_learning_rate, timm_optimizer
 from .recipe import DistillArguments, as_words, count_images, load_data, parse_config
 from .saving import check_output_dir
-from .scaling import communication, scaling
+from .scaling import communication, memory_by_launcher, scaling
 from .students import load_student
 from .teachers import load_teacher
 
@@ -45,6 +45,7 @@ class Plan:
     memory_gib: dict[str, float] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     communication_gb: dict[str, float] = field(default_factory=dict)
+    launcher_gib: dict[str, float] = field(default_factory=dict)
     scaling: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
@@ -75,6 +76,7 @@ class Plan:
         lines += _block("memory per process, GiB (estimated)", self.memory_gib, "{:.2f}")
         lines += _block("schedule", self.schedule, "{:g}")
         lines += _block("GB that each GPU sends in a step", self.communication_gb, "{:.2f}")
+        lines += _block("GiB on each GPU", self.launcher_gib, "{:.2f}")
         if self.scaling:
             lines.append(f"{'GPUs (estimated, H100)':<24}{'images/s':>10}{'computing':>11}{'cores/GPU':>11}  limit")
         for name, row in self.scaling.items():
@@ -279,6 +281,7 @@ def _memory(result: Plan, model: ScaleKDModel, config: ScaleKDConfig, bytes_per_
         "gradients": 4 * trained / gib,
         "optimiser": states * trained / gib,
         "moving average": 4 * _parameters(model.student) / gib if config.ema_decay else 0.0,
+        "weights in bf16": 2 * trained / gib if config.bf16 else 0.0,  # autocast keeps them for the backward pass
         "activations": bytes_per_image * half * config.per_device_train_batch_size / gib,
     }
     result.memory_gib = {**parts, "total": sum(parts.values())}
@@ -318,9 +321,9 @@ def _schedule(result: Plan, arguments: DistillArguments, config: ScaleKDConfig, 
 def _estimate_scaling(result: Plan, model: ScaleKDModel, config: ScaleKDConfig, processes: int) -> None:
     trained = sum(_parameters(module) for _, module in model.trained_modules())
     result.communication_gb = communication(trained, processes)
-    gflops, accumulation = sum(result.gflops_per_image.values()), config.gradient_accumulation_steps
-    if "total" in result.gflops_per_image:
-        gflops = result.gflops_per_image["total"]
+    parts = {name: gib for name, gib in result.memory_gib.items() if name != "total"}
+    result.launcher_gib = memory_by_launcher(parts, processes)
+    gflops, accumulation = result.gflops_per_image["total"], config.gradient_accumulation_steps
     result.scaling = scaling(gflops, config.per_device_train_batch_size, trained, accumulation)
 
 

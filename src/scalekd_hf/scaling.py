@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-__all__ = ["communication", "scaling"]
+__all__ = ["communication", "memory_by_launcher", "scaling"]
 
 GPUS_PER_NODE = 8
 FLOPS = 4e14  # of one H100 in bf16, at 40% of its peak
@@ -30,6 +30,22 @@ def communication(parameters: int, processes: int, bytes_each: int = 4) -> dict[
     """
     share = (processes - 1) / processes
     return {name: times * parameters * bytes_each * share / 1e9 for name, times in CROSSINGS.items()}
+
+
+def memory_by_launcher(parts: dict[str, float], processes: int) -> dict[str, float]:
+    """GiB on each GPU under each launcher, from what `Plan.memory_gib` says of one process that holds all."""
+    whole, saved = sum(parts.values()), 1 - 1 / processes
+    zero1 = whole - saved * parts["optimiser"]
+    zero2 = zero1 - saved * parts["gradients"]
+    zero3 = zero2 - saved * parts["student and projectors"]
+    return {
+        "DDP": whole,
+        "ZeRO-1": zero1,
+        "ZeRO-2": zero2,
+        "ZeRO-3, FSDP2": zero3,
+        "and its optimiser offloaded": zero3 - parts["optimiser"] / processes,
+        "ZeRO-3, FSDP2, shard_teacher": zero3 - saved * parts["teacher"],
+    }
 
 
 def scaling(gflops: float, batch: int, parameters: int, accumulation: int = 1) -> dict[str, dict[str, Any]]:
