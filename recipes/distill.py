@@ -26,7 +26,9 @@ from scalekd_hf.saving import STUDENT_FILE, check_output_dir, interrupted, last_
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
-def run(arguments: DistillArguments, config: ScaleKDConfig, data: tuple, distil: bool) -> dict[str, float]:
+def run(
+    arguments: DistillArguments, config: ScaleKDConfig, data: tuple, distil: bool
+) -> tuple[dict[str, float], ScaleKDTrainer]:
     """Train one student, with a teacher or alone, save it, and evaluate what was saved."""
     train, evaluation = data
     labels = dataset_labels(train, config.label_column)
@@ -49,11 +51,11 @@ def run(arguments: DistillArguments, config: ScaleKDConfig, data: tuple, distil:
         trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     if evaluation is None or not config.has_labels:
-        return {}
+        return {}, trainer
     # What was saved is evaluated, loaded as its users load it.
     with whole_models():
         student = AutoModelForImageClassification.from_pretrained(config.output_dir)
-    return evaluate(student, config, evaluation)
+    return evaluate(student, config, evaluation), trainer
 
 
 def load_teacher_of(arguments: DistillArguments, config: ScaleKDConfig) -> Teacher:
@@ -69,7 +71,7 @@ def load_teacher_of(arguments: DistillArguments, config: ScaleKDConfig) -> Teach
 
 def evaluate(model: object, config: ScaleKDConfig, evaluation: object) -> dict[str, float]:
     """Accuracy of a classifier, with its own image size and evaluation crop."""
-    config = dataclasses.replace(config, image_size=None, crop_pct=None)
+    config = dataclasses.replace(config, image_size=None, crop_pct=None, push_to_hub=False, report_to="none")
     metrics = ScaleKDTrainer(model, None, config, eval_dataset=evaluation).evaluate()
     return {key.removeprefix("eval_"): value for key, value in metrics.items()}
 
@@ -91,16 +93,30 @@ def main() -> None:
     results = {}
     if arguments.baseline:
         resume = True if config.resume_from_checkpoint else None  # a named checkpoint is the distilled student's
-        alone = dataclasses.replace(config, output_dir=str(folders[1]), resume_from_checkpoint=resume)
-        results["student alone"] = run(arguments, alone, data, distil=False)
-    results["student distilled"] = run(arguments, config, data, distil=True)
+        alone = dataclasses.replace(
+            config, output_dir=str(folders[1]), resume_from_checkpoint=resume, push_to_hub=False
+        )
+        results["student alone"], _ = run(arguments, alone, data, distil=False)
+    results["student distilled"], trainer = run(arguments, config, data, distil=True)
     if data[1] is not None and config.logit_weight and config.has_labels:  # then its labels are the data's
         teacher = load_student(
             arguments.teacher, pretrained=True, image_size=config.teacher_image_size, **arguments.teacher_args
         )
         results = {"teacher": evaluate(teacher, config, data[1]), **results}
+    trainer.results = results
     if config.process_index == 0:
         report(results, Path(config.output_dir))
+    describe(trainer, arguments, config)
+
+
+def describe(trainer: ScaleKDTrainer, arguments: DistillArguments, config: ScaleKDConfig) -> None:
+    """Write the model card, and push it with the student where that was asked for."""
+    trainer.data = trainer.data or arguments.source
+    if trainer.state.global_step == 0:  # trained by an earlier call, which has described it
+        return
+    trainer.create_model_card(license=arguments.license)
+    if config.push_to_hub:
+        trainer.push_to_hub(license=arguments.license)
 
 
 def print_plan(words: list[str], plan_format: str) -> int:

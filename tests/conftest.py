@@ -1,9 +1,14 @@
 """Small real models and data that the tests share."""
 
 import os
+import socket
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+with socket.socket() as opened:
+    opened.bind(("127.0.0.1", 0))
+    HUB_PORT = opened.getsockname()[1]
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_PORT}"  # where `hub` serves; read when the client is imported
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads that wait for each other cost more than they give
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -11,6 +16,8 @@ import datasets
 import pytest
 import torch
 from helpers import DIGITS
+from hub_server import HubServer
+from huggingface_hub import constants
 
 
 datasets.disable_progress_bars()
@@ -32,6 +39,17 @@ def _no_waiting_for_the_disk():
 @pytest.fixture(autouse=True, scope="session")
 def _private_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on loopback, and a client that is online with a cache of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_CACHE", "HF_HOME"):
+        monkeypatch.setattr(constants, name, str(tmp_path / "cache"))
+    monkeypatch.setattr("scalekd_hf.hub.PAUSES", (0.0, 0.0))
+    with HubServer(HUB_PORT) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

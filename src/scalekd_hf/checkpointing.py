@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from .saving import (
     HEADS_FILE,
     INTERRUPTED_FILE,
     REPLACED,
+    RESULTS_FILE,
     RUN_STATE_FILE,
     UNFINISHED_FOLDER,
     check_output_dir,
@@ -53,6 +55,8 @@ class CheckpointTrainer(ImageTrainer):
 
     averaged: AveragedStudent | None = None
     settings: dict[str, Any]  # of this run, as it was asked for
+    _seconds_before: float = 0.0
+    _started: float | None = None  # of training: before this call of `train`, and when it began
     _unfinished: Path | None = None  # where a checkpoint is being written
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -83,14 +87,10 @@ class CheckpointTrainer(ImageTrainer):
         finally:
             self._unfinished, self.args.save_only_model = None, only_model
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(output_dir / name))
+            self._push_from_checkpoint(str(output_dir / name))
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, best, use_mtime=True)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unfinished is None:
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_checkpoint(self, unfinished: Path, place: Path) -> None:
         """Move a checkpoint in place, once every process has written its part."""
@@ -128,8 +128,6 @@ class CheckpointTrainer(ImageTrainer):
             save_student(model.student, folder, student if average is None else average)
             if self._unfinished is not None:
                 self._save_rest(folder, student if average is not None else None, heads)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_rest(self, folder: Path, trained: dict[str, Tensor] | None, heads: dict[str, Tensor] | None) -> None:
         if trained is not None:
@@ -138,10 +136,15 @@ class CheckpointTrainer(ImageTrainer):
             save_tensors(heads, folder / HEADS_FILE)
         run_state = {
             "images_seen": self.loss_log.images_seen,
+            "seconds": round(self._seconds(), 1),
             "layout_start": self._layout_start,
             "data": self._data_settings(),
         }
         (folder / RUN_STATE_FILE).write_text(json.dumps(run_state, indent=2))
+
+    def _seconds(self) -> float:
+        """Time of training so far, over all calls that went on from one another."""
+        return self._seconds_before + (time.monotonic() - self._started if self._started is not None else 0.0)
 
     def _engine_runs(self) -> bool:
         """Whether DeepSpeed or FSDP holds the parameters: from the start of training on, not in an evaluation alone."""
@@ -170,6 +173,7 @@ class CheckpointTrainer(ImageTrainer):
         self._say_what_stays_behind(checkpoint, then.get("processes", now["processes"]))
         images_seen: int = run_state["images_seen"]
         self._images_seen_before = images_seen
+        self._seconds_before = run_state.get("seconds", 0.0)
         self._layout_start = images_seen if changed else run_state.get("layout_start", 0)
         self.loss_log.reset(images_seen)
         step: int = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
@@ -295,6 +299,8 @@ class CheckpointTrainer(ImageTrainer):
         if self.args.should_save:
             for path in held:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if held:
+                Path(str(self.args.output_dir), RESULTS_FILE).unlink(missing_ok=True)  # the former run's
             self._forget_interruption()
         self.accelerator.wait_for_everyone()
 

@@ -12,6 +12,7 @@ import timm.optim
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from .losses import TASK_LOSSES
 from .projector import STEM_NORMS
@@ -128,7 +129,7 @@ class ScaleKDConfig(TrainingArguments):
     > Parent defaults that differ here: `remove_unused_columns=False` (images are transformed on the fly),
     > `ddp_find_unused_parameters=False` (every trained parameter has a gradient; the search costs time),
     > `logging_nan_inf_filter=False` (it synchronises every step and hides what this trainer reports),
-    > `logging_steps=50`, `ddp_static_graph=True` without gradient accumulation and compiling, and `dataloader_num_workers`, which is 8, or as many as there are CPU cores for each process,
+    > `report_to="tensorboard"` where it is installed, `logging_steps=50`, `ddp_static_graph=True` without gradient accumulation and compiling, and `dataloader_num_workers`, which is 8, or as many as there are CPU cores for each process,
     > where a GPU is used, and 0 on the CPU.
     """
 
@@ -263,6 +264,12 @@ class ScaleKDConfig(TrainingArguments):
         default=None,
         metadata={"help": "Workers that decode images, for each process. By default 8 with a GPU, else 0."},
     )
+    report_to: None | str | list[str] = field(
+        default=None,
+        metadata={
+            "help": "Trackers: tensorboard, wandb, trackio, none. By default tensorboard where it is installed."
+        },
+    )
     logging_steps: float = field(
         default=50, metadata={"help": "Log every so many steps; below 1, a share of all training steps."}
     )
@@ -273,6 +280,8 @@ class ScaleKDConfig(TrainingArguments):
             self.dataloader_num_workers = (
                 min(8, max(1, cores)) if torch.cuda.is_available() and not self.use_cpu else 0
             )
+        if self.report_to is None:
+            self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()
         self._autocast_under_engines()
         if getattr(self, "ddp_static_graph", False) is None:  # with accumulation, DDP skips the exchange now and then

@@ -19,6 +19,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers import HfArgumentParser
 
 from .config import ScaleKDConfig
+from .provenance import Source
 
 
 __all__ = [
@@ -58,6 +59,14 @@ class DataArguments:
     eval_files: str | None = field(default=None, metadata={"help": "Files to evaluate on, instead of `dataset`."})
     streaming: bool = field(default=True, metadata={"help": "Read while training, without a download first."})
 
+    @property
+    def source(self) -> Source:
+        """What the model card calls the data: the data set on the Hub, or the folder of the files."""
+        if self.dataset is None or Path(self.dataset).is_dir():
+            folder = Path(self.dataset) if self.dataset else Path(str(self.train_files)).parent
+            return Source(folder.resolve().name)
+        return Source(self.dataset, self.dataset, self.revision)
+
 
 @dataclass
 class DistillArguments(DataArguments):
@@ -69,6 +78,7 @@ class DistillArguments(DataArguments):
         student_pretrained: start from the student's published weights.
         plan_processes: processes that `--plan` counts with; by default those of the launch.
         baseline: first train the same student alone, with the same data, budget and settings, and report both.
+        license: of the student, for its model card.
     """
 
     student: str = field(default="", metadata={"help": "Name or folder of the student."})
@@ -80,6 +90,7 @@ class DistillArguments(DataArguments):
     baseline: bool = field(
         default=False, metadata={"help": "First train the same student alone with the same settings; report both."}
     )
+    license: str | None = field(default=None, metadata={"help": "License of the student, for its model card."})
 
     def __post_init__(self) -> None:
         self.student_args = _mapping(self.student_args, "student_args")

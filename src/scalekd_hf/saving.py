@@ -46,6 +46,7 @@ UNFINISHED_FOLDER = "_unfinished_checkpoint"  # holds a checkpoint until it is w
 REPLACED = "_replaced-"  # before the name of a checkpoint while another takes its place
 LEFT_BEHIND = "_unfinished-"
 INTERRUPTED_FILE = "_interrupted.json"  # the run was stopped by SIGTERM, with these settings
+RESULTS_FILE = "results.json"  # metrics by the name of a model
 NOT_OF_THE_RUN = ("output_dir", "resume_from_checkpoint", "allow_data_mismatch", "local_rank")
 
 

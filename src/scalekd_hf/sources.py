@@ -246,7 +246,7 @@ def unshuffled(stream: datasets.IterableDataset) -> datasets.IterableDataset:
 
 def _name(stream: datasets.IterableDataset) -> str:
     """What a stream's files are called, in their order, in short: processes and resumed runs must find the same."""
-    kwargs, _ = _origin(stream)
+    kwargs, _ = origin(stream)
     lists = {key: values for key, values in kwargs.items() if isinstance(values, (list, tuple))}
     names = [os.path.basename(str(value)) for key in sorted(lists) for value in lists[key] if "iterator" not in key]
     return hashlib.blake2b("/".join(names).encode(), digest_size=4).hexdigest()
@@ -267,7 +267,7 @@ def _can_be_sharded(stream: datasets.IterableDataset) -> bool:
 
 def _row_groups(stream: datasets.IterableDataset) -> list[list[int]] | None:
     """Rows of each row group of each file of a plain Parquet stream, from its footers; None for others."""
-    kwargs, builder = _origin(stream)
+    kwargs, builder = origin(stream)
     if not isinstance(builder, Parquet) or builder.config.filters is not None or "files" not in kwargs:
         return None
     download = datasets.DownloadConfig(token=builder.token)
@@ -285,7 +285,7 @@ def _row_groups(stream: datasets.IterableDataset) -> list[list[int]] | None:
         return list(pool.map(retried, kwargs["files"], kwargs["row_groups_list"]))
 
 
-def _origin(stream: datasets.IterableDataset) -> tuple[dict[str, Any], Any]:
+def origin(stream: datasets.IterableDataset) -> tuple[dict[str, Any], Any]:
     """Files and builder of a stream that passes rows on as they are; `datasets` has no public way to tell them."""
     examples = stream._ex_iterable
     while isinstance(examples, (RebatchedArrowExamplesIterable, SelectColumnsIterable)):
@@ -320,7 +320,7 @@ def _cache_file(stream: datasets.IterableDataset) -> Path | None:
         made_of = Hasher.hash(stream._ex_iterable)
     except Exception:  # whatever a user's function holds that cannot be hashed
         return None
-    kwargs, _ = _origin(stream)
+    kwargs, _ = origin(stream)
     names = [value for values in kwargs.values() if isinstance(values, list) for value in values]
     local = [Path(name).stat() for name in names if isinstance(name, str) and os.path.exists(name)]
     state = Hasher.hash([(file.st_size, file.st_mtime_ns) for file in local])

@@ -66,6 +66,7 @@ class Student(nn.Module):
         self.name, self.spec = classifier.name, classifier.spec
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
         self.tap_names = tap_names
+        self.pretrained = False
         self._tapped: dict[str, Any] = {}
         self._recording = False
         if not self.num_labels:
@@ -384,4 +385,6 @@ def load_student(
     if isinstance(name_or_module, Student):
         return name_or_module
     classifier = load_classifier(name_or_module, role="student", pretrained=pretrained, **kwargs)
-    return Student(classifier, tuple(taps) if taps is not None else None)  # type: ignore[arg-type]
+    student = Student(classifier, tuple(taps) if taps is not None else None)  # type: ignore[arg-type]
+    student.pretrained = pretrained and isinstance(name_or_module, str)
+    return student

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +17,16 @@ from transformers.trainer_utils import TrainOutput
 
 from .averaging import AveragedStudent
 from .building import build_model, convert_batchnorms
-from .checkpointing import CheckpointTrainer
 from .config import ScaleKDConfig
+from .console import use_readable_log
 from .data import Collator, ImageStream, collate, dataset_labels
 from .distiller import check_labels
 from .image_trainer import count_steps, prepare_images
 from .loss_log import LossLog
 from .metrics import compute_accuracy, keep_top5
 from .optimization import decayed_parameters, scaled_learning_rate, step_schedule, timm_optimizer
+from .provenance import data_source
+from .publishing import PublishingTrainer
 from .saving import check_checkpoint, check_rebuildable, interrupted, last_checkpoint, optimizer_in_parts, run_settings
 from .sharding import shard_fsdp2, shard_zero3
 from .students import Student
@@ -37,7 +40,7 @@ PER_TENSOR_OPTIMIZERS = ("lamb", "lars", "larc", "adafactor", "muon", "nlamb", "
 logger = logging.getLogger(__name__)
 
 
-class ScaleKDTrainer(CheckpointTrainer):
+class ScaleKDTrainer(PublishingTrainer):
     """Distils a frozen teacher into a student with ScaleKD (NeurIPS 2024, arXiv 2411.06786).
 
     ```python
@@ -106,6 +109,8 @@ class ScaleKDTrainer(CheckpointTrainer):
                 raise ValueError("`sync_batchnorm` needs GPUs: torch has no synchronised BatchNorm on the CPU.")
             convert_batchnorms(distiller, args.sync_batchnorm)
         self.loss_log = LossLog()
+        self.results = {}
+        self.data = data_source(train_dataset if train_dataset is not None else eval_dataset)
         train_dataset = prepare_images(train_dataset, "train_dataset", distiller.student, args)
         self._epochs_were_counted = isinstance(train_dataset, ImageStream) and args.max_steps <= 0
         if self._epochs_were_counted:
@@ -118,6 +123,7 @@ class ScaleKDTrainer(CheckpointTrainer):
             **kwargs,
         )
         self._check_engine()
+        use_readable_log(self)
         self.averaged = AveragedStudent(self.student, args.ema_decay) if args.ema_decay else None
         if self.averaged is not None:
             self.add_callback(self.averaged)
@@ -150,6 +156,7 @@ class ScaleKDTrainer(CheckpointTrainer):
             if checkpoint is None:
                 raise ValueError(f"There is no checkpoint to resume from in `output_dir` {self.args.output_dir!r}.")
         self._images_seen_before = self._layout_start = 0
+        self._seconds_before = 0.0
         self.loss_log.reset()
         if self.averaged is not None:
             self.averaged.restart()
@@ -173,9 +180,11 @@ class ScaleKDTrainer(CheckpointTrainer):
                 self._shard(teacher)
         if self.averaged is not None:
             self.averaged.average.to(self.args.device)
+        self._started = time.monotonic()
         try:
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
+            self._seconds_before, self._started = self._seconds(), None
             self.stopping.release()
             self._release_data()
             if self.stopping.stopped:

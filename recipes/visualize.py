@@ -1,0 +1,114 @@
+"""Draw where the teacher's features and the student's projected features agree, before and after training.
+
+    python recipes/visualize.py CONFIG.yaml --checkpoint CHECKPOINT [--images N] [--output FILE] [--any_field value ...]
+
+CONFIG.yaml is the one that the run was started with; what its command line changed is given here again. Or it is the
+`config_resolved.yaml` in the run's output folder. CHECKPOINT is a `checkpoint-N` folder of that run. Shown are the
+first images of the evaluation data. A run with an averaged student shows the average.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from distill import load_teacher_of
+from torch import Tensor
+from transformers import set_seed
+
+from scalekd_hf import ScaleKDConfig, ScaleKDModel, Student, load_student
+from scalekd_hf.building import build_model, class_names
+from scalekd_hf.data import ImageStream, collate, dataset_labels
+from scalekd_hf.image_trainer import prepare_images
+from scalekd_hf.preparation import normalise
+from scalekd_hf.recipe import DistillArguments, load_data, parse_config
+from scalekd_hf.saving import HEADS_FILE, load_checkpoint
+from scalekd_hf.visualize import agreement_maps, draw_agreement
+
+
+def parse() -> tuple[argparse.Namespace, DistillArguments, ScaleKDConfig]:
+    """The recipe's own words, and the settings of the run."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="configuration of the run; further settings may follow, as for distill.py")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a `checkpoint-N` folder of the run")
+    parser.add_argument("--images", type=int, default=4, help="how many, the first of the evaluation data; 4")
+    parser.add_argument("--output", type=Path, help="the picture; `agreement.png` beside the checkpoint")
+    words, settings = parser.parse_known_args()
+    if words.images < 1:
+        raise ValueError(f"`--images` is {words.images}, and a picture needs at least 1. Leave it out for 4.")
+    check_checkpoint(words.checkpoint)
+    return words, *parse_config(DistillArguments, [words.config, *settings])
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a folder without the heads, before any model is loaded."""
+    if (folder / HEADS_FILE).is_file():
+        return
+    reason = f"has no {HEADS_FILE} (a student alone cannot be compared)" if folder.is_dir() else "is not a folder"
+    inside = ", ".join(sorted(str(path) for path in folder.glob("checkpoint-*")))
+    raise ValueError(
+        f"`--checkpoint` is {str(folder)!r}, which {reason}. Give a `checkpoint-N` folder of a distillation"
+        f"{f'; in this one: {inside}' if inside else ', as it writes them with `save_strategy` steps or epoch'}."
+    )
+
+
+def fresh_model(arguments: DistillArguments, config: ScaleKDConfig, train: Any) -> ScaleKDModel:
+    """Student, teacher and heads as distill.py starts with them."""
+    labels = dataset_labels(train, config.label_column)
+    teacher = load_teacher_of(arguments, config)
+    set_seed(config.seed)
+    student = load_student(
+        arguments.student,
+        pretrained=arguments.student_pretrained,
+        labels=labels or class_names(teacher),
+        image_size=config.image_size,
+        **arguments.student_args,
+    )
+    set_seed(config.seed)  # as the trainer does before it builds the heads
+    return build_model(student, teacher, config, labels)
+
+
+def first_images(evaluation: Any, count: int, student: Student, config: ScaleKDConfig) -> Tensor:
+    """The first images (count, 3, height, width) of the evaluation data, uint8, prepared as for evaluation."""
+    if evaluation is None:
+        raise ValueError(
+            "`--images` are taken from the evaluation data, but `eval_split` is 'none' or `eval_files` are missing: there "
+            "are none. Name either of them, such as `--eval_split validation` or `--eval_files PATTERN`."
+        )
+    prepared = prepare_images(evaluation, "eval_dataset", student, config, labels_optional=True)
+    if count > len(prepared):
+        raise ValueError(
+            f"`--images` is {count}, but the evaluation data holds {len(prepared)}. Ask for at most so many."
+        )
+    if isinstance(prepared, ImageStream):
+        return next(iter(prepared.evaluation_loader(count, rank=0, world_size=1, collate_fn=collate)))["pixel_values"]
+    return collate([prepared[number] for number in range(count)])["pixel_values"]
+
+
+def report(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Print the table of mean cosines."""
+    print(f"{'mean cosine similarity':<24}{'before':>8}{'after':>8}")
+    for term in before:
+        print(f"{term:<24}{before[term].mean():>8.3f}{after[term].mean():>8.3f}")
+
+
+def main() -> None:
+    words, arguments, config = parse()
+    train, evaluation = load_data(arguments)
+    model = fresh_model(arguments, config, train)
+    images = first_images(evaluation, words.images, model.student, config)
+    spec, device = model.student.spec, config.device
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+    pixel_values = normalise(images, mean, std).to(device)
+    before = agreement_maps(model.to(device), pixel_values)
+    load_checkpoint(model.student, model.heads, words.checkpoint)
+    after = agreement_maps(model, pixel_values)
+    file = words.output or words.checkpoint.resolve().parent / "agreement.png"
+    draw_agreement(images, before, after, file)
+    report(before, after)
+    print(f"\nThe picture is {file}")
+
+
+if __name__ == "__main__":
+    main()

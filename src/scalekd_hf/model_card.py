@@ -1,0 +1,205 @@
+"""The model card of a student: what is known of a run, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .provenance import Source, citations
+
+
+__all__ = ["MARK", "CardFacts", "make_card", "table", "update_evaluation"]
+
+MARK = "<!-- Made by scalekd_hf."  # a card without it was changed by somebody, and is theirs
+EVALUATION = re.compile(r"(<!-- evaluation -->\n).*?(<!-- /evaluation -->)", re.DOTALL)
+DISTILLED, ALONE = "student distilled", "student alone"  # rows of results
+HEADERS = {"top1": "top-1", "top5": "top-5", "nll": "NLL", "ece": "ECE", "loss": "loss"}
+
+LOAD = {
+    "timm": """import timm
+
+model = timm.create_model("{timm}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+# or, with transformers: pipeline("image-classification", model="{repo}")""",
+    "transformers": """from transformers import pipeline
+
+classify = pipeline("image-classification", model="{repo}")
+classify("image.jpg")""",
+}
+
+
+@dataclass
+class CardFacts:
+    """What a card says; what is None or empty is left out.
+
+    Attributes:
+        repo: the repository, or the name of the folder.
+        library: "timm" or "transformers".
+        student, teacher, data: origins; `split` is that of the evaluation.
+        student_pretrained: the student began with the weights of `student`.
+        results: metrics by the name of a row, such as "student distilled".
+        facts: name and value of what the run was.
+        settings: those that differ from the defaults.
+        curves: whether there is a picture.
+    """
+
+    repo: str
+    library: str
+    student: Source
+    parameters: int
+    num_labels: int
+    teacher: Source | None = None
+    data: Source | None = None
+    split: str | None = None
+    student_pretrained: bool = False
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    curves: bool = False
+    license: str | None = None
+    language: str | list[str] | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+def make_card(facts: CardFacts) -> ModelCard:
+    """Render the card, with metadata as the Hub reads it."""
+    own = facts.results.get(DISTILLED if facts.teacher else ALONE, {})
+    alone = facts.results.get(ALONE, {})
+    gain = f"{100 * (own['top1'] - alone['top1']):+.2f}" if facts.teacher and own and "top1" in alone else None
+    return ModelCard.from_template(
+        _metadata(facts, own),
+        template_str=(files("scalekd_hf") / "templates" / "model_card.md").read_text(),
+        model_name=facts.repo.split("/")[-1],
+        student_name=facts.student.name,
+        parameters=f"{facts.parameters / 1e6:.3g} M",
+        num_labels=facts.num_labels,
+        teacher=facts.teacher,
+        load_example=LOAD[facts.library].format(
+            repo=facts.repo, timm=f"{'hf-hub' if '/' in facts.repo else 'local-dir'}:{facts.repo}"
+        ),
+        rows=table("", {name: row for name, row in facts.results.items() if "top1" in row}),
+        gain=gain,
+        curves=facts.curves,
+        facts=[(name, value) for name, value in facts.facts.items() if value not in (None, "")],
+        settings=list(facts.settings.items()),
+        restriction=facts.teacher.restriction if facts.teacher else None,
+        citations=citations(facts.teacher.architecture if facts.teacher else None),
+    )
+
+
+def _metadata(facts: CardFacts, own: dict[str, float]) -> ModelCardData:
+    sources = [facts.student if facts.student_pretrained else None, facts.teacher]
+    bases = [source.hub_id for source in sources if source is not None and source.hub_id]
+    known: dict[str, Any] = {
+        "language": facts.language,
+        "license": facts.license,
+        "datasets": facts.data.hub_id if facts.data else None,
+        "base_model": bases[0] if len(bases) == 1 else bases,
+        "base_model_relation": "finetune" if bases else None,  # of the Hub's four, the one that means trained on
+        "metrics": ["accuracy"] if own else None,
+    }
+    if facts.data is not None and "top1" in own:
+        known["model_name"] = facts.repo.split("/")[-1]
+        known["eval_results"] = _eval_results(
+            {"dataset": facts.data.hub_id or facts.data.name, "revision": facts.data.revision, "split": facts.split}
+            | own
+        )
+    return ModelCardData(
+        library_name=facts.library,
+        pipeline_tag="image-classification",
+        tags=["image-classification", "knowledge-distillation", "scalekd", *facts.tags],
+        **{name: value for name, value in known.items() if value},
+    )
+
+
+def _eval_results(row: dict[str, Any]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=row["dataset"],
+            dataset_name=row["dataset"],
+            dataset_split=row.get("split"),
+            dataset_revision=row.get("revision"),
+            metric_type="accuracy" if key in ("top1", "top5") else key,
+            metric_name=HEADERS[key],
+            metric_value=round(row[key], 6),
+        )
+        for key in ("top1", "top5", "nll", "ece")
+        if row.get(key) is not None
+    ]
+
+
+def table(corner: str, rows: dict[str, dict[str, Any]]) -> str:
+    """Metrics by row as Markdown; accuracies and calibration error in per cent. Empty without rows."""
+    columns = [key for key in HEADERS if any(row.get(key) is not None for row in rows.values())]
+    if not columns:
+        return ""
+    lines = [f"| {corner} | {' | '.join(HEADERS[key] for key in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(_cell(key, row.get(key)) for key in columns)} |")
+    return "\n".join(lines)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2%}" if key in ("top1", "top5", "ece") else f"{value:.4f}"
+
+
+def update_evaluation(model: str, rows: Iterable[dict[str, Any]], token: str | None = None) -> str:
+    """Put evaluations into a card, in its table and in its metadata; those of other data sets stay.
+
+    Args:
+        model: a local folder with a README.md, or a Hub id, whose card is committed.
+        rows: each with `dataset`, and as far as known `split`, `revision`, `images`, `top1`, `top5`, `nll`, `ece`.
+        token: for the Hub.
+
+    Returns:
+        The file, or the repository.
+
+    Raises:
+        ValueError: a folder without a card.
+    """
+    file = Path(model, "README.md")
+    local = Path(model).is_dir()
+    if local and not file.is_file():
+        raise ValueError(
+            f"`model` {model!r} has no README.md to put an evaluation in. Publish it first, or write one."
+        )
+    card = ModelCard.load(file if local else model, token=token)
+    name = card.data.get("model_name") or (Path(model).resolve().name if local else model.split("/")[-1])
+    kept = {_key(result): result for result in card.data.eval_results or []}
+    kept |= {_key(result): result for row in rows for result in _eval_results(row)}
+    card.data.model_name, card.data.eval_results = name, list(kept.values())
+    section = "<!-- evaluation -->\n" + _evaluation(kept.values()) + "\n<!-- /evaluation -->"
+    text = card.text
+    card.text = (
+        EVALUATION.sub(lambda _: section, text) if EVALUATION.search(text) else f"{text.rstrip()}\n\n{section}\n"
+    )
+    if local:
+        unfinished = file.with_suffix(".part")
+        card.save(unfinished)
+        unfinished.replace(file)
+        return str(file)
+    card.push_to_hub(model, token=token, commit_message="Evaluation")
+    return model
+
+
+def _key(result: EvalResult) -> tuple:
+    return result.dataset_type, result.dataset_split, result.metric_name or result.metric_type
+
+
+def _evaluation(results: Iterable[EvalResult]) -> str:
+    names = {header: key for key, header in HEADERS.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if result.metric_name in names:
+            split = f", {result.dataset_split}" if result.dataset_split else ""
+            rows.setdefault(f"{result.dataset_name}{split}", {})[names[result.metric_name]] = result.metric_value
+    return f"\nAll evaluations, that of the run included:\n\n{table('data', rows)}\n"
