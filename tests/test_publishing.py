@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Re
 
 from scalekd_hf import ScaleKDTrainer, load_student
 from scalekd_hf.hub import PushError
+from scalekd_hf.model_card import update_evaluation
 
 
 LABELS = [str(number) for number in range(10)]
@@ -190,6 +191,14 @@ def test_a_card_that_somebody_has_changed_stays(tmp_path, digits, hub):
     assert (tmp_path / "run" / "README.md").read_bytes() == mine
 
 
+def test_an_evaluation_goes_into_the_card_on_the_hub(tmp_path, digits, hub):
+    trainer_for(tmp_path, digits).push_to_hub()
+    row = {"dataset": "imagenet-r", "split": "test", "images": 30000, "top1": 0.5}
+    assert update_evaluation("me/student", [row], token=WRITE) == "me/student"
+    card = ModelCard(hub.files("me/student")["README.md"].decode())
+    assert card.data.eval_results[-1].dataset_type == "imagenet-r" and "| imagenet-r, test | 50.00% |" in card.text
+
+
 def test_of_two_processes_one_pushes(tmp_path, digits, hub):
     def push():
         trainer = trainer_for(tmp_path, digits)
@@ -226,10 +235,10 @@ def test_the_log_on_the_screen_is_one_line_with_all_that_matters(tmp_path, digit
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
 def test_trackers_get_the_terms_and_write_nothing_elsewhere(tmp_path, digits, tracker, monkeypatch):
-    package = pytest.importorskip(tracker)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    package = pytest.importorskip(tracker)  # reads its folder when it is imported
 
     def track():
         trainer = trainer_for(tmp_path, digits, push_to_hub=False, report_to=tracker)

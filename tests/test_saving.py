@@ -3,9 +3,10 @@
 import pytest
 import timm
 import torch
-from helpers import build, images, settings, small_student, timm_swin, transformers_vit
+from helpers import SMALL_SWIN, build, images, settings, small_student, timm_swin, transformers_vit
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, pipeline
 
 from scalekd_hf import ScaleKDTrainer, load_student
@@ -14,6 +15,7 @@ from scalekd_hf.saving import check_rebuildable, load_student_weights, save_stud
 
 
 LABELS = [f"digit {number}" for number in range(10)]
+SMALL_SWIN_STUDENT = {name: value for name, value in SMALL_SWIN.items() if name != "img_size"}
 
 
 def transformers_resnet():
@@ -24,8 +26,17 @@ def transformers_resnet():
     return load_student(build(config))
 
 
+def named(name, **options):
+    return lambda: load_student(f"timm/{name}", labels=LABELS, image_size=32, **options)
+
+
 STUDENTS = {
     "timm_convnext": lambda: small_student(labels=LABELS),
+    "timm_resnet": named("resnet18", channels=(8, 16, 24, 32)),
+    "timm_mobilenet": named("mobilenetv1_100"),
+    "timm_mixer": named("mixer_s32_224"),
+    "timm_swin": named("swin_tiny_patch4_window7_224", **SMALL_SWIN_STUDENT),
+    "timm_eva02": named("eva02_small_patch14_224", patch_size=8, embed_dim=24, depth=2, num_heads=2),
     "timm_vit": lambda: load_student(
         "timm/vit_tiny_patch16_224", labels=LABELS, image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2
     ),
@@ -45,6 +56,11 @@ def test_a_saved_student_loads_with_equal_weights_logits_and_labels(tmp_path, fa
         assert torch.equal(tensor, own[name]), name
     with torch.no_grad():
         assert torch.allclose(loaded(images()).logits, student.classify(images()), atol=1e-6)
+    assert all(
+        torch.equal(own[name], tensor)
+        for name, tensor in load_file(tmp_path / "model.safetensors").items()
+        if name in own
+    )
     assert [loaded.config.id2label[index] for index in range(10)] == LABELS
     again = load_student(str(tmp_path), pretrained=True)
     assert (again.spec, again.labels) == (student.spec, LABELS)
