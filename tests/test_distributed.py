@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from families import FAMILIES, large_weights
 from helpers import DIGITS, ROOT, run, settings, small_student, some_slow, timm_swin
 from processes import Started, in_processes
 from safetensors.torch import load_file
@@ -253,7 +254,7 @@ def test_the_slurm_script_starts_its_tasks_and_puts_an_interrupted_run_in_the_qu
     for interrupt in (True, False):
         with log.open("w") as output:
             started = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output)
-        while interrupt and "images_seen" not in log.read_text() and started.poll() is None:
+        while interrupt and "images/s" not in log.read_text() and started.poll() is None:
             time.sleep(0.2)
         if interrupt:
             for task in (tmp_path / "tasks").read_text().split():
@@ -276,7 +277,7 @@ def test_the_recipe_runs_to_its_end_under_zero3(tmp_path):
 
 def test_two_runs_into_one_folder_are_refused_and_the_first_goes_on(tmp_path):
     first = Started(tmp_path, lambda: train(tmp_path, "ddp", max_steps=40, save_strategy="no"))
-    while "images_seen" not in first.files[0].read_text():
+    while "images/s" not in first.files[0].read_text():
         time.sleep(0.05)
     for outcome in in_processes(tmp_path, train, tmp_path, "ddp", processes=2):
         assert outcome.status == 1 and "is being written by another run" in outcome.text
@@ -383,6 +384,52 @@ def test_bf16_under_an_engine_is_that_of_ddp_and_the_student_is_saved_in_full_pr
     for first, second in zip(ddp, engine, strict=True):
         assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
     assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / way / "model.safetensors").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero2", "zero3"])
+def test_bf16_as_accelerate_launches_deepspeed_is_that_of_ddp(tmp_path, way):
+    config = zero(way)
+    config["zero_optimization"]["memory_efficient_linear"] = False
+    (tmp_path / "engine.json").write_text(json.dumps(config))
+
+    def launched():
+        names = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "engine.json")}
+        os.environ.update(names)
+        train(tmp_path / way, "ddp", bf16=True)
+
+    for name, run_it in (("ddp", lambda: train(tmp_path / "ddp", "ddp", bf16=True)), (way, launched)):
+        for outcome in in_processes(tmp_path / name, run_it, processes=2):
+            assert outcome.status == 0, outcome.text[-3000:]
+    assert result(tmp_path / way)["kind"] == "DistributedType.DEEPSPEED"
+    for first, second in zip(*(result(tmp_path / name)["history"] for name in ("ddp", way)), strict=True):
+        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+
+
+def shares_of_families():
+    torch.distributed.init_process_group("gloo")
+    for name, make in FAMILIES.items():
+        teacher = load_teacher(large_weights(make()))
+        tokens = torch.randn(2, teacher.penultimate_grid[0] * teacher.penultimate_grid[1], teacher.penultimate_dim)
+        tokens.requires_grad_()
+        pixels = torch.randn(2, 3, *teacher.spec.size)
+
+        def compute(teacher=teacher, tokens=tokens, pixels=pixels):
+            last, _ = teacher(pixels)
+            projected = teacher.last_stage(tokens)
+            return last, projected, torch.autograd.grad(projected.square().sum(), tokens)[0]
+
+        before, whole = compute(), sum(parameter.numel() for parameter in teacher.parameters())
+        shard_fsdp2(teacher, torch.device("cpu"))
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in teacher.parameters())
+        assert held < 0.8 * whole, (name, held / whole)
+        assert all(torch.equal(a, b) for a, b in zip(before, compute(), strict=True)), name
+
+
+@pytest.mark.slow
+def test_teachers_of_all_families_can_be_kept_in_parts_and_compute_the_same(tmp_path):
+    for outcome in in_processes(tmp_path, shares_of_families, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def train(folder, shards, resume=None, **options):
 
 def wait_for_steps(started):
     """Until a run has logged its first steps."""
-    while "images_seen" not in started.files[0].read_text():
+    while "images/s" not in started.files[0].read_text():
         time.sleep(0.1)
 
 
@@ -377,7 +377,7 @@ def test_torchrun_passes_sigterm_on_and_the_same_command_resumes(tmp_path):
     words = [sys.executable, *map(str, words[1:])]
     started = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in started.stdout:
-        if "images_seen" in line:
+        if "images/s" in line:
             break
     started.terminate()
     text = started.stdout.read()

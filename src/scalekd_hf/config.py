@@ -342,9 +342,10 @@ class ScaleKDConfig(TrainingArguments):
                 "`fp16` needs a loss scale that these engines keep for parameters in fp16 only."
             )
         self.mixed_precision = "no"
-        if deepspeed is not None and self.bf16:
+        if deepspeed is not None and (self.bf16 or self.bf16_full_eval):
             deepspeed.deepspeed_config.pop("bf16", None)
             deepspeed.hf_ds_config.config.pop("bf16", None)
+            deepspeed.hf_ds_config._dtype = torch.float32  # what the parent casts inputs to
 
     def _check_combinations(self) -> None:
         mixing = self.mixup_alpha > 0 or self.cutmix_alpha > 0

@@ -36,7 +36,8 @@ def shard_zero3(teacher: Teacher, settings: dict[str, Any]) -> None:
     """
     import deepspeed
 
-    kept = {name: value for name, value in settings.items() if "param" in name and value != "auto"}
+    names = [name for name in settings if "param" in name or name == "memory_efficient_linear"]  # the latter is global
+    kept = {name: settings[name] for name in names if settings[name] != "auto"}
     zero = {"stage": 3, **{name: value for name, value in kept.items() if not name.startswith("offload")}}
     config = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
     deepspeed.initialize(model=teacher.model, config=config)
@@ -44,7 +45,22 @@ def shard_zero3(teacher: Teacher, settings: dict[str, Any]) -> None:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The smallest repeated parts: children of lists that hold no list themselves."""
-    children = (child for parent in model.modules() if isinstance(parent, LISTS) for child in parent)
-    inner = [child for child in children if not any(isinstance(module, LISTS) for module in child.modules())]
-    return [child for child in inner if any(True for _ in child.parameters())]
+    """The smallest repeated parts: children of lists that do not themselves keep most of their parameters in lists.
+
+    Models without lists, such as RegNet, are divided at their children.
+    """
+    children = [child for parent in model.modules() if isinstance(parent, LISTS) for child in parent]
+    blocks = [child for child in children if not isinstance(child, LISTS) and 2 * _in_lists(child) <= _size(child)]
+    inner = {module for block in blocks for module in block.modules() if module is not block}
+    blocks = [block for block in blocks if block not in inner and _size(block)]
+    return blocks or [child for child in model.children() if _size(child)]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _in_lists(module: nn.Module) -> int:
+    lists = [inner for inner in module.modules() if isinstance(inner, LISTS)]
+    kept = {parameter for inner in lists for parameter in inner.parameters()}
+    return sum(parameter.numel() for parameter in kept)

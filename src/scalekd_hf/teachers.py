@@ -40,6 +40,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model: Any = classifier.module
         self.layout, self.last_blocks, self.drop_path = layout, last_blocks, drop_path
+        self.is_sharded = False  # see `sharding.py`
         self.name, self.spec = classifier.name, classifier.spec
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
         self._patch = patch_size(classifier)

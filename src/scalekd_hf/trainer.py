@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -67,7 +68,6 @@ class ScaleKDTrainer(PublishingTrainer):
         ValueError: models, images or labels that do not fit each other.
     """
 
-    _teacher_is_sharded = False
     loss_is_scaled_for_ga = False  # every loss is a mean over its own batch
 
     def __init__(
@@ -83,7 +83,8 @@ class ScaleKDTrainer(PublishingTrainer):
         if not isinstance(args, ScaleKDConfig):
             raise ValueError(f"`args` must be a `ScaleKDConfig`, got a `{type(args).__name__}`.")
         self.settings = run_settings(args)
-        args = copy.copy(args)  # the caller's may be for other runs, too
+        # The caller's may be for other runs, too; each needs a DeepSpeed plugin of its own.
+        args = copy.copy(args) if args.deepspeed_plugin is None else dataclasses.replace(args)
         args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
         set_seed(args.seed)
         labels = dataset_labels(train_dataset if train_dataset is not None else eval_dataset, args.label_column)
@@ -148,6 +149,10 @@ class ScaleKDTrainer(PublishingTrainer):
             return self._train(resume_from_checkpoint or None, **kwargs)
 
     def _train(self, checkpoint: Any, **kwargs: Any) -> TrainOutput:
+        if self.deepspeed is not None:
+            raise ValueError(
+                "DeepSpeed trains a trainer's model once: make a new trainer, and resume from its checkpoint."
+            )
         if checkpoint is None and interrupted(str(self.args.output_dir), self.settings):
             logger.warning("The run in %r was stopped before its end: it is resumed.", str(self.args.output_dir))
             checkpoint = True
@@ -176,7 +181,7 @@ class ScaleKDTrainer(PublishingTrainer):
         teacher = self._distiller().teacher
         if teacher is not None:  # engines that place the parameters do not know of it
             teacher.to(self.args.device)
-            if self.args.shard_teacher and not self._teacher_is_sharded:
+            if self.args.shard_teacher and not teacher.is_sharded:
                 self._shard(teacher)
         if self.averaged is not None:
             self.averaged.average.to(self.args.device)
@@ -218,6 +223,17 @@ class ScaleKDTrainer(PublishingTrainer):
             images = len(inputs["pixel_values"]) * self.args.world_size
             self.loss_log.add(self.state.global_step + 1, outputs.loss, outputs.losses, images)
         return (outputs.loss, {"loss": outputs.loss, "logits": outputs.logits}) if return_outputs else outputs.loss
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The parent's, which does not see `bf16` under DeepSpeed: it would ask for DeepSpeed's own."""
+        kept = {name: getattr(self.args, name) for name in ("bf16", "bf16_full_eval")}
+        if self.args.deepspeed_plugin is not None:
+            self.args.bf16 = self.args.bf16_full_eval = False
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            for name, value in kept.items():
+                setattr(self.args, name, value)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
         """bf16 under DeepSpeed and FSDP, see `ScaleKDConfig`; elsewhere Accelerate casts."""
@@ -302,7 +318,7 @@ class ScaleKDTrainer(PublishingTrainer):
             shard_fsdp2(teacher, self.args.device)
         else:
             shard_zero3(teacher, self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
-        self._teacher_is_sharded = True
+        teacher.is_sharded = True
 
     def _report_bad_images(self) -> None:
         for data, bad in self.bad_images.items():
