@@ -6,6 +6,7 @@ import json
 import pytest
 import yaml
 from helpers import ROOT, run
+from PIL import Image
 from processes import run_script
 from transformers import AutoModelForImageClassification
 
@@ -210,3 +211,13 @@ def test_a_data_set_that_the_hub_does_not_give_out_says_how_to_get_it():
     missing, gated = run("python", "tests/scripts/closed_hub.py").stdout.strip().splitlines()
     assert "'me/missing'" in missing and "Check the name on http" in missing and "hf auth login" in missing
     assert "'me/gated'" in gated and "Accept its terms on http" in gated and "HF_TOKEN" in gated
+
+
+def test_a_folder_of_classes_is_read_whole_whatever_its_files_are_called(tmp_path):
+    for index, name in enumerate(("a", "train_1", "test_2", "val 3")):
+        place = tmp_path / f"class{index % 2}"
+        place.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(place / f"{name}.png")
+    arguments = DistillArguments(dataset=str(tmp_path), eval_split="none", student="a", teacher="b")
+    train, _ = load_data(arguments)
+    assert len(train) == 4 and train.features["label"].names == ["class0", "class1"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import torch
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,10 +20,10 @@ from .data import dataset_labels
 from .image_trainer import prepare_images
 from .imagenet import BENCHMARKS, ReaL, benchmark, check_classes, label_places, read_real_labels
 from .metrics import TOP_K
-from .plan import IMAGES, _gflops
+from .plan import IMAGES, gflops_of
 from .preparation import IGNORED_LABEL
 from .provenance import hardware
-from .recipe import DataArguments, _load_split, _mapping
+from .recipe import DataArguments, holds_classes, load_split, mapping
 from .students import Student, load_student
 from .trainer import ScaleKDTrainer
 
@@ -42,8 +40,6 @@ __all__ = [
 
 BINS = 15
 WARM_UP, REPEATS = 2, 5
-SPLIT = re.compile(r"(^|[^a-z])(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
-TABLES = (".csv", ".jsonl", ".parquet", ".arrow", ".tar", ".zip")
 
 
 @dataclass
@@ -69,7 +65,7 @@ class EvaluateArguments(DataArguments):
     update_card: bool = field(default=False, metadata={"help": "Put the result into the model card."})
 
     def __post_init__(self) -> None:
-        self.model_args = _mapping(self.model_args, "model_args")
+        self.model_args = mapping(self.model_args, "model_args")
         if not self.model:
             raise ValueError("`model` is missing: name a model, a Hub id or a folder.")
         if self.benchmark is not None:
@@ -160,7 +156,7 @@ def load_data(arguments: EvaluateArguments) -> Any:
     """
     which = benchmark(arguments.benchmark) if arguments.benchmark else None
     if arguments.eval_files is not None:
-        return _load_split(arguments, arguments.eval_files, arguments.eval_split)
+        return load_split(arguments, arguments.eval_files, arguments.eval_split)
     if arguments.dataset is None and which is not None:
         if which.hub_id is None:
             raise ValueError(
@@ -171,8 +167,8 @@ def load_data(arguments: EvaluateArguments) -> Any:
     folder = Path(str(arguments.dataset))
     if not folder.is_dir():
         arguments.eval_split = arguments.eval_split or "validation"
-        return _load_split(arguments, None, arguments.eval_split)
-    if _holds_classes(folder):
+        return load_split(arguments, None, arguments.eval_split)
+    if holds_classes(folder):
         # `datasets` would take a word such as "train" in a file's name for a split and leave the other images out.
         arguments.eval_split = arguments.eval_split or "validation"
         data_files = {arguments.eval_split: str(folder.resolve() / "*" / "*")}
@@ -181,19 +177,7 @@ def load_data(arguments: EvaluateArguments) -> Any:
     if not arguments.eval_split:
         splits = datasets.get_dataset_split_names(str(folder), arguments.dataset_config)
         arguments.eval_split = splits[0] if len(splits) == 1 else "validation"
-    return _load_split(arguments, None, arguments.eval_split)
-
-
-def _holds_classes(folder: Path) -> bool:
-    """Whether a folder holds one folder of images for each class, and neither splits nor tables."""
-    inside = list(folder.iterdir())
-    files = [path for path in folder.glob("*/*") if not path.name.startswith(".")]
-    return (
-        not any(SPLIT.search(path.name) for path in inside if path.is_dir())
-        and not any(path.suffix in TABLES for path in [*inside, *files])
-        and any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in files)
-        and not any(path.is_dir() for path in files)
-    )
+    return load_split(arguments, None, arguments.eval_split)
 
 
 def load_model(arguments: EvaluateArguments, config: ScaleKDConfig) -> Student:
@@ -273,7 +257,7 @@ def measure_model(student: Student, config: ScaleKDConfig) -> dict[str, Any]:
     pixel_values = torch.randn(max(batch, IMAGES), 3, *student.spec.size, device=device)
     with torch.no_grad():
         with sdpa_kernel(SDPBackend.MATH):  # of fused attention the counter does not know every kind
-            gflops = _gflops(lambda: student.classify(pixel_values[:IMAGES]))
+            gflops = gflops_of(lambda: student.classify(pixel_values[:IMAGES]))
         with torch.autocast(device.type, dtype, enabled=config.bf16 or config.fp16):
             seconds = [_seconds(student, pixel_values[:batch]) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
     return {

@@ -188,7 +188,7 @@ def _conv_backward_flops(
     return conv_flop_count(x_shape, weight_shape, grad_shape, transposed=transposed) * (mask[0] + mask[1])
 
 
-def _gflops(work: Callable[[], Any]) -> float:
+def gflops_of(work: Callable[[], Any]) -> float:
     """GFLOP per image of `work` on `IMAGES` images; a multiplication and an addition are two."""
     mapping = {torch.ops.aten.convolution_backward: _conv_backward_flops}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
@@ -201,19 +201,19 @@ def _count(result: Plan, model: ScaleKDModel, config: ScaleKDConfig) -> None:
     assert teacher is not None
     pixel_values = torch.zeros(IMAGES, 3, *student.spec.size)
     teacher_pixels = model.convert(pixel_values)
-    parts = {"teacher forward": _gflops(lambda: teacher(teacher_pixels))}
+    parts = {"teacher forward": gflops_of(lambda: teacher(teacher_pixels))}
     result.models["teacher"]["gflops"] = parts["teacher forward"]
     with torch.no_grad():
-        result.models["student"]["gflops"] = _gflops(lambda: student(pixel_values))
-    parts["student"] = _gflops(lambda: student(pixel_values)[2].sum().backward())
+        result.models["student"]["gflops"] = gflops_of(lambda: student(pixel_values))
+    parts["student"] = gflops_of(lambda: student(pixel_values)[2].sum().backward())
     if heads is not None:
         last_map, _ = teacher(teacher_pixels)
         maps = [_map(dim, grid) for dim, grid in zip(student.dims, student.grids, strict=True)]
-        whole = _gflops(lambda: torch.stack([*heads(*maps, last_map, teacher.last_stage).values()]).sum().backward())
+        whole = gflops_of(lambda: torch.stack([*heads(*maps, last_map, teacher.last_stage).values()]).sum().backward())
         views = sum(hasattr(heads, f"penultimate_{view}") for view in ("spatial", "frequency"))
         count = teacher.penultimate_grid[0] * teacher.penultimate_grid[1]
         tokens = torch.zeros(IMAGES, count, teacher.penultimate_dim, requires_grad=True)
-        stage = views * _gflops(lambda: teacher.last_stage(tokens).sum().backward())
+        stage = views * gflops_of(lambda: teacher.last_stage(tokens).sum().backward())
         parts |= {"projectors": whole - stage, "teacher's last stage, twice": stage}
         _describe_projectors(result, model, config, maps)
     result.gflops_per_image = {**parts, "total": sum(parts.values())}
@@ -247,7 +247,7 @@ def _describe_projectors(result: Plan, model: ScaleKDModel, config: ScaleKDConfi
         result.projectors[name] = {
             "heads": per_stage[stage],
             "parameters": _parameters(projector),
-            "gflops": _gflops(run),
+            "gflops": gflops_of(run),
             "maps": f"{before[1]}x{before[2]}, {before[0]} to {after[0]}x{after[1]}, {after[2]}",
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -33,6 +34,8 @@ __all__ = [
     "write_config",
 ]
 
+SPLIT = re.compile(r"(^|[^a-z])(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
+TABLES = (".csv", ".jsonl", ".parquet", ".arrow", ".tar", ".zip")
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 
@@ -93,8 +96,8 @@ class DistillArguments(DataArguments):
     license: str | None = field(default=None, metadata={"help": "License of the student, for its model card."})
 
     def __post_init__(self) -> None:
-        self.student_args = _mapping(self.student_args, "student_args")
-        self.teacher_args = _mapping(self.teacher_args, "teacher_args")
+        self.student_args = mapping(self.student_args, "student_args")
+        self.teacher_args = mapping(self.teacher_args, "teacher_args")
         for name in ("student", "teacher"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: name a model, a Hub id or a folder.")
@@ -115,12 +118,12 @@ class TeacherArguments(DataArguments):
     pretrained: bool = field(default=True, metadata={"help": "Start from its published weights."})
 
     def __post_init__(self) -> None:
-        self.model_args = _mapping(self.model_args, "model_args")
+        self.model_args = mapping(self.model_args, "model_args")
         if not self.model:
             raise ValueError("`model` is missing: name a model, a Hub id or a folder.")
 
 
-def _mapping(value: Any, name: str) -> dict[str, Any]:
+def mapping(value: Any, name: str) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -222,11 +225,11 @@ def load_data(arguments: DataArguments) -> tuple[Any, Any]:
     """
     if arguments.dataset is None and arguments.train_files is None:
         raise ValueError("There is no data: set `dataset`, or `train_files` and `eval_files`.")
-    train = _load_split(arguments, arguments.train_files, arguments.train_split)
+    train = load_split(arguments, arguments.train_files, arguments.train_split)
     evaluation = None
     evaluate = arguments.eval_split.lower() != "none"
     if arguments.eval_files is not None or (arguments.dataset is not None and evaluate):
-        evaluation = _load_split(arguments, arguments.eval_files, arguments.eval_split)
+        evaluation = load_split(arguments, arguments.eval_files, arguments.eval_split)
     return train, evaluation
 
 
@@ -238,7 +241,7 @@ def count_images(arguments: DataArguments) -> int | None:
     return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
 
 
-def _load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any:
+def load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any:
     options: dict[str, Any] = {"cache_dir": arguments.cache_dir, "streaming": arguments.streaming}
     if pattern is not None:
         files = [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
@@ -250,7 +253,12 @@ def _load_split(arguments: DataArguments, pattern: str | None, split: str) -> An
         return datasets.load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
     source = {"path": arguments.dataset, "name": arguments.dataset_config, "revision": arguments.revision}
     try:
-        if arguments.streaming and Path(str(arguments.dataset)).is_dir():
+        folder = Path(str(arguments.dataset))
+        if split == "train" and folder.is_dir() and holds_classes(folder):
+            # `datasets` would take a word such as "test" in a file's name for a split and leave the other images out.
+            every = {split: str(folder.resolve() / "*" / "*")}
+            return datasets.load_dataset("imagefolder", data_files=every, split=split, cache_dir=arguments.cache_dir)
+        if arguments.streaming and folder.is_dir():
             # A stream of a folder knows no random access, which files on a disk allow.
             options["streaming"] = not isinstance(datasets.load_dataset_builder(**source), ImageFolder)
         return datasets.load_dataset(**source, split=split, **options)
@@ -270,3 +278,15 @@ def _access(dataset: str, error: Exception) -> str:
     if "gated" in str(error):
         return f"Accept its terms on {page}, then log in {account}."
     return f"Check the name on {page}. If it is private or gated, log in {account}."
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether a folder holds one folder of images for each class, and neither splits nor tables."""
+    inside = list(folder.iterdir())
+    files = [path for path in folder.glob("*/*") if not path.name.startswith(".")]
+    return (
+        not any(SPLIT.search(path.name) for path in inside if path.is_dir())
+        and not any(path.suffix in TABLES for path in [*inside, *files])
+        and any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in files)
+        and not any(path.is_dir() for path in files)
+    )
