@@ -273,6 +273,7 @@ def test_the_recipe_runs_to_its_end_under_zero3(tmp_path):
     assert finished.returncode == 0, finished.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["teacher"]["top1"] >= 0.97 and "top1" in results["student distilled"]
+    assert "0.203 M parameters" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_two_runs_into_one_folder_are_refused_and_the_first_goes_on(tmp_path):

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,6 @@ class PublishingTrainer(CheckpointTrainer):
     data: Source | None
     hub_model_id: Any
     push_in_progress: Any
-    _teacher: Source | None = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, before any work, so that a token that may not write is known at once.
@@ -97,15 +97,17 @@ class PublishingTrainer(CheckpointTrainer):
         folder = Path(str(self.args.output_dir))
         curves = draw_curves(self.state.log_history, folder / "curves.png")
         results = self._write_results(folder / RESULTS_FILE)
-        student = model_source(self.student)
+        student = self._student_source
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         facts = CardFacts(
             repo=model_name or self.hub_model_id or self.args.hub_model_id or folder.resolve().name,
             library=self.student.classifier.library,
             student=student,
-            parameters=sum(parameter.numel() for parameter in self.student.parameters()),
+            parameters=sum(
+                getattr(p, "ds_numel", p.numel()) for p in self.student.parameters()
+            ),  # ZeRO-3 empties them
             num_labels=self.student.num_labels,
-            teacher=self._teacher_source(),
+            teacher=self._teacher_source,
             data=self.data or (Source(dataset) if dataset else None),
             student_pretrained=self.student.pretrained,
             results=results,
@@ -245,18 +247,21 @@ class PublishingTrainer(CheckpointTrainer):
             file.write_text(json.dumps(results, indent=2) + "\n")
         return results
 
+    @cached_property
+    def _student_source(self) -> Source:
+        return model_source(self.student)  # may ask the Hub: once
+
+    @cached_property
     def _teacher_source(self) -> Source | None:
         teacher = self._distiller().teacher
-        if teacher is not None and self._teacher is None:
-            self._teacher = model_source(teacher)  # asked for once: it may ask the Hub
-        return self._teacher
+        return model_source(teacher) if teacher is not None else None
 
     def _run_facts(self, dataset: str | None) -> dict[str, Any]:
-        data, teacher = self.data, self._teacher_source()
+        data, teacher = self.data, self._teacher_source
         trained = self.state.global_step > 0
         names = ", ".join(f"{name} {number}" for name, number in versions().items())
         facts: dict[str, Any] = {
-            "student": model_source(self.student).name,
+            "student": self._student_source.name,
             "its arguments": self._student_arguments(),
             "teacher": _described(teacher),
             "data": _described(data) or dataset,
