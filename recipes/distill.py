@@ -112,9 +112,8 @@ def main() -> None:
 def describe(trainer: ScaleKDTrainer, arguments: DistillArguments, config: ScaleKDConfig) -> None:
     """Write the model card, and push it with the student where that was asked for."""
     trainer.data = trainer.data or arguments.source
-    if trainer.state.global_step == 0:  # trained by an earlier call, which has described it
-        return
-    trainer.create_model_card(license=arguments.license)
+    if trainer.state.global_step:  # else an earlier call has trained and described it
+        trainer.create_model_card(license=arguments.license)
     if config.push_to_hub:
         trainer.push_to_hub(license=arguments.license)
 

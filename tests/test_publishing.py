@@ -111,6 +111,17 @@ def test_a_second_push_updates_and_a_private_repository_is_private(tmp_path, dig
     AutoModelForImageClassification.from_pretrained("team/student", cache_dir=tmp_path / "b", token=READ)
 
 
+def test_a_new_trainer_pushes_the_student_of_an_earlier_one_and_does_not_write_over_it(tmp_path, digits, hub):
+    trainer = trainer_for(tmp_path, digits, push_to_hub=False)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    saved = (tmp_path / "run" / "model.safetensors").read_bytes()
+    trainer_for(tmp_path, digits, student=small_student(labels=LABELS)).push_to_hub()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == saved
+    assert set(hub.files("me/student")) == STUDENT and hub.files("me/student")["model.safetensors"] == saved
+
+
 def test_a_revision_is_a_branch_of_its_own(tmp_path, digits, hub):
     trainer = trainer_for(tmp_path, digits, hub_revision="try")
     trainer.push_to_hub()

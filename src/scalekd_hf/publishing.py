@@ -137,6 +137,8 @@ class PublishingTrainer(CheckpointTrainer):
     ) -> CommitInfo | None:
         """Save the student, describe it, and push both; every process must call it.
 
+        A trainer that has trained nothing, over a folder that holds a student, pushes what the folder holds.
+
         Args:
             commit_message, token, revision, private: as `Trainer.push_to_hub` takes them.
             blocking: wait for it; otherwise it goes on beside, and the log says where it fails.
@@ -149,7 +151,11 @@ class PublishingTrainer(CheckpointTrainer):
             PushError: it failed for good. What is on the disk is whole; the message has the command to push it later.
             ValueError: a wrong name or token.
         """
-        self.save_model(_internal_call=True)
+        folder = Path(str(self.args.output_dir))
+        as_it_is = self.state.global_step == 0 and (folder / STUDENT_FILE).exists()
+        self.accelerator.wait_for_everyone()  # everyone has looked before the first process writes
+        if not as_it_is:
+            self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -157,9 +163,9 @@ class PublishingTrainer(CheckpointTrainer):
             self.init_hf_repo(token=token, private=private)
         if revision not in (None, self.args.hub_revision):
             create_repository(str(self.hub_model_id), token or self.args.hub_token, private, revision)
-        self.create_model_card(**card)
+        if not as_it_is:
+            self.create_model_card(**card)
         self._finish_current_push()
-        folder = Path(str(self.args.output_dir))
         files = _existing(folder, (*WEIGHTS, *ABOUT))
         how: dict[str, Any] = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
         if blocking:
