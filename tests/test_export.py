@@ -26,7 +26,7 @@ STUDENTS = {
 }
 
 
-@pytest.mark.parametrize("family", some_slow(STUDENTS, 2))
+@pytest.mark.parametrize("family", some_slow(STUDENTS, 1))
 def test_both_files_compute_what_the_student_computes(tmp_path, family):
     pytest.importorskip("onnxruntime")
     # In a process of its own: the exporter starts threads of autograd, after which no test could fork.
