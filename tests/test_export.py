@@ -1,5 +1,8 @@
 """Exported students compute what the students compute, for any number of images, and say how to prepare them."""
 
+import contextlib
+import io
+import os
 import re
 
 import pytest
@@ -50,36 +53,47 @@ def export_and_compare(folder, make):
     assert torch.allclose(torch.export.load(folder / "model.pt2").module()(pixels), expected, atol=1e-5)
 
 
-def test_the_examples_of_the_document_run_and_answer_as_the_student(tmp_path, monkeypatch, capsys):
+def test_the_examples_of_the_document_run_and_answer_as_the_student(tmp_path):
     pytest.importorskip("onnxruntime")
+    outcome = in_child(tmp_path / "log", run_the_examples, tmp_path)
+    assert outcome.status == 0, outcome.text[-3000:]
+
+
+def run_the_examples(folder):
     student = STUDENTS["timm_resnet"]().eval()
     student.spec = student.spec.updated(crop_pct=0.8)
-    save_student(student, tmp_path)
-    finished = run_script("recipes/export.py", tmp_path)
+    save_student(student, folder)
+    finished = run_script("recipes/export.py", folder)
     assert finished.returncode == 0 and "model.onnx: " in finished.stdout, finished.stderr
     image = Image.fromarray((torch.rand(50, 70, 3) * 255).byte().numpy())
-    image.save(tmp_path / "image.png")
-    monkeypatch.chdir(tmp_path)
+    image.save(folder / "image.png")
     text = (ROOT / "docs" / "export.md").read_text()
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(first, {})
+    os.chdir(folder)
+    answers = []
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(example, {})
+        answers.append(output.getvalue().strip())
     pixels = Preparation(student.spec, training=False)({"image": image}, 0, 0)["pixel_values"]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (student.spec.mean, student.spec.std))
     with torch.no_grad():
         expected = LABELS[student.classify(normalise(pixels, mean, std)[None]).argmax()]
-    assert capsys.readouterr().out.strip() == expected
-    exec(second, {})
-    assert "values=tensor" in capsys.readouterr().out
+    assert answers[0] == expected and "values=tensor" in answers[1]
 
 
 def test_a_program_that_differs_is_not_kept_and_the_former_one_stays(tmp_path, monkeypatch):
-    student = STUDENTS["timm_resnet"]()
-    (tmp_path / "model.pt2").write_text("the former")
     monkeypatch.setattr("scalekd_hf.export.TOLERANCE", -1.0)
+    outcome = in_child(tmp_path / "log", export_one_that_differs, tmp_path / "exported")
+    assert outcome.status == 0, outcome.text[-3000:]
+
+
+def export_one_that_differs(folder):
+    folder.mkdir()
+    (folder / "model.pt2").write_text("the former")
     with pytest.raises(ValueError, match="differ by .* nothing was written"):
-        export_student(student, tmp_path, ("torch",))
-    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
-    assert (tmp_path / "model.pt2").read_text() == "the former"
+        export_student(STUDENTS["timm_resnet"](), folder, ("torch",))
+    assert [file.name for file in folder.iterdir()] == ["model.pt2"]
+    assert (folder / "model.pt2").read_text() == "the former"
 
 
 def test_what_is_missing_or_unknown_is_said(tmp_path, monkeypatch):

@@ -49,14 +49,21 @@ def export_student(
 
     Raises:
         ImportError: ONNX without its packages.
-        ValueError: an unknown format, or a program that differs by more than 1e-4 or cannot be made; no file is left.
+        ValueError: an unknown format, a student elsewhere or in another precision, or a program that differs by more
+            than 1e-4 or cannot be made; no file of it is left.
     """
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
         raise ValueError(f"`formats` must be among {sorted(FORMATS)}, got {list(formats)}.")
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if "onnx" in formats and missing:
-        raise ImportError(f"Exporting to ONNX needs {', '.join(missing)}: pip install 'scalekd-hf[export]'.")
+        raise ImportError(f"Exporting to ONNX needs {', '.join(missing)}: pip install \"scalekd-hf[export]\".")
+    other = sorted({f"{p.dtype} on {p.device}" for p in student.parameters()} - {"torch.float32 on cpu"})
+    if other:
+        raise ValueError(
+            f"`student` {student.name!r} must be in float32 on the CPU, where its export is checked, got "
+            f"{', '.join(other)}. Move it with `student.to('cpu', torch.float32)`."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     differences = {}
@@ -72,61 +79,68 @@ def export_student(
 
 
 def _write_and_compare(student: Student, kind: str, file: Path) -> float:
-    was_training = student.training
+    modes = {module: module.training for module in student.modules()}
     model = _Logits(student).eval()
-    example = torch.randn(2, 3, *student.spec.size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-            run = (_write_onnx if kind == "onnx" else _write_torch)(program, example, _facts(student), file)
-            return _compare(model, run, student, file)
-    except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
-        raise ValueError(f"`student` {student.name!r} cannot be exported as {kind!r}: {error}") from error
+            run = (_write_onnx if kind == "onnx" else _write_torch)(model, student, file)
+            differences = [_difference(model, run, student.spec.size, batch) for batch in BATCHES]
+    except Exception as error:  # of which kind depends on the exporter
+        raise ValueError(
+            f"`student` {student.name!r} cannot be exported as {kind!r}: {error} Try another of `formats`."
+        ) from error
     finally:
-        student.train(was_training)
-
-
-def _compare(model: nn.Module, run: Any, student: Student, file: Path) -> float:
-    worst = 0.0
-    for batch in BATCHES:
-        images = torch.randn(batch, 3, *student.spec.size, generator=torch.Generator().manual_seed(batch))
-        expected, found = model(images), run(images)
-        scale = expected.abs().max().clamp(min=1e-6)
-        worst = max(worst, ((found - expected).abs().max() / scale).item())
+        for module, mode in modes.items():
+            module.training = mode
+    worst = torch.stack(differences).max().item()  # NaN, where one is
     if not worst <= TOLERANCE:
         raise ValueError(
-            f"`student` {student.name!r} and its export {file.name.removeprefix('_unfinished_')!r} differ by {worst:.2e} of "
-            f"the largest logit on random images, more than {TOLERANCE:g}: nothing was written. Try another format."
+            f"`student` {student.name!r} and its export {FORMATS[kind]!r} differ by {worst:.2e} of the largest logit on "
+            f"random images, more than {TOLERANCE:g}: nothing was written. Try another of `formats`."
         )
     return worst
 
 
-def _write_onnx(program: Any, example: Tensor, facts: dict[str, str], file: Path) -> Any:
+def _difference(model: nn.Module, run: Any, size: tuple[int, int], batch: int) -> Tensor:
+    images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
+    expected, found = model(images), run(images)
+    return (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+
+
+def _example(student: Student) -> dict[str, Any]:
+    """Arguments of both exporters: two images, of which the number may change."""
+    images = torch.randn(2, 3, *student.spec.size, generator=torch.Generator().manual_seed(0))
+    return {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+
+
+def _write_onnx(model: nn.Module, student: Student, file: Path) -> Any:
     import onnxruntime
 
     exported: Any = torch.onnx.export(
-        program,
-        (example,),
+        model,
+        **_example(student),
         dynamo=True,
         input_names=["pixel_values"],
         output_names=["logits"],
         external_data=False,
         verbose=False,
     )
-    exported.model.metadata_props.update(facts)
+    exported.model.metadata_props.update(_facts(student))
     exported.save(str(file), external_data=False)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"pixel_values": images.numpy()})[0])
 
 
-def _write_torch(program: Any, example: Tensor, facts: dict[str, str], file: Path) -> Any:
-    torch.export.save(program, file, extra_files=facts)
+def _write_torch(model: nn.Module, student: Student, file: Path) -> Any:
+    program = torch.export.export(model, **_example(student))
+    torch.export.save(program, file, extra_files=_facts(student))
     return torch.export.load(file).module()
 
 
 def _facts(student: Student) -> dict[str, str]:
     """What inference needs beside the weights, as JSON by name."""
     spec = student.spec
-    facts: dict[str, Any] = {"labels": student.labels, "size": spec.size, "mean": spec.mean, "std": spec.std}
+    labels = student.labels or [f"LABEL_{number}" for number in range(student.num_labels)]  # as transformers has it
+    facts: dict[str, Any] = {"labels": labels, "size": spec.size, "mean": spec.mean, "std": spec.std}
     facts |= {"interpolation": spec.interpolation, "crop_pct": spec.crop_pct}
     return {name: json.dumps(value) for name, value in facts.items()}
