@@ -57,7 +57,7 @@ def export_student(
         raise ValueError(f"`formats` must be among {sorted(FORMATS)}, got {list(formats)}.")
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if "onnx" in formats and missing:
-        raise ImportError(f"Exporting to ONNX needs {', '.join(missing)}: pip install \"scalekd-hf[export]\".")
+        raise ImportError(f'Exporting to ONNX needs {", ".join(missing)}: pip install "scalekd-hf[export]".')
     other = sorted({f"{p.dtype} on {p.device}" for p in student.parameters()} - {"torch.float32 on cpu"})
     if other:
         raise ValueError(
@@ -95,8 +95,8 @@ def _write_and_compare(student: Student, kind: str, file: Path) -> float:
     worst = torch.stack(differences).max().item()  # NaN, where one is
     if not worst <= TOLERANCE:
         raise ValueError(
-            f"`student` {student.name!r} and its export {FORMATS[kind]!r} differ by {worst:.2e} of the largest logit on "
-            f"random images, more than {TOLERANCE:g}: nothing was written. Try another of `formats`."
+            f"`student` {student.name!r} and its export {FORMATS[kind]!r} differ by {worst:.2e} of the largest logit "
+            f"on random images, more than {TOLERANCE:g}: nothing was written. Try another of `formats`."
         )
     return worst
 
