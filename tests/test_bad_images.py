@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import settings, small_student
+from helpers import settings, small_student, some_slow
 from PIL import Image
 
 from scalekd_hf import ScaleKDTrainer
@@ -66,7 +66,7 @@ def test_bad_images_are_listed_once_with_their_place_and_training_goes_on(tmp_pa
     assert "Undecodable images met in training: " in caplog.text and "bad_images.jsonl" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["stream", "map"])
+@pytest.mark.parametrize("kind", some_slow(["stream", "map"], 1))
 def test_a_run_over_bad_images_resumes_exactly(tmp_path, files, kind):
     whole = trainer_for(tmp_path, files, kind, save_strategy="steps", per_device_train_batch_size=3)
     whole.train()

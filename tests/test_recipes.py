@@ -159,6 +159,7 @@ def test_distillation_without_labels_through_the_recipe(tmp_path, logit_weight):
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.num_labels == 10
 
 
+@pytest.mark.slow
 def test_the_baseline_is_not_resumed_from_the_distilled_student(tmp_path):
     words = [
         "--output_dir",

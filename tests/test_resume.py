@@ -124,7 +124,7 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["stream", "map"])
+@pytest.mark.parametrize("kind", some_slow(["stream", "map"], 1))
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one_to_the_bit(tmp_path, shards, kind, workers):
     options = {"kind": kind, "dataloader_num_workers": workers}
@@ -136,7 +136,7 @@ def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one_to_the_bit(tmp_p
         assert result(tmp_path) == whole, step
 
 
-@pytest.mark.parametrize("kind", ["stream", "map"])
+@pytest.mark.parametrize("kind", some_slow(["stream", "map"], 1))
 def test_two_processes_resume_to_the_bit(tmp_path, shards, kind):
     options = {"kind": kind, "dataloader_num_workers": 2, "per_device_train_batch_size": 2, "ema_decay": 0.9}
 

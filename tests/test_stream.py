@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import RangeServer
+from helpers import RangeServer, some_slow
 from PIL import Image
 from processes import in_child
 
@@ -141,7 +141,7 @@ def test_the_order_of_a_data_set_in_memory_does_not_depend_on_its_readers(files)
 
 @pytest.mark.parametrize("repeats", [1, 3])
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 3)])
-@pytest.mark.parametrize("kind", ["stream", "map"])
+@pytest.mark.parametrize("kind", some_slow(["stream", "map"], 1))
 def test_a_reader_goes_on_where_it_stopped(files, kind, world_size, workers, repeats):
     options = {"workers": workers, "batch_size": 3, "repeats": repeats}
     data = stream_of(files, kind)
