@@ -19,11 +19,13 @@ class HubServer:
         repos: by name, `private` and `branches`: files by path, and the number of commits.
         requests: method and path of each request.
         failing: how many of the next requests that send something are answered with 503.
+        hidden: a file that the Hub fails to give out.
         dying: after so many bytes of large files the server goes away in the middle of one.
     """
 
     def __init__(self, port):
         self.port, self.repos, self.blobs = port, {}, {}
+        self.hidden = None
         self.requests, self.failing, self.dying, self.authorizations = [], 0, None, []
 
     @property
@@ -181,6 +183,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def resolve(self, body, repo, branch, path):
         if repo not in self.hub.repos or not self.may(False, repo):
             return self.answer(404, {}, {"X-Error-Code": "RepoNotFound"})
+        if path == self.hub.hidden:
+            return self.answer(500, {"error": "down"})
         files = self.hub.files(repo, "main" if len(branch) == 40 else branch)
         headers = {"X-Repo-Commit": _sha(files)}
         if path not in files:

@@ -210,6 +210,17 @@ def test_an_evaluation_goes_into_the_card_on_the_hub(tmp_path, digits, hub):
     assert card.data.eval_results[-1].dataset_type == "imagenet-r" and "| imagenet-r, test | 50.00% |" in card.text
 
 
+def test_where_the_hubs_card_cannot_be_read_it_is_not_written_over(tmp_path, digits, hub):
+    trainer = trainer_for(tmp_path, digits, overwrite_output_dir=True)
+    trainer.push_to_hub()
+    mine = b"---\nlicense: mit\n---\n# Mine\n"
+    hub.files("me/student")["README.md"] = mine
+    hub.hidden = "README.md"
+    with pytest.raises(PushError, match="its card cannot be read.*hf upload me/student"):
+        trainer.push_to_hub()
+    assert hub.files("me/student")["README.md"] == mine and hub.commits("me/student") == 1
+
+
 def test_of_two_processes_one_pushes(tmp_path, digits, hub):
     def push():
         trainer = trainer_for(tmp_path, digits)

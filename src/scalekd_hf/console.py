@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 
 from .distiller import LOSS_TERMS
@@ -70,44 +70,37 @@ def _number(name: str, value: Any) -> str:
     return f"{value:.2%}" if name.endswith(("top1", "top5")) else f"{value:.4g}"
 
 
-class BarLog(ProgressCallback):
-    """The Trainer's progress bar, with a readable line above it."""
+class _Readable(TrainerCallback):
+    """What both logs share; `write` puts a line on the screen."""
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """See `TrainerCallback`."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.clock.start(state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        """See `TrainerCallback`."""
-        if state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.write(line(logs, state, self.clock))
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.write(line(logs or {}, state, self.clock))
+
+    def write(self, text: str) -> None:
+        raise NotImplementedError
 
 
-class LineLog(PrinterCallback):
+class BarLog(_Readable, ProgressCallback):
+    """The Trainer's progress bar, with a readable line above it."""
+
+    def write(self, text: str) -> None:
+        """Above the bar; nothing without one, as the parent."""
+        if self.training_bar is not None:
+            self.training_bar.write(text)
+
+
+class LineLog(_Readable, PrinterCallback):
     """The same without a bar."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.clock = Clock()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """See `TrainerCallback`."""
-        self.clock.start(state.global_step)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        """See `TrainerCallback`."""
-        if state.is_world_process_zero:
-            print(line(logs or {}, state, self.clock), flush=True)  # noqa: T201
+    def write(self, text: str) -> None:
+        """To the standard output."""
+        print(text, flush=True)  # noqa: T201

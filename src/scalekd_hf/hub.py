@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 
 __all__ = ["PushError", "create_repository", "push_command", "remote_card", "upload"]
@@ -89,15 +89,26 @@ def push_command(repo: str, folder: str | Path, names: Iterable[str], private: A
 
 
 def remote_card(repo: str, token: str | None, revision: str | None) -> str | None:
-    """The text of a repository's card; None where it has none or does not answer."""
+    """The text of a repository's card as it is now; None where it has none.
+
+    Raises:
+        PushError: the Hub does not say: then nobody knows what a push would write over.
+    """
+    api = HfApi(token=token)
+
+    def read() -> str | None:
+        try:
+            file = api.hf_hub_download(repo, "README.md", revision=revision, force_download=True)
+        except LocalEntryNotFoundError:  # no answer, and nothing kept of an earlier one
+            raise
+        except EntryNotFoundError:
+            return None
+        return Path(file).read_text()
+
     try:
-        file = HfApi(token=token).hf_hub_download(repo, "README.md", revision=revision)
-    except EntryNotFoundError:
-        return None
-    except Exception as error:  # what is pushed next will say what is wrong
-        logger.debug("No card was read from %s: %s", repo, error)
-        return None
-    return ModelCard.load(file, ignore_metadata_errors=True).content
+        return _retrying(f"Reading the card of {repo!r}", read, token)
+    except Exception as error:
+        raise PushError(f"Pushing to {repo!r} failed, its card cannot be read: {_text(error, token)}") from error
 
 
 def _retrying(what: str, action: Callable[[], T], token: str | None) -> T:
@@ -106,7 +117,7 @@ def _retrying(what: str, action: Callable[[], T], token: str | None) -> T:
             return action()
         except Exception as error:
             status = _status(error)
-            if isinstance(error, ValueError) or (status is not None and status < 500 and status not in LATER):
+            if isinstance(error, HFValidationError) or (status is not None and status < 500 and status not in LATER):
                 raise
             logger.warning("%s failed (%s); once more in %g s.", what, _text(error, token), pause)
             time.sleep(pause)

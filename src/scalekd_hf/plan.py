@@ -27,7 +27,7 @@ from .students import load_student
 from .teachers import load_teacher
 
 
-__all__ = ["Plan", "plan", "plan_run", "plan_words"]
+__all__ = ["Plan", "gflops_of", "plan", "plan_run", "plan_words"]
 
 IMAGES = 2  # in the dry run: BatchNorm refuses one image
 

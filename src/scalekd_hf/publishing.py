@@ -224,11 +224,11 @@ class PublishingTrainer(CheckpointTrainer):
         self, files: list[Path], message: str, later: Path, token: str | None, revision: str | None, folder: str = ""
     ) -> CommitInfo:
         repo = str(self.hub_model_id)
-        card = remote_card(repo, token, revision)
-        if card is not None and MARK not in card:
-            logger.warning("The card of %r was changed by somebody: it stays as it is.", repo)
-            files = [file for file in files if file.name != "README.md"]
         try:
+            card = remote_card(repo, token, revision)
+            if card is not None and MARK not in card:
+                logger.warning("The card of %r was changed by somebody: it stays as it is.", repo)
+                files = [file for file in files if file.name != "README.md"]
             return upload(repo, files, message, token=token, revision=revision, folder=folder)
         except PushError as error:
             names = [file.name for file in files]
