@@ -96,7 +96,7 @@ def test_whole_step_equals_the_authors():
         logit_weight=config["kd_alpha"],
         temperature=config["kd_temperature"],
     ).train()
-    for name, head in heads.named_children():
+    for name, head in heads.projectors():
         head.load_state_dict(projector_weights(values, f"cap.{name.replace('_', '.')}."))
 
     last_map, logits = teacher(values["in.pixel_values"])
@@ -112,6 +112,6 @@ def test_whole_step_equals_the_authors():
     assert_close(output.loss, values["loss.total"], "total")
     for name, parameter in zip(("penultimate", "last", "logits"), student.outputs, strict=True):
         assert_close(parameter.grad, values[f"grad.student_{name}"], f"student's {name}")
-    for name, head in heads.named_children():
+    for name, head in heads.projectors():
         assert_gradients(head, projector_weights(values, f"grad.cap.{name.replace('_', '.')}."))
     assert all(parameter.grad is None for parameter in teacher.parameters())

@@ -67,6 +67,48 @@ def test_view_loss_equals_the_plain_version(view):
     assert_close(gradient, expected_gradient, "gradient")
 
 
+def test_a_frequency_view_that_keeps_the_direct_component_is_a_second_spatial_view():
+    model = distiller(remove_direct_component=False)
+    penultimate, last, _ = model.student(images())
+    last_map, _ = model.teacher(images())
+    losses = model.heads(penultimate, last, last_map, model.teacher.last_stage)
+    perceived = model.teacher.last_stage(model.heads.penultimate_frequency(penultimate))
+    assert_close(losses["penultimate_frequency"], spatial_mimicking_loss(perceived, last_map))
+
+
+def test_shared_stems_are_one_stem_for_both_views_of_a_stage():
+    model = distiller(stem="shared")
+    stems = [name for name, module in model.heads.named_modules() if name.endswith("conv")]
+    assert stems == ["stems.penultimate.conv", "stems.last.conv"]
+    penultimate, last, _ = model.student(images())
+    last_map, _ = model.teacher(images())
+    losses = model.heads(penultimate, last, last_map, model.teacher.last_stage)
+    stem = model.heads.stems["penultimate"](penultimate)
+    perceived = model.teacher.last_stage(model.heads.penultimate_frequency(stem))
+    assert_close(losses["penultimate_frequency"], frequency_mimicking_loss(perceived, last_map))
+
+
+def test_a_separable_stem_costs_a_ninth():
+    full, separable = (
+        CrossAttentionProjector(64, 12, **GRIDS, num_heads=3, stem=stem).stem.conv for stem in ("full", "separable")
+    )
+    count = [sum(p.numel() for p in module.parameters()) for module in (full, separable)]
+    assert count == [64 * 64 * 9 + 64, 64 * 9 + 64 * 64 + 64]
+
+
+def test_both_views_pass_through_the_teachers_last_stage_as_one_batch():
+    model, batches = distiller(), []
+    penultimate, last, _ = model.student(images())
+    last_map, _ = model.teacher(images())
+
+    def last_stage(tokens):
+        batches.append(len(tokens))
+        return model.teacher.last_stage(tokens)
+
+    model.heads(penultimate, last, last_map, last_stage)
+    assert batches == [2 * len(last_map)]
+
+
 @pytest.mark.parametrize("grid", [(7, 7), (4, 6), (1, 5)])
 def test_removing_the_direct_component_is_subtracting_the_mean(grid):
     maps = torch.randn(2, 5, *grid)
@@ -120,7 +162,7 @@ def test_the_losses_of_the_heads_equal_the_plain_version_through_a_real_teacher(
     ).train()
     penultimate, last = torch.randn(2, 6, 5, 3, requires_grad=True), torch.randn(2, 8, 3, 2, requires_grad=True)
     last_map, _ = teacher(images())
-    weights = {name: weights_of(head) for name, head in heads.named_children()}
+    weights = {name: weights_of(head) for name, head in heads.projectors()}
     losses = heads(penultimate, last, last_map, teacher.last_stage)
     expected = reference.feature_losses(weights, penultimate, last, last_map, teacher.last_stage, (3, 4), 5.0)
     assert set(losses) == set(FEATURE_TERMS)
@@ -134,9 +176,8 @@ def test_the_losses_of_the_heads_equal_the_plain_version_through_a_real_teacher(
 def distiller(**changes):
     torch.manual_seed(0)
     student, teacher = small_student(), load_teacher(timm_swin())
-    weights = {
-        key: changes[key] for key in ("spatial_weight", "frequency_weight", "last_frequency_weight") if key in changes
-    }
+    names = ("spatial_weight", "frequency_weight", "last_frequency_weight", "teacher_perception")
+    weights = {key: changes[key] for key in names if key in changes}
     terms = tuple(feature_weights(**{"spatial_weight": 0.08, "frequency_weight": 0.06, **weights}))
     heads = MimickingHeads(
         student.dims,
@@ -144,7 +185,11 @@ def distiller(**changes):
         (teacher.penultimate_dim, teacher.dim),
         (teacher.penultimate_grid, teacher.grid),
         (4, 8),
-        learned_last_queries=changes.pop("learned_last_queries", False),
+        **{
+            key: changes.pop(key)
+            for key in ("learned_last_queries", "remove_direct_component", "stem")
+            if key in changes
+        },
         terms=terms,
     )
     return ScaleKDModel(student, teacher, heads if terms else None, **changes).train()
@@ -192,6 +237,16 @@ VARIANTS = {
     ),
     "spatial view alone": ({"frequency_weight": 0.0}, {"task", "logit", "penultimate_spatial", "last_spatial"}),
     "frequency view alone": ({"spatial_weight": 0.0}, {"task", "logit", "penultimate_frequency", "last_frequency"}),
+    "no teacher parameter perception": (
+        {"teacher_perception": False, "learned_last_queries": True},
+        {"task", "logit", "last_spatial", "last_frequency"},
+    ),
+    "shared stems": ({"stem": "shared"}, {"task", "logit", *FEATURE_TERMS}),
+    "shared stems, spatial view alone": (
+        {"stem": "shared", "frequency_weight": 0.0},
+        {"task", "logit", "penultimate_spatial", "last_spatial"},
+    ),
+    "separable stems": ({"stem": "separable"}, {"task", "logit", *FEATURE_TERMS}),
     "logits alone": ({"spatial_weight": 0.0, "frequency_weight": 0.0}, {"task", "logit"}),
     "no logits": ({"logit_weight": 0.0}, {"task", *FEATURE_TERMS}),
     "binary cross-entropy": ({"task_loss": "binary_cross_entropy"}, {"task", "logit", *FEATURE_TERMS}),

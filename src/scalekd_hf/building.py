@@ -64,6 +64,7 @@ def build_model(
         spatial_weight=args.spatial_weight,
         frequency_weight=args.frequency_weight,
         last_frequency_weight=args.last_frequency_weight,
+        teacher_perception=args.teacher_perception,
         logit_weight=args.logit_weight,
         temperature=args.temperature,
         **settings,
@@ -80,7 +81,8 @@ def _check_built_size(option: str, asked: int | None, model: Any) -> None:
 
 
 def _build_heads(student: Student, teacher: Teacher, args: ScaleKDConfig) -> MimickingHeads | None:
-    terms = tuple(feature_weights(args.spatial_weight, args.frequency_weight, args.last_frequency_weight))
+    weights = (args.spatial_weight, args.frequency_weight, args.last_frequency_weight)
+    terms = tuple(feature_weights(*weights, args.teacher_perception))
     if not terms:
         return None
     return MimickingHeads(
@@ -91,7 +93,9 @@ def _build_heads(student: Student, teacher: Teacher, args: ScaleKDConfig) -> Mim
         num_heads(teacher, args),
         softmax_scale=args.softmax_scale,
         stem_norm=args.stem_norm,
-        learned_last_queries=args.learned_last_queries,
+        learned_last_queries=args.learned_last_queries or not args.teacher_perception,
+        remove_direct_component=args.remove_direct_component,
+        stem=args.stem,
         terms=terms,
     )
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
 from .losses import TASK_LOSSES
-from .projector import STEM_NORMS
+from .projector import STEM_NORMS, STEMS
 
 
 __all__ = ["ScaleKDConfig"]
@@ -57,6 +57,14 @@ class ScaleKDConfig(TrainingArguments):
         learned_last_queries (`bool`, *optional*, defaults to `False`):
             Learned queries at the last stage instead of teacher parameter perception's (section 3.3). Published:
             `True` in the 100-epoch Swin-S to ResNet-50 run.
+        teacher_perception (`bool`, *optional*, defaults to `True`):
+            Teacher parameter perception (section 3.3). `False` leaves the penultimate terms out and gives the last stage
+            learned queries, as in the paper's ablation.
+        remove_direct_component (`bool`, *optional*, defaults to `True`):
+            In the frequency view (section 3.2). `False` for an ablation: a second spatial view.
+        stem (`str`, *optional*, defaults to `"full"`):
+            `"full"` as published. Lighter, and **not the paper's method**: `"shared"`, one stem for the two views of a
+            stage, or `"separable"`, depthwise and 1x1 convolutions. docs/results.md compares them.
         teacher_last_blocks (`int`, *optional*, defaults to `2`):
             Blocks that count as the last stage of a plain ViT teacher (authors' code).
         teacher_drop_path (`float`, *optional*, defaults to `0.0`):
@@ -163,6 +171,15 @@ class ScaleKDConfig(TrainingArguments):
     )
     learned_last_queries: bool = field(
         default=False, metadata={"help": "Learned queries at the last stage instead of teacher-made ones."}
+    )
+    teacher_perception: bool = field(
+        default=True, metadata={"help": "Teacher parameter perception: penultimate terms and teacher-made queries."}
+    )
+    remove_direct_component: bool = field(
+        default=True, metadata={"help": "In the frequency view; false for an ablation."}
+    )
+    stem: str = field(
+        default="full", metadata={"help": "Stems of the projectors; only full is the paper's.", "choices": list(STEMS)}
     )
     teacher_last_blocks: int = field(
         default=2, metadata={"help": "Blocks that count as the last stage of a plain ViT teacher."}
@@ -320,6 +337,7 @@ class ScaleKDConfig(TrainingArguments):
         self._check("timm_optim", f"must be an optimiser of timm {known}", lambda value: value in known)
         self._check("student_taps", "must be the names of two modules", lambda value: len(value) == 2)
         self._check("sync_batchnorm", f"must be one of {SYNC_BATCHNORMS}", lambda value: value in SYNC_BATCHNORMS)
+        self._check("stem", f"must be one of {STEMS}", lambda value: value in STEMS)
         self._check("stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
         self._check("task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
         self._check_combinations()

@@ -44,13 +44,20 @@ class ScaleKDOutput(ModelOutput):
 
 
 def feature_weights(
-    spatial_weight: float, frequency_weight: float, last_frequency_weight: float | None = None
+    spatial_weight: float,
+    frequency_weight: float,
+    last_frequency_weight: float | None = None,
+    teacher_perception: bool = True,
 ) -> dict[str, float]:
-    """The weight of each feature term that is not zero; `last_frequency_weight` defaults to `frequency_weight`."""
+    """The weight of each feature term that is not zero; `last_frequency_weight` defaults to `frequency_weight`.
+
+    Without `teacher_perception` the penultimate terms, which pass through the teacher's last stage, are left out.
+    """
     weights = dict(zip(FEATURE_TERMS, (spatial_weight, frequency_weight) * 2, strict=True))
     if last_frequency_weight is not None:
         weights["last_frequency"] = last_frequency_weight
-    return {term: weight for term, weight in weights.items() if weight}
+    used = FEATURE_TERMS if teacher_perception else FEATURE_TERMS[2:]
+    return {term: weights[term] for term in used if weights[term]}
 
 
 class PixelConverter(nn.Module):
@@ -93,6 +100,7 @@ class ScaleKDModel(nn.Module):
         heads: the mimicking heads, needed with a teacher unless all feature weights are zero.
         spatial_weight, frequency_weight: weights of the two views (section 3.4; 0.08 and 0.06 for Swin teachers).
         last_frequency_weight: another weight for the frequency view of the last stage.
+        teacher_perception: with the penultimate terms (section 3.3).
         logit_weight: λ. The task loss weighs 1 - λ.
         temperature: T of the logit term.
         task_loss: "cross_entropy" or "binary_cross_entropy" over sigmoids.
@@ -112,6 +120,7 @@ class ScaleKDModel(nn.Module):
         spatial_weight: float = 0.08,
         frequency_weight: float = 0.06,
         last_frequency_weight: float | None = None,
+        teacher_perception: bool = True,
         logit_weight: float = 0.5,
         temperature: float = 1.0,
         task_loss: str = "cross_entropy",
@@ -124,7 +133,7 @@ class ScaleKDModel(nn.Module):
         self.temperature, self.task_loss, self.label_smoothing = temperature, task_loss, label_smoothing
         self.weights = {"task": 1.0}
         if teacher is not None:
-            features = feature_weights(spatial_weight, frequency_weight, last_frequency_weight)
+            features = feature_weights(spatial_weight, frequency_weight, last_frequency_weight, teacher_perception)
             if set(features) != set(heads.terms if heads is not None else ()):
                 raise ValueError(
                     f"`heads` compute {heads.terms if heads is not None else 'nothing'}, but the weights ask for "

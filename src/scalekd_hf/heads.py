@@ -10,18 +10,18 @@ and both P_v and M_v are compared with the teacher's last map in view v.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
-from .losses import frequency_mimicking_loss, spatial_mimicking_loss
-from .projector import CrossAttentionProjector
+from .losses import mimicking_loss, mimicking_target
+from .projector import CrossAttentionProjector, Stem
 
 
 __all__ = ["FEATURE_TERMS", "MimickingHeads"]
 
-VIEW_LOSSES = {"spatial": spatial_mimicking_loss, "frequency": frequency_mimicking_loss}
+VIEWS = ("spatial", "frequency")
 FEATURE_TERMS = ("penultimate_spatial", "penultimate_frequency", "last_spatial", "last_frequency")
 
 
@@ -37,6 +37,8 @@ class MimickingHeads(nn.Module):
         softmax_scale, stem_norm: see `CrossAttentionProjector`.
         learned_last_queries: give the last projectors learned queries instead of the P_v, as the
             published 100-epoch Swin-S to ResNet-50 run does (no teacher parameter perception there).
+        remove_direct_component: of the frequency view, as published.
+        stem: of the projectors, "full" as published, "separable", or "shared" by the two views of a stage.
         terms: the losses to compute, out of `FEATURE_TERMS`. Projectors that no loss needs are not
             built: under DDP a parameter without a gradient is an error.
     """
@@ -51,6 +53,8 @@ class MimickingHeads(nn.Module):
         softmax_scale: float = 5.0,
         stem_norm: str = "batch",
         learned_last_queries: bool = False,
+        remove_direct_component: bool = True,
+        stem: str = "full",
         terms: tuple[str, ...] = FEATURE_TERMS,
     ):
         super().__init__()
@@ -58,6 +62,7 @@ class MimickingHeads(nn.Module):
             raise ValueError(f"`terms` must be among {FEATURE_TERMS}, got {sorted(unknown)}.")
         self.terms = tuple(term for term in FEATURE_TERMS if term in terms)
         self.learned_last_queries = learned_last_queries
+        self.removes_direct_component = {"spatial": False, "frequency": remove_direct_component}
         for name in FEATURE_TERMS:
             stage, view = name.split("_")
             is_last = stage == "last"
@@ -74,8 +79,19 @@ class MimickingHeads(nn.Module):
                     softmax_scale=softmax_scale,
                     learned_queries=learned_last_queries or not is_last,
                     stem_norm=stem_norm,
+                    stem=stem,
                 ),
             )
+        self.stems = nn.ModuleDict()  # where the two views of a stage share theirs
+        for stage, dim in zip(("penultimate", "last"), student_dims, strict=True):
+            if stem == "shared" and any(name.startswith(stage) for name, _ in self.projectors()):
+                self.stems[stage] = Stem(dim, stem_norm)
+
+    def projectors(self) -> Iterator[tuple[str, CrossAttentionProjector]]:
+        """The projectors by the names in `FEATURE_TERMS`, those that were built."""
+        for name, module in self.named_children():
+            if isinstance(module, CrossAttentionProjector):
+                yield name, module
 
     def forward(
         self,
@@ -94,15 +110,29 @@ class MimickingHeads(nn.Module):
         Returns:
             A scalar for each name in `terms`, a sum over tokens and a mean over images.
         """
+        if "last" in self.stems:
+            student_last = self.stems["last"](student_last)
+        perceived = self._perceive(student_penultimate, last_stage)
         losses = {}
-        for view, view_loss in VIEW_LOSSES.items():
+        for view in VIEWS:
             penultimate, last = f"penultimate_{view}", f"last_{view}"
-            perceived: Any = None
-            if hasattr(self, penultimate):
-                perceived = last_stage(getattr(self, penultimate)(student_penultimate))
+            if penultimate not in self.terms and last not in self.terms:
+                continue
+            without = self.removes_direct_component[view]
+            target = mimicking_target(teacher_last, without)
             if penultimate in self.terms:
-                losses[penultimate] = view_loss(perceived, teacher_last)
+                losses[penultimate] = mimicking_loss(perceived[view], target, without)
             if last in self.terms:
-                queries = None if self.learned_last_queries else perceived
-                losses[last] = view_loss(getattr(self, last)(student_last, queries), teacher_last)
+                queries = None if self.learned_last_queries else perceived[view]
+                losses[last] = mimicking_loss(getattr(self, last)(student_last, queries), target, without)
         return losses
+
+    def _perceive(self, student_map: Tensor, last_stage: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """P_v of each view; both views pass through the teacher's last stage as one batch."""
+        if "penultimate" in self.stems:
+            student_map = self.stems["penultimate"](student_map)
+        views = [view for view in VIEWS if hasattr(self, f"penultimate_{view}")]
+        tokens = [getattr(self, f"penultimate_{view}")(student_map) for view in views]
+        if not tokens:
+            return {}
+        return dict(zip(views, last_stage(torch.cat(tokens)).chunk(len(views)), strict=True))

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-__all__ = ["frequency_mimicking_loss", "logit_distillation_loss", "spatial_mimicking_loss", "task_loss"]
+__all__ = [
+    "frequency_mimicking_loss",
+    "logit_distillation_loss",
+    "mimicking_loss",
+    "mimicking_target",
+    "spatial_mimicking_loss",
+    "task_loss",
+]
 
 TASK_LOSSES = ("cross_entropy", "binary_cross_entropy")
 
@@ -27,23 +34,49 @@ def _float32(*tensors: Tensor) -> tuple[AbstractContextManager, list[Tensor]]:
     return context, [tensor.float() for tensor in tensors]
 
 
-def _tokens(feature_map: Tensor) -> Tensor:
-    return feature_map.flatten(2).transpose(1, 2)  # (B, D, H, W) -> (B, N, D)
+def _unit_tokens(tokens: Tensor, remove_direct_component: bool) -> Tensor:
+    if remove_direct_component:
+        tokens = tokens - tokens.mean(1, keepdim=True)
+    return F.normalize(tokens, dim=-1)
 
 
-def _check_shapes(tokens: Tensor, teacher_map: Tensor) -> None:
-    expected = (teacher_map.shape[0], teacher_map.shape[2] * teacher_map.shape[3], teacher_map.shape[1])
-    if tuple(tokens.shape) != expected:
+def mimicking_target(teacher_map: Tensor, remove_direct_component: bool) -> Tensor:
+    """The teacher's side of a view, for `mimicking_loss`; every loss of the view may share it.
+
+    Args:
+        teacher_map: (B, D, H, W), the teacher's last map.
+        remove_direct_component: in the frequency view, see `frequency_mimicking_loss`.
+
+    Returns:
+        (B, H*W, D) unit vectors in float32.
+    """
+    context, (teacher_map,) = _float32(teacher_map)
+    with context:
+        return _unit_tokens(teacher_map.flatten(2).transpose(1, 2), remove_direct_component)
+
+
+def mimicking_loss(tokens: Tensor, target: Tensor, remove_direct_component: bool) -> Tensor:
+    """1/B · Σ ||p/||p|| − t/||t|| ||², a sum over tokens and channels, a mean over images only (section 3.2).
+
+    Args:
+        tokens: (B, N, D), the projected student tokens.
+        target: (B, N, D), the unit vectors of `mimicking_target`.
+        remove_direct_component: as for the target.
+
+    Returns:
+        A float32 scalar in [0, 4 * N].
+
+    Raises:
+        ValueError: tokens of another shape than the target's.
+    """
+    if tokens.shape != target.shape:
         raise ValueError(
-            f"`tokens` must be (B, H*W, D) = {expected} for a `teacher_map` of shape {tuple(teacher_map.shape)}, "
-            f"got {tuple(tokens.shape)}."
+            f"`tokens` must be (B, H*W, D) = {tuple(target.shape)} as the teacher's last map is, got "
+            f"{tuple(tokens.shape)}."
         )
-
-
-def _unit_distance(tokens: Tensor, targets: Tensor) -> Tensor:
-    """1/B · Σ ||p/||p|| − t/||t|| ||²: a sum over tokens and channels, a mean over images only."""
-    difference = F.normalize(tokens, dim=-1) - F.normalize(targets, dim=-1)
-    return difference.square().sum() / tokens.shape[0]
+    context, (tokens, target) = _float32(tokens, target)
+    with context:
+        return (_unit_tokens(tokens, remove_direct_component) - target).square().sum() / tokens.shape[0]
 
 
 def spatial_mimicking_loss(tokens: Tensor, teacher_map: Tensor) -> Tensor:
@@ -56,10 +89,7 @@ def spatial_mimicking_loss(tokens: Tensor, teacher_map: Tensor) -> Tensor:
     Returns:
         A float32 scalar in [0, 4 * H * W]: a sum over tokens, a mean over images.
     """
-    _check_shapes(tokens, teacher_map)
-    context, (tokens, teacher_map) = _float32(tokens, teacher_map)
-    with context:
-        return _unit_distance(tokens, _tokens(teacher_map))
+    return mimicking_loss(tokens, mimicking_target(teacher_map, False), False)
 
 
 def frequency_mimicking_loss(tokens: Tensor, teacher_map: Tensor) -> Tensor:
@@ -71,11 +101,7 @@ def frequency_mimicking_loss(tokens: Tensor, teacher_map: Tensor) -> Tensor:
 
     Args and returns are those of `spatial_mimicking_loss`.
     """
-    _check_shapes(tokens, teacher_map)
-    context, (tokens, teacher_map) = _float32(tokens, teacher_map)
-    with context:
-        targets = _tokens(teacher_map)
-        return _unit_distance(tokens - tokens.mean(1, keepdim=True), targets - targets.mean(1, keepdim=True))
+    return mimicking_loss(tokens, mimicking_target(teacher_map, True), True)
 
 
 def logit_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -233,7 +233,7 @@ def _describe_projectors(result: Plan, model: ScaleKDModel, config: ScaleKDConfi
     assert teacher is not None and heads is not None
     per_stage = dict(zip(("penultimate", "last"), num_heads(teacher, config), strict=True))
     projector: Any
-    for name, projector in heads.named_children():
+    for name, projector in heads.projectors():
         stage = name.split("_")[0]
         student_map = maps[stage == "last"]
         queries = None

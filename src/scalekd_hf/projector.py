@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-__all__ = ["STEM_NORMS", "CrossAttentionProjector"]
+__all__ = ["STEMS", "STEM_NORMS", "CrossAttentionProjector"]
 
 STEM_NORMS = ("batch", "layer")
+STEMS = ("full", "shared", "separable")
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -28,11 +29,17 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class Stem(nn.Module):
-    """3x3 convolution that keeps the channels, a norm and a ReLU: (B, C, h, w) to (B, C, h, w)."""
+    """3x3 convolution that keeps the channels, a norm and a ReLU: (B, C, h, w) to (B, C, h, w).
 
-    def __init__(self, dim: int, norm: str):
+    The separable one is depthwise, then 1x1: a ninth of the work, and not the paper's.
+    """
+
+    def __init__(self, dim: int, norm: str, separable: bool = False):
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+        self.conv: nn.Module = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+        if separable:
+            depthwise = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
+            self.conv = nn.Sequential(depthwise, nn.Conv2d(dim, dim, kernel_size=1))
         self.norm = nn.BatchNorm2d(dim) if norm == "batch" else ChannelLayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,9 +94,10 @@ class CrossAttentionProjector(nn.Module):
         learned_queries: own a query per cell of the teacher's grid. Otherwise `forward` needs
             `queries`, as in teacher parameter perception (section 3.3).
         stem_norm: "batch" (BatchNorm2d) or "layer" (LayerNorm over channels, the Swin-T pair).
+        stem: "full", as published; "separable"; or "shared", none: the map given has been through one.
 
     Raises:
-        ValueError: heads that do not divide the width, a size below 1, or an unknown norm.
+        ValueError: heads that do not divide the width, a size below 1, an unknown norm or stem.
     """
 
     def __init__(
@@ -102,6 +110,7 @@ class CrossAttentionProjector(nn.Module):
         softmax_scale: float = 5.0,
         learned_queries: bool = True,
         stem_norm: str = "batch",
+        stem: str = "full",
     ):
         super().__init__()
         if num_heads < 1 or teacher_dim % num_heads:
@@ -111,11 +120,15 @@ class CrossAttentionProjector(nn.Module):
             )
         if stem_norm not in STEM_NORMS:
             raise ValueError(f"`stem_norm` must be one of {STEM_NORMS}, got {stem_norm!r}.")
+        if stem not in STEMS:
+            raise ValueError(f"`stem` must be one of {STEMS}, got {stem!r}.")
         if not softmax_scale > 0:
             raise ValueError(f"`softmax_scale` must be positive, got {softmax_scale}.")
         self.student_grid = tuple(student_grid)
         self.teacher_grid = tuple(teacher_grid)
-        self.stem = Stem(student_dim, stem_norm)
+        self.stem: nn.Module = nn.Identity()
+        if stem != "shared":
+            self.stem = Stem(student_dim, stem_norm, stem == "separable")
         self.pos_embed = nn.Parameter(torch.empty(1, student_dim, *self.student_grid))
         num_queries = self.teacher_grid[0] * self.teacher_grid[1]
         self.queries = nn.Parameter(torch.empty(num_queries, teacher_dim)) if learned_queries else None

@@ -60,11 +60,12 @@ def agreement_maps(model: ScaleKDModel, pixel_values: Tensor) -> dict[str, Tenso
         tokens[name] = output
 
     def last_stage(entering: Tensor) -> Tensor:
-        name = next(reversed(tokens))  # the projector that has just run
-        tokens[name] = teacher.last_stage(entering)
-        return tokens[name]
+        entered = list(tokens)  # the penultimate projectors, which have just run; the views are one batch
+        perceived = teacher.last_stage(entering)
+        tokens.update(zip(entered, perceived.chunk(len(entered)), strict=True))
+        return perceived
 
-    hooks = [projector.register_forward_hook(partial(keep, name)) for name, projector in heads.named_children()]
+    hooks = [projector.register_forward_hook(partial(keep, name)) for name, projector in heads.projectors()]
     training = model.training
     try:
         model.eval()

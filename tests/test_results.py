@@ -1,0 +1,138 @@
+"""recipes/results.py: its tables from what runs leave, and the whole command in small."""
+
+import json
+import sys
+
+import pytest
+from helpers import ROOT, run
+
+
+sys.path.insert(0, str(ROOT / "recipes"))
+import results
+from results import Outcome
+
+
+def leave(folder, name, curve, alone=None, images=100):
+    """What a run of 4 evaluations leaves: top-1 by share of the budget."""
+    rows = {"student distilled": {"top1": curve[-1]}} | ({"student alone": {"top1": alone[-1]}} if alone else {})
+    for place, values in ((folder / name, curve), (folder / name / "alone", alone)):
+        if values:
+            place.mkdir(parents=True)
+            log = [{"step": step, "eval_top1": v, "eval_runtime": 1.0} for step, v in enumerate(values, 1)]
+            log.append({"step": 4, "loss": 1.0, "images_seen": 4 * images, "images_per_second": images})
+            state = {"global_step": 4, "train_batch_size": images, "epoch": 2.0, "log_history": log}
+            (place / "trainer_state.json").write_text(json.dumps(state))
+    (folder / name / "results.json").write_text(json.dumps(rows))
+
+
+def leave_teacher(folder, name, top1):
+    (folder / f"teacher_{name}").mkdir()
+    (folder / f"teacher_{name}" / "eval_results.json").write_text(json.dumps({"eval_top1": top1}))
+
+
+def written(tmp_path, *words):
+    """The arguments, the outcomes and the block of a report about `tmp_path`."""
+    arguments = results.parse(["--dataset", "d", "--output_dir", str(tmp_path), *words])
+    tables = results.chosen(arguments)
+    arms = [arm for arms in tables.values() for arm in arms]
+    outcomes = results.read_outcomes(arms, tmp_path, arguments.seeds)
+    return arguments, outcomes, results.report_block(tables, outcomes, arguments, "python")
+
+
+def test_the_first_table_has_means_gains_and_images_until_the_baseline(tmp_path):
+    leave(tmp_path, "mixer_scalekd_seed0", [0.4, 0.6, 0.7, 0.8], alone=[0.2, 0.3, 0.4, 0.5])
+    leave(tmp_path, "mixer_scalekd_seed1", [0.4, 0.6, 0.7, 0.9], alone=[0.2, 0.3, 0.4, 0.5])
+    leave(tmp_path, "mixer_logits_seed0", [0.2, 0.3, 0.4, 0.45])
+    _, outcomes, block = written(tmp_path, "--tables", "1", "--students", "mixer", "--seeds", "0", "1")
+    gains = "+35.00 ± 7.07 | +35.00 (1 of 2 seeds)"
+    assert f"| Mixer | 50.00 ± 0.00 | 45.00 (1 of 2 seeds) | 85.00 ± 7.07 | {gains} |" in block
+    assert "| Mixer | 400 (100%) | not reached | 150 (38%) |" in block
+    assert "each student: 400 images seen, from 200 training images" in block
+    assert outcomes["mixer_alone"][0].seconds == 8.0  # 4 of training, 4 of evaluating
+
+
+def test_runs_that_are_missing_leave_dashes(tmp_path):
+    _, _, block = written(tmp_path)
+    assert "| ViT | – | – | – | – | – |" in block and "| Swin, larger | – | – | – |" in block
+    assert "Fewer than two teachers have results" in block and "Table 4" not in block
+
+
+def test_the_second_table_compares_with_the_student_alone_and_with_scalekd(tmp_path):
+    leave(tmp_path, "resnet18_scalekd_seed0", [0.8], alone=[0.5])
+    leave(tmp_path, "resnet18_direct_seed0", [0.75])
+    _, _, block = written(tmp_path, "--tables", "2", "--seeds", "0")
+    assert "| alone |  | 50.00 |  | -30.00 |" in block and "| + logits = ScaleKD |" in block
+    assert "| `--remove_direct_component false` | 75.00 | +25.00 | -5.00 |" in block
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.9, "rises: +20.00, +40.00."), (0.6, "falls: +20.00, +10.00.")])
+def test_whether_the_gain_follows_the_teachers_is_computed(tmp_path, gain, verdict):
+    leave(tmp_path, "resnet18_scalekd_seed0", [gain], alone=[0.5])
+    leave(tmp_path, "resnet18_from_vit_seed0", [0.7])
+    leave_teacher(tmp_path, "swin_large", 0.9)
+    leave_teacher(tmp_path, "vit", 0.8)
+    _, _, block = written(tmp_path, "--tables", "3", "--seeds", "0")
+    assert f"(80.00, 90.00) the gain {verdict}" in block
+    assert block.index("| ViT | 80.00 | 70.00 | +20.00 |") < block.index("| Swin, larger | 90.00 |")
+
+
+@pytest.mark.parametrize(("target", "images"), [(30, 150.0), (20, 100.0), (10, 100.0), (40, 200.0), (41, None)])
+def test_images_until_an_accuracy_are_interpolated(target, images):
+    assert results.images_until({100: 20.0, 200: 40.0, 300: 35.0}, target) == images
+
+
+def test_the_mean_curve_takes_the_evaluations_that_all_seeds_have():
+    assert results.mean_curve([Outcome(0, {1: 2.0, 2: 4.0}), Outcome(0, {2: 6.0, 3: 9.0})]) == {2: 5.0}
+
+
+def test_what_stands_around_the_markers_is_kept(tmp_path):
+    file = tmp_path / "docs" / "report.md"
+    results.write_report(file, "one")
+    file.write_text("Before.\n" + file.read_text() + "After.\n")
+    results.write_report(file, "two")
+    text = file.read_text()
+    assert text.startswith("Before.\n# Results") and text.endswith(f"two\n\n{results.END}\nAfter.\n")
+    assert "one" not in text and text.count(results.START) == 1
+    file.write_text(f"Alone. {results.START}")
+    with pytest.raises(ValueError, match="put it back"):
+        results.write_report(file, "three")
+
+
+def test_teachers_come_first_then_seed_by_seed_and_each_run_once(tmp_path):
+    arguments = results.parse(["--dataset", "d", "--output_dir", str(tmp_path), "--scale", "0.5"])
+    runs = results.plan_runs([arm for arms in results.TABLES.values() for arm in arms], arguments)
+    titles = [run.title for run in runs]
+    assert titles[:4] == ["teacher swin_large", "teacher swin_small", "teacher vit", "resnet18_scalekd, seed 0"]
+    seeds = [title[-1] for title in titles[3:]]
+    assert seeds == sorted(seeds) and len({run.folder for run in runs}) == len(runs)
+    assert "--num_train_epochs 4.0" in " ".join(runs[3].command)
+
+
+def test_the_command_in_the_report_names_no_place_of_this_machine():
+    words = ["--dataset", "../data/cifar10", "--output_dir", "/tmp/x/runs", "--report", "docs/r.md", "--report_only"]
+    shown = "python recipes/results.py --dataset cifar10 --output_dir runs --report docs/r.md"
+    assert results.shown_command(words) == shown
+
+
+@pytest.mark.slow
+def test_the_whole_command_in_small_trains_nothing_twice(tmp_path):
+    output, report = tmp_path / "runs", tmp_path / "report.md"
+    words = ["python", "recipes/results.py", "--dataset", "recipes/data/digits", "--output_dir", output]
+    words += ["--report", report, "--tables", 1, "--students", "mixer", "--seeds", 0, "--scale", 0.03]
+    first = run(*words)
+    assert first.returncode == 0, first.stdout + first.stderr[-3000:]
+    text = report.read_text()
+    assert "| Mixer | " in text and results.MISSING + " |" not in text and report.with_suffix(".png").exists()
+    assert "each student: 128 images seen, from 359 training images" in text
+    logs = {file: file.read_text() for file in output.glob("*.log")}
+    assert len(logs) == 3
+
+    second = run(*words)
+    assert second.returncode == 0 and "3 runs, 3 of them there already." in second.stdout
+    assert {file: file.read_text() for file in output.glob("*.log")} == logs and report.read_text() == text
+
+    (output / "mixer_logits_seed0" / "results.json").unlink()
+    (output / "mixer_logits_seed0" / "model.safetensors").write_text("damaged")
+    third = run(*words)
+    assert third.returncode == 1 and "FAILED: mixer_logits, seed 0" in third.stdout
+    assert "| – |" in report.read_text()
