@@ -48,6 +48,7 @@ def run(
     finished = Path(config.output_dir, STUDENT_FILE).exists()
     if checkpoint is not None or not (config.resume_from_checkpoint and finished):
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_state()  # the evaluations on the way, which recipes/results.py reads
         trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     if evaluation is None or not config.has_labels:

@@ -31,6 +31,7 @@ def main() -> None:
     if config.process_index == 0:
         write_config(arguments, config, f"{config.output_dir}/config_resolved.yaml")
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_state()  # the evaluations on the way
     trainer.save_model()
     if evaluation is not None:
         metrics = trainer.evaluate()

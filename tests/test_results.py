@@ -54,7 +54,7 @@ def test_the_first_table_has_means_gains_and_images_until_the_baseline(tmp_path)
 def test_runs_that_are_missing_leave_dashes(tmp_path):
     _, _, block = written(tmp_path)
     assert "| ViT | – | – | – | – | – |" in block and "| Swin, larger | – | – | – |" in block
-    assert "Fewer than two teachers have results" in block and "Table 4" not in block
+    assert "Fewer than two teachers have results" in block and "Table 3" in block and "Table 4" not in block
 
 
 def test_the_second_table_compares_with_the_student_alone_and_with_scalekd(tmp_path):
@@ -63,6 +63,16 @@ def test_the_second_table_compares_with_the_student_alone_and_with_scalekd(tmp_p
     _, _, block = written(tmp_path, "--tables", "2", "--seeds", "0")
     assert "| alone |  | 50.00 |  | -30.00 |" in block and "| + logits = ScaleKD |" in block
     assert "| `--remove_direct_component false` | 75.00 | +25.00 | -5.00 |" in block
+
+
+def test_the_curve_of_a_teacher_is_read_from_its_last_checkpoint(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        log = [{"step": 5, "eval_top1": 0.2}, {"step": step, "eval_top1": 0.4}]
+        state = {"global_step": step, "train_batch_size": 10, "epoch": 2.0, "log_history": log}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    assert results.read_outcome(tmp_path, 0.5) == Outcome(50.0, {50: 20.0, 100: 40.0}, 100, 50)
+    assert results.read_outcome(tmp_path, None) is None
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.9, "rises: +20.00, +40.00."), (0.6, "falls: +20.00, +10.00.")])

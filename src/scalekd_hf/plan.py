@@ -27,7 +27,7 @@ from .students import load_student
 from .teachers import load_teacher
 
 
-__all__ = ["Plan", "gflops_of", "plan", "plan_run", "plan_words"]
+__all__ = ["Plan", "conv_backward_flops", "gflops_of", "plan", "plan_run", "plan_words"]
 
 IMAGES = 2  # in the dry run: BatchNorm refuses one image
 
@@ -180,7 +180,7 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _conv_backward_flops(
+def conv_backward_flops(
     grad_shape: Any, x_shape: Any, weight_shape: Any, *settings: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
     """Each gradient costs what the forward costs; torch's own count forgets the groups of depthwise convolutions."""
@@ -190,7 +190,7 @@ def _conv_backward_flops(
 
 def gflops_of(work: Callable[[], Any]) -> float:
     """GFLOP per image of `work` on `IMAGES` images; a multiplication and an addition are two."""
-    mapping = {torch.ops.aten.convolution_backward: _conv_backward_flops}
+    mapping = {torch.ops.aten.convolution_backward: conv_backward_flops}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         work()
     return counter.get_total_flops() / IMAGES / 1e9

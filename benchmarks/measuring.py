@@ -1,0 +1,109 @@
+"""Times, memory and FLOPs of pieces of work, measured side by side in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from scalekd_hf.plan import conv_backward_flops
+
+
+Work = Callable[[], object]
+MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one piece of work over the rounds."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half of the distance between the quartiles, over the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (third - first) / 2 / self.median
+
+
+def interleave(works: Mapping[str, Work], rounds: int, device: torch.device, warm_up: int = 1) -> dict[str, Times]:
+    """Time each piece of work once in every round, each round beginning with another one."""
+    for work in works.values():
+        for _ in range(warm_up):
+            work()
+    names, seconds = list(works), {name: [] for name in works}  # type: dict[str, list[float]]
+    for number in range(rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            seconds[name].append(time_once(works[name], device))
+    return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def time_once(work: Work, device: torch.device) -> float:
+    """Seconds until the device has done the work."""
+    synchronise(device)
+    start = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_gib(work: Work, device: torch.device) -> float:
+    """The most memory that is held at once during the work beyond what is held before it, GiB.
+
+    On the CPU by torch's own record of every allocation, so weights and what other libraries hold do not count.
+    """
+    work()
+    if device.type == "cuda":
+        synchronise(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        synchronise(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**30
+
+
+def tflops_of(work: Work) -> float:
+    """TFLOP of the work as torch counts them; a multiplication and an addition are two. Attention counts in full."""
+    mapping = {torch.ops.aten.convolution_backward: conv_backward_flops}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        work()
+    return counter.get_total_flops() / 1e12
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Work, float]:
+    """A square matrix product, the yardstick of utilisation, and its TFLOP."""
+    side = MATRIX_SIDE[device.type]
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return lambda: left @ right, 2 * side**3 / 1e12
+
+
+def describe(device: torch.device) -> str:
+    """The machine, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"

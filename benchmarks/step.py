@@ -1,0 +1,271 @@
+"""What a ScaleKD step costs: the floor of any distillation, the published step, ours, and ours compiled.
+
+    python benchmarks/step.py [--student timm/resnet50 --teacher timm/swin_small_patch4_window7_224] [--batch 8 16 32]
+
+One process, one machine. Each round times every way once, forward and backward without the optimiser:
+
+    floor       teacher forward, student forward and backward: no distillation with this pair can do less
+    published   the step as it was published, plainly (benchmarks/published.py)
+    ours        the package's
+    compiled    the package's under torch.compile, as `--torch_compile true` runs it
+
+That the losses and the student's gradients of the published step are ours is checked first. Utilisation is against
+a matrix product timed in the same rounds, in the same precision. The first batch, image size and teacher are
+those of the comparison; further ones are measured one at a time, for how the cost grows. Writes a table, step.json and step.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from measuring import Work, describe, interleave, matrix_product, peak_gib, tflops_of
+from published import PublishedStep
+from torch import Tensor, nn
+
+from scalekd_hf import ScaleKDConfig, load_student, load_teacher
+from scalekd_hf.building import build_model
+from scalekd_hf.distiller import ScaleKDModel
+from scalekd_hf.recipe import mapping
+
+
+CLASSES = [str(index) for index in range(1000)]
+TOLERANCE = {"float32": 1e-4, "bf16": 3e-2}
+
+
+@dataclass
+class Row:
+    """One way of doing the step in one setting."""
+
+    way: str
+    precision: str
+    layout: str
+    batch: int
+    image_size: int
+    teacher: str
+    milliseconds: float
+    spread: float
+    images_per_second: float
+    peak_gib: float
+    gflop_per_image: float
+    utilisation: float
+
+
+@dataclass
+class Setting:
+    """What a row is measured in."""
+
+    batch: int
+    image_size: int
+    teacher: str
+
+
+def main() -> None:
+    args = parse()
+    device = torch.device(args.device)
+    settings = [Setting(args.batch[0], args.image_size[0], args.teacher[0])]
+    growth = [Setting(batch, args.image_size[0], args.teacher[0]) for batch in args.batch[1:]]
+    growth += [Setting(args.batch[0], size, args.teacher[0]) for size in args.image_size[1:]]
+    growth += [Setting(args.batch[0], args.image_size[0], teacher) for teacher in args.teacher[1:]]
+    print(f"{args.student}, {args.teacher[0]}, {args.stem} stems; {describe(device)}\n{HEADER}")
+    rows: list[Row] = []
+    for precision in args.precision:
+        for layout in args.layout:
+            rows += measure(settings[0], precision, layout, args, ("floor", "published", "ours", "compiled"))
+            compare(rows[-(3 + args.compile) :])
+    for setting in growth:
+        rows += measure(setting, args.precision[-1], args.layout[-1], args, ("floor", "ours", "compiled"))
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"machine": describe(device), "student": args.student, "stem": args.stem, "rows": [*map(asdict, rows)]}
+    (folder / "step.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(
+        [row for row in rows if (row.batch, row.image_size, row.teacher) == tuple(asdict(settings[0]).values())],
+        folder,
+    )
+    print(f"\nwritten to {folder}: step.json, step.png")
+
+
+def measure(
+    setting: Setting, precision: str, layout: str, args: argparse.Namespace, ways: tuple[str, ...]
+) -> list[Row]:
+    """Time the ways in one setting, interleaved, and print a row for each."""
+    device = torch.device(args.device)
+    model = build(setting, args).to(device)
+    if layout == "channels-last":
+        model.to(memory_format=torch.channels_last)
+    works = steps(model, setting, precision, layout, args, ways)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    product, product_tflop = matrix_product(device, dtype)
+    times = interleave({**works, "product": product}, args.rounds, device, warm_up=2)
+    rate = product_tflop / times["product"].median
+    rows = []
+    for way, work in works.items():
+        tflop = rows[-1].gflop_per_image * setting.batch / 1e3 if way == "compiled" else tflops_of(work)
+        seconds = times[way].median
+        row = Row(
+            way, precision, layout, setting.batch, setting.image_size, setting.teacher,
+            1e3 * seconds, times[way].spread, setting.batch / seconds, peak_gib(work, device),
+            1e3 * tflop / setting.batch, tflop / seconds / rate,
+        )  # fmt: skip
+        rows.append(row)
+        print(text_of(row), flush=True)
+    print(f"{'':<45}matrix product: {rate:.3g} TFLOP/s", flush=True)
+    return rows
+
+
+def build(setting: Setting, args: argparse.Namespace) -> ScaleKDModel:
+    """The pair with random weights and the published heads' widths, in training mode."""
+    torch.manual_seed(0)
+    options = {"img_size": setting.image_size} if "swin" in setting.teacher or "vit" in setting.teacher else {}
+    teacher = load_teacher(
+        setting.teacher, pretrained=False, **{**options, **mapping(args.teacher_args, "teacher_args")}
+    )
+    student = load_student(
+        args.student, labels=CLASSES, image_size=setting.image_size, **mapping(args.student_args, "student_args")
+    )
+    config = ScaleKDConfig(output_dir="unused", use_cpu=args.device == "cpu", stem=args.stem, report_to="none")
+    return build_model(student, teacher, config).train()
+
+
+def steps(
+    model: ScaleKDModel, setting: Setting, precision: str, layout: str, args: argparse.Namespace, ways: tuple[str, ...]
+) -> dict[str, Work]:
+    """The ways as functions of nothing; the published one is first compared with ours."""
+    device = torch.device(args.device)
+    torch.manual_seed(1)
+    pixels = torch.randn(setting.batch, 3, setting.image_size, setting.image_size, device=device)
+    if layout == "channels-last":
+        pixels = pixels.to(memory_format=torch.channels_last)
+    labels = torch.randint(len(CLASSES), (setting.batch,), device=device)
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    student, teacher = model.student, model.teacher
+    published = PublishedStep(model) if "published" in ways else None
+    compiled = torch.compile(model) if "compiled" in ways and args.compile else None
+    assert teacher is not None
+
+    def floor() -> Tensor:
+        with cast:
+            _, teacher_logits = teacher(model.convert(pixels))
+            logits = student.classify(pixels)
+        return F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.float(), teacher_logits.softmax(-1))
+
+    def ours(module: nn.Module = model) -> Tensor:
+        with cast:
+            return module(pixels, labels).loss
+
+    def as_published() -> Tensor:
+        assert published is not None
+        with cast:
+            return published(pixels, labels)
+
+    def step(loss: Work) -> Work:
+        def run() -> None:
+            loss().backward()  # type: ignore[attr-defined]
+            for module in (model, published):
+                if module is not None:
+                    module.zero_grad(set_to_none=True)
+
+        return run
+
+    losses: dict[str, Work] = {"floor": floor}
+    if published is not None:
+        check_equal(model, ours(), as_published(), TOLERANCE[precision])
+        losses["published"] = as_published
+    losses["ours"] = ours
+    if compiled is not None:
+        losses["compiled"] = lambda: ours(compiled)
+    return {name: step(loss) for name, loss in losses.items()}
+
+
+def check_equal(model: ScaleKDModel, ours: Tensor, published: Tensor, tolerance: float) -> None:
+    """Refuse to time two ways that do not compute the same loss and gradients of the student."""
+    parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
+    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in (ours, published)]
+    differences = {
+        "loss": abs(ours.item() - published.item()) / abs(published.item()),
+        "gradient": ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item(),
+    }
+    for name, difference in differences.items():
+        assert difference < tolerance, f"ours and the published step differ: {name} by {difference:.2e}"
+    print("  ".join(f"{name} differs by {difference:.1e}" for name, difference in differences.items()), flush=True)
+
+
+HEADER = (
+    f"{'':<11}{'precision':<10}{'layout':<15}{'batch':>6}{'px':>5}{'ms':>10}{'±':>6}{'images/s':>10}"
+    f"{'peak GiB':>10}{'GFLOP/image':>13}{'of product':>12}"
+)
+
+
+def text_of(row: Row) -> str:
+    return (
+        f"{row.way:<11}{row.precision:<10}{row.layout:<15}{row.batch:>6}{row.image_size:>5}{row.milliseconds:>10.1f}"
+        f"{row.spread:>6.1%}{row.images_per_second:>10.2f}{row.peak_gib:>10.2f}{row.gflop_per_image:>13.1f}"
+        f"{row.utilisation:>12.0%}  {row.teacher}"
+    )
+
+
+def compare(rows: list[Row]) -> None:
+    """Print the ratios that the goals are about."""
+    by_way = {row.way: row for row in rows}
+    best = by_way.get("compiled", by_way["ours"])
+    floor, published = by_way["floor"], by_way["published"]
+    time = best.milliseconds / floor.milliseconds
+    work = best.gflop_per_image / floor.gflop_per_image
+    print(
+        f"{best.way}: {published.milliseconds / best.milliseconds:.2f}x the published step's speed, "
+        f"{best.peak_gib / published.peak_gib:.2f}x its memory; {time:.2f}x the floor's time for {work:.2f}x its "
+        f"FLOPs: overhead {time / work:.2f}\n",
+        flush=True,
+    )
+
+
+def draw(rows: list[Row], folder: Path) -> None:
+    """Bars of the images per second, one group for each precision and layout."""
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys((row.precision, row.layout) for row in rows))
+    ways = list(dict.fromkeys(row.way for row in rows))
+    figure = Figure(figsize=(2.5 + 2 * len(groups), 4), layout="constrained")
+    axis = figure.subplots()
+    for index, way in enumerate(ways):
+        bars = [row for row in rows if row.way == way]
+        places = [
+            groups.index((row.precision, row.layout)) + (index - len(ways) / 2 + 0.5) / (len(ways) + 1) for row in bars
+        ]
+        drawn = axis.bar(places, [row.images_per_second for row in bars], 1 / (len(ways) + 1), label=way)
+        axis.bar_label(drawn, fmt="%.3g", fontsize="x-small")
+    axis.set_xticks(range(len(groups)), [f"{precision}\n{layout}" for precision, layout in groups])
+    axis.set(ylabel="images per second")
+    axis.legend()
+    figure.savefig(folder / "step.png", dpi=120)
+
+
+def parse() -> argparse.Namespace:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = device == "cuda"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="timm/resnet50")
+    parser.add_argument("--student_args", help="arguments of the student, as JSON")
+    parser.add_argument("--teacher", nargs="+", default=["timm/swin_small_patch4_window7_224"])
+    parser.add_argument("--teacher_args", help="arguments of the teacher, as JSON")
+    parser.add_argument("--batch", type=int, nargs="+", default=[128 if on_gpu else 8])
+    parser.add_argument("--image_size", type=int, nargs="+", default=[224])
+    parser.add_argument("--precision", nargs="+", choices=TOLERANCE, default=["float32", "bf16"])
+    parser.add_argument(
+        "--layout", nargs="+", choices=["contiguous", "channels-last"], default=["contiguous", "channels-last"]
+    )
+    parser.add_argument("--stem", default="full")
+    parser.add_argument("--rounds", type=int, default=20 if on_gpu else 5)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--output", default="outputs/benchmarks/step")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
