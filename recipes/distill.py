@@ -19,8 +19,8 @@ from scalekd_hf.building import class_names
 from scalekd_hf.data import dataset_labels
 from scalekd_hf.gathering import whole_models
 from scalekd_hf.plan import plan_words
-from scalekd_hf.recipe import DistillArguments, load_data, parse_config, take_plan, write_config
-from scalekd_hf.saving import STUDENT_FILE, check_output_dir, interrupted, last_checkpoint, run_settings
+from scalekd_hf.recipe import DistillArguments, load_data, parse_config, take_plan, train_and_save, write_config
+from scalekd_hf.saving import check_output_dir, interrupted, run_settings
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -42,14 +42,7 @@ def run(
         **arguments.student_args,
     )
     trainer = ScaleKDTrainer(student, teacher if distil else None, config, train, evaluation)
-    checkpoint = config.resume_from_checkpoint
-    if checkpoint is True:
-        checkpoint = last_checkpoint(config.output_dir)  # none yet: the run was stopped before it began
-    finished = Path(config.output_dir, STUDENT_FILE).exists()
-    if checkpoint is not None or not (config.resume_from_checkpoint and finished):
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_state()  # the evaluations on the way, which recipes/results.py reads
-        trainer.save_model()
+    train_and_save(trainer)
     trainer.accelerator.wait_for_everyone()
     if evaluation is None or not config.has_labels:
         return {}, trainer

@@ -415,7 +415,10 @@ SECTIONS = {
     1: (f"three students. Teacher {TEACHERS['swin_large']}", students_table),
     2: (f"what each part adds. {STUDENTS['resnet18']}, teacher {TEACHERS['swin_large']}", arms_table),
     3: (f"stronger and weaker teachers. {STUDENTS['resnet18']}", teachers_table),
-    4: (f"lighter stems, which are not the paper's. {STUDENTS['resnet18']}, teacher {TEACHERS['swin_large']}", arms_table),
+    4: (
+        f"lighter stems, which are not the paper's. {STUDENTS['resnet18']}, teacher {TEACHERS['swin_large']}",
+        arms_table,
+    ),
 }
 
 

@@ -3,12 +3,14 @@
 accelerate launch recipes/train_teacher.py recipes/configs/quickstart_teacher.yaml [--any_field value ...]
 """
 
+from pathlib import Path
+
 from transformers import set_seed
 
 from scalekd_hf import ScaleKDTrainer, load_student
 from scalekd_hf.data import dataset_labels
-from scalekd_hf.recipe import TeacherArguments, load_data, parse_config, write_config
-from scalekd_hf.saving import check_output_dir, interrupted, run_settings
+from scalekd_hf.recipe import TeacherArguments, load_data, parse_config, train_and_save, write_config
+from scalekd_hf.saving import check_output_dir, interrupted, load_student_weights, run_settings
 
 
 def main() -> None:
@@ -30,10 +32,10 @@ def main() -> None:
     trainer = ScaleKDTrainer(model, None, config, train, evaluation)
     if config.process_index == 0:
         write_config(arguments, config, f"{config.output_dir}/config_resolved.yaml")
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_state()  # the evaluations on the way
-    trainer.save_model()
+    train_and_save(trainer)
     if evaluation is not None:
+        if not trainer.state.global_step:  # an earlier call has trained it
+            load_student_weights(trainer.student, Path(config.output_dir))
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         if trainer.is_world_process_zero():

@@ -104,7 +104,6 @@ def quickstart(**changes):
         ({"mixup_alpha": 0.5, "per_device_train_batch_size": 3}, "must be even"),
         ({"lr_scheduler_type": "cosine_warmup_with_min_lr"}, "min_lr"),
         ({"softmax_scale": 0}, "`softmax_scale` must be positive"),
-        ({"max_steps": -1, "train_files": None, "dataset": "team/data"}, "number of steps is not known"),
     ],
 )
 def test_what_would_fail_is_said(monkeypatch, changes, message):
@@ -117,6 +116,18 @@ def test_what_would_fail_is_said(monkeypatch, changes, message):
 def test_training_a_student_costs_three_times_its_forward_also_with_depthwise_convolutions(name):
     plan = scalekd_hf.plan(RECIPES[name])
     assert plan.gflops_per_image["student"] == pytest.approx(3 * plan.models["student"]["gflops"], rel=0.03)
+
+
+def test_images_that_the_run_will_count_are_no_failure():
+    plan = scalekd_hf.plan(quickstart(max_steps=-1, train_files=None, eval_files=None, dataset="team/data"))
+    assert plan.error is None and "steps" not in plan.schedule
+    assert any("the run counts the images" in warning for warning in plan.warnings)
+
+
+def test_the_images_of_a_slice_of_a_local_data_set_are_counted():
+    settings = quickstart(max_steps=-1, train_files=None, eval_files=None, dataset=str(ROOT / "recipes/data/digits"))
+    settings |= {"streaming": False, "train_split": "train[:50%]", "eval_split": "test", "num_train_epochs": 2}
+    assert scalekd_hf.plan(settings).schedule["images seen"] == 45 * 32  # of 718 images, twice, in whole batches
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import yaml
@@ -135,8 +136,12 @@ def test_the_quickstart_in_small(tmp_path):
 
     refused = run_script("recipes/distill.py", *words)
     assert refused.returncode != 0 and "holds a run already" in refused.stderr
+    alone = tmp_path / "run" / "alone"
+    shutil.rmtree(alone / "checkpoint-6")  # as after an interruption: the one left is older than the student
+    written = (alone / "model.safetensors").stat().st_mtime_ns
     resumed = run_script("recipes/distill.py", *words, "--resume_from_checkpoint", "true")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert (alone / "model.safetensors").stat().st_mtime_ns == written
     again = json.loads((tmp_path / "run" / "results.json").read_text())
     assert again["student distilled"]["top1"] == results["student distilled"]["top1"]
 
@@ -183,13 +188,28 @@ def test_the_baseline_is_not_resumed_from_the_distilled_student(tmp_path):
 
 
 def test_a_teacher_is_trained_on_the_users_labels_and_then_teaches(tmp_path):
-    words = ["recipes/configs/quickstart_teacher.yaml", "--max_steps", "2", "--use_cpu", "--output_dir"]
+    words = ["recipes/configs/quickstart_teacher.yaml", "--max_steps", "2", "--use_cpu"]
+    words += ["--resume_from_checkpoint", "true", "--output_dir"]  # nothing yet: it starts
     result = run_script("recipes/train_teacher.py", *words, tmp_path / "teacher")
     assert result.returncode == 0, result.stderr[-3000:]
     words = ["--teacher", tmp_path / "teacher", "--max_steps", "1", "--use_cpu", "--baseline", "false"]
     result = run_script("recipes/distill.py", *words, "--output_dir", tmp_path / "student")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "student distilled" in result.stdout and "student alone" not in result.stdout
+
+
+@pytest.mark.slow
+def test_a_teacher_that_was_trained_to_the_end_is_evaluated_and_not_trained_again(tmp_path):
+    words = ["recipes/configs/quickstart_teacher.yaml", "--max_steps", "30", "--use_cpu", "--output_dir", tmp_path]
+    words += ["--save_strategy", "steps", "--save_steps", "20", "--resume_from_checkpoint", "true"]
+    first = run_script("recipes/train_teacher.py", *words)
+    assert first.returncode == 0, first.stderr[-3000:]
+    shutil.rmtree(tmp_path / "checkpoint-30")
+    written = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    second = run_script("recipes/train_teacher.py", *words)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == written
+    assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]  # the accuracy
 
 
 def test_the_digits_in_the_repository_are_those_of_the_script(tmp_path):

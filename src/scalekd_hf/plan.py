@@ -106,12 +106,12 @@ def plan_run(arguments: DistillArguments, config: ScaleKDConfig, processes: int 
     try:
         if not config.resume_from_checkpoint:
             check_output_dir(str(config.output_dir), config.overwrite_output_dir)
-        labels = _local_labels(arguments, config)
+        labels, images = _local_data(arguments, config)
         with torch.device("meta"):
             model = _build(arguments, config, labels)
             _describe_models(result, model)
             _count(result, model, config)
-        _schedule(result, arguments, config, processes or config.world_size)
+        _schedule(result, arguments, config, processes or config.world_size, images)
         _estimate_scaling(result, model, config, processes or config.world_size)
         _remember_warnings(result, model, config)
     except Exception as error:  # whatever would stop the run is the answer
@@ -119,17 +119,18 @@ def plan_run(arguments: DistillArguments, config: ScaleKDConfig, processes: int 
     return result
 
 
-def _local_labels(arguments: DistillArguments, config: ScaleKDConfig) -> list[str] | None:
-    """Class names of the data, where it is here; refuses data that the run would refuse."""
+def _local_data(arguments: DistillArguments, config: ScaleKDConfig) -> tuple[list[str] | None, int | None]:
+    """Class names and number of training images, where the data is here; refuses data that the run would refuse."""
     if arguments.dataset is not None and not Path(arguments.dataset).is_dir():
-        return None
+        return None, None
     labels = None
-    for name, data in zip(("train_dataset", "eval_dataset"), load_data(arguments), strict=True):
+    train, evaluation = load_data(arguments)
+    for name, data in (("train_dataset", train), ("eval_dataset", evaluation)):
         if data is not None:
             column = config.label_column if config.has_labels else None
             check_dataset(data, name, Preparation(ImageSpec(), False, config.image_column, column))
             labels = labels or dataset_labels(data, config.label_column)
-    return labels
+    return labels, getattr(train, "num_rows", None) or count_images(arguments)
 
 
 def _build(arguments: DistillArguments, config: ScaleKDConfig, labels: list[str] | None) -> ScaleKDModel:
@@ -287,22 +288,22 @@ def _memory(result: Plan, model: ScaleKDModel, config: ScaleKDConfig, bytes_per_
     result.memory_gib = {**parts, "total": sum(parts.values())}
 
 
-def _schedule(result: Plan, arguments: DistillArguments, config: ScaleKDConfig, processes: int) -> None:
+def _schedule(
+    result: Plan, arguments: DistillArguments, config: ScaleKDConfig, processes: int, images: int | None
+) -> None:
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     files = sorted(glob.glob(arguments.train_files)) if arguments.train_files else []
-    images = config.images_per_epoch or count_images(arguments) or 0
-    if config.max_steps <= 0 and not images:
-        raise ValueError("the number of steps is not known: set `max_steps`, or `images_per_epoch`.")
+    images = config.images_per_epoch or images or 0
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * images / batch)
-    _check_optimiser(config, steps)
+    _check_optimiser(config, steps or 1000)
     rate = scaled_learning_rate(config, batch)
-    result.schedule = {
-        "processes": processes,
-        "global batch": batch,
-        "learning rate": rate,
-        "steps": steps,
-        "images seen": steps * batch,
-    }
+    result.schedule = {"processes": processes, "global batch": batch, "learning rate": rate}
+    if steps:
+        result.schedule |= {"steps": steps, "images seen": steps * batch}
+    else:
+        result.warnings.append(
+            "the run counts the images when it starts, which reads a stream whole: set `max_steps`, or `images_per_epoch`."
+        )
     if files and arguments.streaming:
         readers = processes * max(1, config.dataloader_num_workers or 0)
         result.schedule["shards / readers"] = f"{len(files)} / {readers}"

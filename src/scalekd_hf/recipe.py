@@ -21,6 +21,8 @@ from transformers import HfArgumentParser
 
 from .config import ScaleKDConfig
 from .provenance import Source
+from .saving import finished, last_checkpoint
+from .trainer import ScaleKDTrainer
 
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "mapping",
     "parse_config",
     "take_plan",
+    "train_and_save",
     "write_config",
 ]
 
@@ -236,6 +239,20 @@ def load_data(arguments: DataArguments) -> tuple[Any, Any]:
     return train, evaluation
 
 
+def train_and_save(trainer: ScaleKDTrainer) -> None:
+    """Train and save as the settings say: from a checkpoint where one is to be resumed and is there; not at all where the
+    run has finished."""
+    config = trainer.args
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint is True:
+        if finished(config.output_dir, config.max_steps):
+            return
+        checkpoint = last_checkpoint(config.output_dir)  # none yet: the run was stopped before it began
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()  # with the evaluations on the way
+
+
 def count_images(arguments: DataArguments) -> int | None:
     """Images in the training files, where they are Parquet and say so."""
     files = sorted(glob.glob(arguments.train_files, recursive=True)) if arguments.train_files else []
@@ -246,6 +263,8 @@ def count_images(arguments: DataArguments) -> int | None:
 
 def load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any:
     options: dict[str, Any] = {"cache_dir": arguments.cache_dir, "streaming": arguments.streaming}
+    if options["streaming"] and "[" in split:
+        raise ValueError(f"The split {split!r} is a slice, which a stream does not know: set `streaming` to false.")
     if pattern is not None:
         files = [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
         if not files:

@@ -226,6 +226,15 @@ def interrupted(folder: str | Path, settings: dict[str, Any]) -> bool:
     return bool(note["settings"] == settings and last_checkpoint(folder) is not None)
 
 
+def finished(folder: str | Path, max_steps: int) -> bool:
+    """Whether a folder holds a student that was trained to the end, whatever checkpoints lie beside it."""
+    try:
+        steps = json.loads(Path(folder, "trainer_state.json").read_text())["global_step"]
+    except (OSError, ValueError, KeyError):
+        steps = 0 if last_checkpoint(folder) else max_steps
+    return Path(folder, STUDENT_FILE).exists() and bool(steps >= max_steps)
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The last whole checkpoint in a folder, None where there is none."""
     folder = Path(folder)
