@@ -31,7 +31,12 @@ MISSING = "–"
 PATIENCE = 120  # seconds for a run to save a checkpoint when it is told to stop
 
 STUDENTS = {"resnet18": "ResNet-18, narrow", "mixer": "Mixer", "vit": "ViT"}
-TEACHERS = {"swin_large": "Swin, larger", "swin_small": "Swin, smaller", "vit": "ViT"}
+TEACHERS = {
+    "swin_large": "Swin, larger",
+    "swin_small": "Swin, smaller",
+    "swin_weak": "Swin, smaller, a fifth of the training",
+    "vit": "ViT",
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ TABLES: dict[int, list[Arm]] = {
     3: [
         replace(SCALEKD["resnet18"], label=TEACHERS["swin_large"]),
         Arm("resnet18", "from_swin_small", TEACHERS["swin_small"], teacher="swin_small"),
+        Arm("resnet18", "from_swin_weak", TEACHERS["swin_weak"], teacher="swin_weak"),
         Arm("resnet18", "from_vit", TEACHERS["vit"], teacher="vit"),
     ],
     4: [
