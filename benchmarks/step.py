@@ -34,7 +34,8 @@ from scalekd_hf.recipe import mapping
 
 
 CLASSES = [str(index) for index in range(1000)]
-TOLERANCE = {"float32": 1e-4, "bf16": 3e-2}
+PRECISIONS = ("float32", "bf16")
+TOLERANCE = 1e-4  # relative, in float32
 
 
 @dataclass
@@ -149,23 +150,22 @@ def steps(
     assert teacher is not None
 
     def floor() -> Tensor:
-        with cast:
-            _, teacher_logits = teacher(model.convert(pixels))
-            logits = student.classify(pixels)
+        _, teacher_logits = teacher(model.convert(pixels))
+        logits = student.classify(pixels)
         return F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.float(), teacher_logits.softmax(-1))
 
     def ours(module: nn.Module = model) -> Tensor:
-        with cast:
-            return module(pixels, labels).loss
+        return module(pixels, labels).loss
 
     def as_published() -> Tensor:
         assert published is not None
-        with cast:
-            return published(pixels, labels)
+        return published(pixels, labels)
 
     def step(loss: Work) -> Work:
         def run() -> None:
-            loss().backward()  # type: ignore[attr-defined]
+            with cast:
+                computed = loss()
+            computed.backward()  # type: ignore[attr-defined]
             for module in (model, published):
                 if module is not None:
                     module.zero_grad(set_to_none=True)
@@ -174,7 +174,7 @@ def steps(
 
     losses: dict[str, Work] = {"floor": floor}
     if published is not None:
-        check_equal(model, ours(), as_published(), TOLERANCE[precision])
+        check_equal(model, ours, as_published, cast)
         losses["published"] = as_published
     losses["ours"] = ours
     if compiled is not None:
@@ -182,17 +182,32 @@ def steps(
     return {name: step(loss) for name, loss in losses.items()}
 
 
-def check_equal(model: ScaleKDModel, ours: Tensor, published: Tensor, tolerance: float) -> None:
-    """Refuse to time two ways that do not compute the same loss and gradients of the student."""
-    parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
-    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in (ours, published)]
+def check_equal(model: ScaleKDModel, ours: Work, published: Work, cast: torch.autocast) -> None:
+    """Refuse to time two ways that do not compute the same loss and gradients of the student.
+
+    In bf16 rounding alone moves gradients by tenths; there ours may lie no further from float32 than the published step.
+    """
+    exact = gradients_of(model, published)
+    with cast:
+        found = {"ours": gradients_of(model, ours), "published": gradients_of(model, published)}
     differences = {
-        "loss": abs(ours.item() - published.item()) / abs(published.item()),
-        "gradient": ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item(),
+        name: {
+            "loss": (abs(loss - exact[0]) / abs(exact[0])).item(),
+            "gradient": ((gradient - exact[1]).norm() / exact[1].norm()).item(),
+        }
+        for name, (loss, gradient) in found.items()
     }
-    for name, difference in differences.items():
-        assert difference < tolerance, f"ours and the published step differ: {name} by {difference:.2e}"
-    print("  ".join(f"{name} differs by {difference:.1e}" for name, difference in differences.items()), flush=True)
+    for name, difference in differences["ours"].items():
+        allowed = max(TOLERANCE, 1.25 * differences["published"][name])
+        assert difference < allowed, f"ours differs from the published step: its {name} by {difference:.2e}"
+    print(f"from the published step in float32: {differences}", flush=True)
+
+
+def gradients_of(model: ScaleKDModel, compute: Work) -> tuple[Tensor, Tensor]:
+    """A loss and its gradient with respect to all parameters of the student."""
+    loss: Tensor = compute()  # type: ignore[assignment]
+    parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
+    return loss.detach(), torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
 
 
 HEADER = (
@@ -204,7 +219,7 @@ HEADER = (
 def text_of(row: Row) -> str:
     return (
         f"{row.way:<11}{row.precision:<10}{row.layout:<15}{row.batch:>6}{row.image_size:>5}{row.milliseconds:>10.1f}"
-        f"{row.spread:>6.1%}{row.images_per_second:>10.2f}{row.peak_gib:>10.2f}{row.gflop_per_image:>13.1f}"
+        f"{row.spread:>6.1%}{row.images_per_second:>10.2f}{row.peak_gib:>10.3f}{row.gflop_per_image:>13.1f}"
         f"{row.utilisation:>12.0%}  {row.teacher}"
     )
 
@@ -218,7 +233,7 @@ def compare(rows: list[Row]) -> None:
     work = best.gflop_per_image / floor.gflop_per_image
     print(
         f"{best.way}: {published.milliseconds / best.milliseconds:.2f}x the published step's speed, "
-        f"{best.peak_gib / published.peak_gib:.2f}x its memory; {time:.2f}x the floor's time for {work:.2f}x its "
+        f"{best.peak_gib / published.peak_gib:.3f}x its memory; {time:.2f}x the floor's time for {work:.2f}x its "
         f"FLOPs: overhead {time / work:.2f}\n",
         flush=True,
     )
@@ -255,7 +270,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher_args", help="arguments of the teacher, as JSON")
     parser.add_argument("--batch", type=int, nargs="+", default=[128 if on_gpu else 8])
     parser.add_argument("--image_size", type=int, nargs="+", default=[224])
-    parser.add_argument("--precision", nargs="+", choices=TOLERANCE, default=["float32", "bf16"])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument(
         "--layout", nargs="+", choices=["contiguous", "channels-last"], default=["contiguous", "channels-last"]
     )

@@ -157,6 +157,7 @@ class CrossAttentionProjector(nn.Module):
                 f"learned_queries={self.queries is not None}, queries given: {queries is not None}."
             )
         context = (self.stem(student_map) + self.pos_embed).flatten(2).transpose(1, 2)  # (B, h*w, C)
+        context = context.contiguous()  # once, where keys and values would each keep a copy
         # Learned queries are projected once, (1, N, D), and broadcast over the images.
         given = self.queries[None] if self.queries is not None else queries
         tokens = self.norm(self.attn(F.relu(self.query_proj(given)), context))

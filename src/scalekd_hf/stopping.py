@@ -97,7 +97,9 @@ class Stopping(TrainerCallback):
         self.terminated = True
 
     def _agreed(self, world_size: int) -> bool:
-        wanted = torch.tensor([int(self.terminated or self.failure is not None)])
-        if world_size > 1:
-            torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=self._group)
+        stops = self.terminated or self.failure is not None
+        if world_size == 1:
+            return stops
+        wanted = torch.tensor([int(stops)])
+        torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(wanted.item())

@@ -1,0 +1,76 @@
+"""A training step asks the device for nothing: the host never waits for a value between two logs."""
+
+import traceback
+
+import pytest
+import torch
+from helpers import settings, small_student, timm_swin
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+from scalekd_hf import ScaleKDTrainer
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")  # each needs a value on the host
+ON_THE_HOST = "timm/optim/_helpers.py"  # LAMB counts its steps in a tensor that stays on the CPU
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation that would make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.operations = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.operations += 1
+        if name in WAITING:
+            places = [frame.filename for frame in traceback.extract_stack()]
+            if not any(place.endswith(ON_THE_HOST) for place in places):
+                self.found.append((name, places))
+        return function(*args, **(kwargs or {}))
+
+
+class Watch(TrainerCallback):
+    """Runs a context from the start of step 2 to the end of step 4, which no log is in."""
+
+    def __init__(self, enter, leave):
+        self.enter, self.leave = enter, leave
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.enter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            self.leave()
+
+
+def train(tmp_path, digits, enter, leave, **changes):
+    args = settings(tmp_path, max_steps=6, logging_steps=6, per_device_train_batch_size=4, **changes)
+    trainer = ScaleKDTrainer(small_student(), timm_swin(), args, digits)
+    trainer.add_callback(Watch(enter, leave))
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"bf16": True, "ema_decay": 0.9, "max_grad_norm": 1.0}, {"timm_optim": "lamb"}]
+)
+def test_nothing_is_asked_of_the_device_between_two_logs(tmp_path, digits, changes):
+    waits = Waits()
+    train(tmp_path, digits, waits.__enter__, lambda: waits.__exit__(None, None, None), **changes)
+    assert waits.operations > 1000
+    assert waits.found == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch itself tells of each wait there")
+def test_torch_finds_no_synchronisation_in_a_step_on_a_gpu(tmp_path, digits):
+    train(
+        tmp_path,
+        digits,
+        lambda: torch.cuda.set_sync_debug_mode("error"),
+        lambda: torch.cuda.set_sync_debug_mode("default"),
+        use_cpu=False,
+        bf16=True,
+    )
