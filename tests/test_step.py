@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import settings, small_student, timm_swin
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 from scalekd_hf import ScaleKDTrainer
 
@@ -74,3 +74,24 @@ def test_torch_finds_no_synchronisation_in_a_step_on_a_gpu(tmp_path, digits):
         use_cpu=False,
         bf16=True,
     )
+
+
+def test_channels_last_changes_the_order_in_memory_and_no_result(tmp_path, digits):
+    trained, teacher = {}, timm_swin()
+    for layout in (False, True):
+        args = settings(tmp_path / str(layout), channels_last=layout, optim="sgd", save_strategy="steps", save_steps=2)
+        torch.manual_seed(0)
+        trainer = ScaleKDTrainer(small_student(), teacher, args, digits)
+        trainer.train()
+        stem = trainer.model.heads.penultimate_spatial.stem.conv.weight
+        assert stem.is_contiguous(memory_format=torch.channels_last) == layout
+        trainer.save_model()
+        trained[layout] = trainer.student.state_dict()
+        resumed = ScaleKDTrainer(small_student(), teacher, args, digits)
+        resumed.train(resume_from_checkpoint=str(tmp_path / str(layout) / "checkpoint-2"))
+        for name, tensor in resumed.student.state_dict().items():
+            assert torch.equal(tensor, trained[layout][name]), name
+    for name, tensor in trained[True].items():
+        assert torch.allclose(tensor, trained[False][name], rtol=1e-4, atol=1e-6), name
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "True")
+    assert model.config.num_labels == 10

@@ -128,6 +128,9 @@ class ScaleKDConfig(TrainingArguments):
             Published: `"all"` for ResNet-50, 100 epochs.
         shard_teacher (`bool`, *optional*, defaults to `False`):
             Keep the teacher in parts, too, under FSDP2 and ZeRO-3, where it is too large for each GPU.
+        channels_last (`bool`, *optional*, defaults to `False`):
+            Keep maps and convolutions in channels-last order, which GPUs prefer for convolutional students in bf16;
+            `benchmarks/step.py` measures it for a pair.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete the run that `output_dir` holds when training starts.
         allow_data_mismatch (`bool`, *optional*, defaults to `False`):
@@ -256,6 +259,10 @@ class ScaleKDConfig(TrainingArguments):
     )
     shard_teacher: bool = field(
         default=False, metadata={"help": "Keep the teacher in parts, too, under FSDP2 and ZeRO-3."}
+    )
+
+    channels_last: bool = field(
+        default=False, metadata={"help": "Channels-last memory order of maps and convolutions."}
     )
 
     # Run

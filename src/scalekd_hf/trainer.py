@@ -89,6 +89,8 @@ class ScaleKDTrainer(PublishingTrainer):
         set_seed(args.seed)
         labels = dataset_labels(train_dataset if train_dataset is not None else eval_dataset, args.label_column)
         distiller = build_model(model, teacher, args, labels)
+        if args.channels_last:
+            distiller.to(memory_format=torch.channels_last)
         check_rebuildable(distiller.student)
         evaluations = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         for name, dataset in (
