@@ -197,6 +197,38 @@ def test_further_students_run_small(name, options):
     assert sum(parameter.grad is not None and bool(parameter.grad.any()) for parameter in student.parameters()) > 4
 
 
+FLATTENED = {
+    "efficientnet_b0": {},
+    "regnety_004": {},
+    "mobilenetv3_large_100": {},
+    "resnet50d": {"layers": (1, 1, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("family", [*STUDENTS, *FLATTENED])
+def test_recomputed_activations_give_the_same_maps_and_gradients(family):
+    if family in FLATTENED:  # timm runs the children of their stages, not the stages
+        student = load_student(timm.create_model(family, num_classes=10, **FLATTENED[family]))
+        student.spec = student.spec.updated(size=64)
+    else:
+        make, size, _ = STUDENTS[family]
+        student = load_student(make())
+        student.spec = student.spec.updated(size=size)
+    found = []
+    for recompute in (False, True):
+        if recompute and not getattr(student.model, "supports_gradient_checkpointing", True):
+            with pytest.raises(ValueError, match="cannot recompute its activations"):
+                student.checkpoint_activations()
+            return
+        if recompute:
+            student.checkpoint_activations()
+        torch.manual_seed(0)
+        maps = student.train()(images(2, student.spec.size[0]))
+        found.append([*maps, *torch.autograd.grad(sum(x.square().sum() for x in maps), [*student.parameters()])])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * one.abs().max().item())
+
+
 @pytest.mark.parametrize("patch", [14, 16])
 @pytest.mark.parametrize("size", [196, 224, 256, 336, 384])
 def test_isotropic_students_without_class_token_take_other_sizes_and_patches(size, patch):

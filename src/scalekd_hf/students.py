@@ -107,7 +107,10 @@ class Student(nn.Module):
         check_patches(dataclasses.replace(self.classifier, spec=self.spec), "student")
         taps = find_taps(self)
         for tap in taps:
-            self.model.get_submodule(tap.module).register_forward_hook(partial(self._record, tap.module))
+            module = self.model.get_submodule(tap.module)
+            while type(module) is nn.Sequential and len(module):  # its children run alone when timm recomputes activations
+                module = module[-1]
+            module.register_forward_hook(partial(self._record, tap.module))
         return taps
 
     @property
