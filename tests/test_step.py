@@ -4,11 +4,13 @@ import traceback
 
 import pytest
 import torch
-from helpers import settings, small_student, timm_swin
+from helpers import images, settings, small_student, timm_swin, timm_vit, transformers_swin
+from processes import in_child
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification, TrainerCallback
 
-from scalekd_hf import ScaleKDTrainer
+from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
+from scalekd_hf.building import build_model
 
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")  # each needs a value on the host
@@ -95,3 +97,26 @@ def test_channels_last_changes_the_order_in_memory_and_no_result(tmp_path, digit
         assert torch.allclose(tensor, trained[False][name], rtol=1e-4, atol=1e-6), name
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "True")
     assert model.config.num_labels == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", [timm_swin, timm_vit, transformers_swin])
+@pytest.mark.parametrize("student", ["convnext", "resnet"])
+def test_a_step_compiles_as_one_graph_without_breaks_once(tmp_path, teacher, student):
+    outcome = in_child(tmp_path, _compile_and_count, teacher, student)
+    assert outcome.status == 0, outcome.text[-3000:]
+
+
+def _compile_and_count(teacher, name):
+    from torch._dynamo.utils import counters
+
+    options = {"channels": (8, 16, 24, 32), "image_size": 64, "num_classes": 10}
+    student = small_student() if name == "convnext" else load_student("timm/resnet18", **options)
+    model = build_model(student, load_teacher(teacher()), settings("unused")).train()
+    counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # a break is an error
+    pixels, labels = images(4, student.spec.size[0]), torch.arange(4)
+    model(pixels, labels)
+    for _ in range(3):
+        compiled(pixels, labels).loss.backward()
+    assert counters["stats"]["unique_graphs"] == 1

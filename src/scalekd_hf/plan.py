@@ -334,6 +334,8 @@ def _remember_warnings(result: Plan, model: ScaleKDModel, config: ScaleKDConfig)
     asked = (config.penultimate_num_heads, config.last_num_heads)
     if model.heads is not None and None in asked:
         result.warnings.append(f"the projectors' heads were chosen: {num_heads(teacher, config)}.")
+    if config.stem != "full":
+        result.warnings.append(f"`stem` {config.stem!r} is lighter than the paper's: this is another method.")
     if teacher.spec.size != student.spec.size:
         result.warnings.append(
             f"images are resized from {student.spec.size} to {teacher.spec.size} for the teacher, on the device."
