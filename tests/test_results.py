@@ -9,7 +9,8 @@ from helpers import ROOT, run
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import results
-from results import Outcome
+import results_report
+from results_report import Outcome
 
 
 def leave(folder, name, curve, alone=None, images=100):
@@ -35,8 +36,8 @@ def written(tmp_path, *words):
     arguments = results.parse(["--dataset", "d", "--output_dir", str(tmp_path), *words])
     tables = results.chosen(arguments)
     arms = [arm for arms in tables.values() for arm in arms]
-    outcomes = results.read_outcomes(arms, tmp_path, arguments.seeds)
-    return arguments, outcomes, results.report_block(tables, outcomes, arguments, "python")
+    outcomes = results_report.read_outcomes(arms, tmp_path, arguments.seeds)
+    return arguments, outcomes, results_report.report_block(tables, outcomes, arguments, "python")
 
 
 def test_the_first_table_has_means_gains_and_images_until_the_baseline(tmp_path):
@@ -54,7 +55,7 @@ def test_the_first_table_has_means_gains_and_images_until_the_baseline(tmp_path)
 def test_runs_that_are_missing_leave_dashes(tmp_path):
     _, _, block = written(tmp_path)
     assert "| ViT | – | – | – | – | – |" in block and "| Swin, larger | – | – | – |" in block
-    assert "Fewer than two teachers have results" in block and "Table 3" in block and "Table 4" not in block
+    assert "Fewer than two teachers have results" in block and "Table 3" in block
 
 
 def test_the_second_table_compares_with_the_student_alone_and_with_scalekd(tmp_path):
@@ -71,8 +72,8 @@ def test_the_curve_of_a_teacher_is_read_from_its_last_checkpoint(tmp_path):
         log = [{"step": 5, "eval_top1": 0.2}, {"step": step, "eval_top1": 0.4}]
         state = {"global_step": step, "train_batch_size": 10, "epoch": 2.0, "log_history": log}
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
-    assert results.read_outcome(tmp_path, 0.5) == Outcome(50.0, {50: 20.0, 100: 40.0}, 100, 50)
-    assert results.read_outcome(tmp_path, None) is None
+    assert results_report.read_outcome(tmp_path, 0.5) == Outcome(50.0, {50: 20.0, 100: 40.0}, 100, 50)
+    assert results_report.read_outcome(tmp_path, None) is None
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.9, "rises: +20.00, +40.00."), (0.6, "falls: +20.00, +10.00.")])
@@ -88,40 +89,42 @@ def test_whether_the_gain_follows_the_teachers_is_computed(tmp_path, gain, verdi
 
 @pytest.mark.parametrize(("target", "images"), [(30, 150.0), (20, 100.0), (10, 100.0), (40, 200.0), (41, None)])
 def test_images_until_an_accuracy_are_interpolated(target, images):
-    assert results.images_until({100: 20.0, 200: 40.0, 300: 35.0}, target) == images
+    assert results_report.images_until({100: 20.0, 200: 40.0, 300: 35.0}, target) == images
 
 
 def test_the_mean_curve_takes_the_evaluations_that_all_seeds_have():
-    assert results.mean_curve([Outcome(0, {1: 2.0, 2: 4.0}), Outcome(0, {2: 6.0, 3: 9.0})]) == {2: 5.0}
+    assert results_report.mean_curve([Outcome(0, {1: 2.0, 2: 4.0}), Outcome(0, {2: 6.0, 3: 9.0})]) == {2: 5.0}
 
 
 def test_what_stands_around_the_markers_is_kept(tmp_path):
     file = tmp_path / "docs" / "report.md"
-    results.write_report(file, "one")
+    results_report.write_report(file, "one")
     file.write_text("Before.\n" + file.read_text() + "After.\n")
-    results.write_report(file, "two")
+    results_report.write_report(file, "two")
     text = file.read_text()
-    assert text.startswith("Before.\n# Results") and text.endswith(f"two\n\n{results.END}\nAfter.\n")
-    assert "one" not in text and text.count(results.START) == 1
-    file.write_text(f"Alone. {results.START}")
+    assert text.startswith("Before.\n# Results") and text.endswith(f"two\n\n{results_report.END}\nAfter.\n")
+    assert "one" not in text and text.count(results_report.START) == 1
+    file.write_text(f"Alone. {results_report.START}")
     with pytest.raises(ValueError, match="put it back"):
-        results.write_report(file, "three")
+        results_report.write_report(file, "three")
 
 
 def test_teachers_come_first_then_seed_by_seed_and_each_run_once(tmp_path):
     arguments = results.parse(["--dataset", "d", "--output_dir", str(tmp_path), "--scale", "0.5"])
     runs = results.plan_runs([arm for arms in results.TABLES.values() for arm in arms], arguments)
     titles = [run.title for run in runs]
-    assert titles[:4] == ["teacher swin_large", "teacher swin_small", "teacher vit", "resnet18_scalekd, seed 0"]
-    seeds = [title[-1] for title in titles[3:]]
+    teachers = len(results.TEACHERS)
+    assert titles[:teachers] == [f"teacher {name}" for name in results.TEACHERS]
+    assert titles[teachers] == "resnet18_scalekd, seed 0"
+    seeds = [title[-1] for title in titles[teachers:]]
     assert seeds == sorted(seeds) and len({run.folder for run in runs}) == len(runs)
-    assert "--num_train_epochs 4.0" in " ".join(runs[3].command)
+    assert "--num_train_epochs 2.0" in " ".join(runs[teachers].command)
 
 
 def test_the_command_in_the_report_names_no_place_of_this_machine():
     words = ["--dataset", "../data/cifar10", "--output_dir", "/tmp/x/runs", "--report", "docs/r.md", "--report_only"]
     shown = "python recipes/results.py --dataset cifar10 --output_dir runs --report docs/r.md"
-    assert results.shown_command(words) == shown
+    assert results_report.shown_command(words) == shown
 
 
 @pytest.mark.slow
@@ -132,7 +135,7 @@ def test_the_whole_command_in_small_trains_nothing_twice(tmp_path):
     first = run(*words)
     assert first.returncode == 0, first.stdout + first.stderr[-3000:]
     text = report.read_text()
-    assert "| Mixer | " in text and results.MISSING + " |" not in text and report.with_suffix(".png").exists()
+    assert "| Mixer | " in text and results_report.MISSING + " |" not in text and report.with_suffix(".png").exists()
     assert "each student: 128 images seen, from 359 training images" in text
     logs = {file: file.read_text() for file in output.glob("*.log")}
     assert len(logs) == 3
