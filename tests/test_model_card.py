@@ -130,3 +130,8 @@ def test_a_table_has_the_columns_that_are_known():
         "| a | 50.00% |  |",
         "| b |  | 1.0000 |",
     ]
+
+
+def test_a_card_says_that_lighter_stems_are_a_departure():
+    assert "a departure from ScaleKD as published" in make_card(facts(settings={"stem": "shared"})).text
+    assert "departure" not in make_card(facts(settings={"temperature": 2.0})).text

@@ -39,6 +39,7 @@ PARENT_SETTINGS = (
 NOT_OF_THE_METHOD = (
     "overwrite_output_dir",
     "allow_data_mismatch",
+    "channels_last",
     "dataloader_num_workers",
     "logging_steps",
     "report_to",
