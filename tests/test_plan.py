@@ -112,7 +112,7 @@ def test_what_would_fail_is_said(monkeypatch, changes, message):
     assert plan.error is not None and re.search(message, plan.error), plan.error
 
 
-@pytest.mark.parametrize("name", ["swin_l_to_mobilenetv1", "swin_l_to_convnext_t", "swin_l_to_resnet50"])
+@pytest.mark.parametrize("name", some_slow(["swin_l_to_mobilenetv1", "swin_l_to_convnext_t", "swin_l_to_resnet50"], 1))
 def test_training_a_student_costs_three_times_its_forward_also_with_depthwise_convolutions(name):
     plan = scalekd_hf.plan(RECIPES[name])
     assert plan.gflops_per_image["student"] == pytest.approx(3 * plan.models["student"]["gflops"], rel=0.03)

@@ -37,7 +37,7 @@ def parse(name, folder, *words):
     return parse_config(DistillArguments, [str(RECIPES[name]), *words])
 
 
-@pytest.mark.parametrize("name", some_slow(RECIPES, 7))
+@pytest.mark.parametrize("name", some_slow(RECIPES, 5))
 def test_two_steps_of_every_recipe_with_small_models(name, tmp_path, digits):
     patch14 = "14" in name or "eva" in name
     size = 56 if patch14 else 64

@@ -4,7 +4,7 @@ import traceback
 
 import pytest
 import torch
-from helpers import images, settings, small_student, timm_swin, timm_vit, transformers_swin
+from helpers import images, settings, small_student, some_slow, timm_swin, timm_vit, transformers_swin
 from processes import in_child
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification, TrainerCallback
@@ -57,7 +57,7 @@ def train(tmp_path, digits, enter, leave, **changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"bf16": True, "ema_decay": 0.9, "max_grad_norm": 1.0}, {"timm_optim": "lamb"}]
+    "changes", some_slow([{"bf16": True, "ema_decay": 0.9, "max_grad_norm": 1.0}, {}, {"timm_optim": "lamb"}], 1)
 )
 def test_nothing_is_asked_of_the_device_between_two_logs(tmp_path, digits, changes):
     waits = Waits()

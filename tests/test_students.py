@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers import build, images, settings, timm_swin
+from helpers import build, images, settings, some_slow, timm_swin
 from transformers import (
     BitImageProcessor,
     ConvNextConfig,
@@ -205,7 +205,7 @@ FLATTENED = {
 }
 
 
-@pytest.mark.parametrize("family", [*STUDENTS, *FLATTENED])
+@pytest.mark.parametrize("family", some_slow([*FLATTENED, *STUDENTS], 6))
 def test_recomputed_activations_give_the_same_maps_and_gradients(family):
     if family in FLATTENED:  # timm runs the children of their stages, not the stages
         student = load_student(timm.create_model(family, num_classes=10, **FLATTENED[family]))
