@@ -80,6 +80,7 @@ def export_and_compare(folder, make):
     assert torch.allclose(program(pixels), expected, rtol=0, atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_document_run_and_answer_as_the_student(tmp_path):
     pytest.importorskip("onnxruntime")
     outcome = in_child(tmp_path / "log", run_the_examples, tmp_path)

@@ -136,7 +136,7 @@ def test_the_whole_command_in_small_trains_nothing_twice(tmp_path):
     assert first.returncode == 0, first.stdout + first.stderr[-3000:]
     text = report.read_text()
     assert "| Mixer | " in text and results_report.MISSING + " |" not in text and report.with_suffix(".png").exists()
-    assert "each student: 128 images seen, from 359 training images" in text
+    assert "each student: 64 images seen, from 359 training images" in text
     logs = {file: file.read_text() for file in output.glob("*.log")}
     assert len(logs) == 3
 

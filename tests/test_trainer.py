@@ -161,6 +161,7 @@ def test_transforms_of_the_user_are_kept(tmp_path, digits):
     assert (seen[0]["pixel_values"] == 7.0).all() and seen[0]["labels"].shape == (8,)
 
 
+@pytest.mark.slow
 def test_evaluating_does_not_slow_the_images_per_second_down(tmp_path, digits):
     trainer = trainer_for(tmp_path, digits, digits, eval_strategy="steps", eval_steps=1, logging_steps=4)
     slow = trainer.compute_metrics
