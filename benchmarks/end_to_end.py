@@ -47,8 +47,14 @@ def write_images(folder: Path, number: int, shards: int) -> None:
 
 def main() -> None:
     args = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        compare(args, Path(folder))
+
+
+def compare(args: argparse.Namespace, folder: Path) -> None:
+    """Time the bare step before and after a run of the trainer, and print both."""
     config = ScaleKDConfig(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=str(folder / "run"),
         use_cpu=not torch.cuda.is_available(),
         bf16=args.precision == "bf16",
         torch_compile=args.compile,
@@ -61,18 +67,17 @@ def main() -> None:
         disable_tqdm=True,
         report_to="none",
     )
-    with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder), args.images, shards=8)
-        files = sorted(str(file) for file in Path(folder).glob("*.parquet"))
-        train = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-        teacher = load_teacher(args.teacher, pretrained=False, **mapping(args.teacher_args, "teacher_args"))
-        student = load_student(args.student, labels=CLASSES, **mapping(args.student_args, "student_args"))
-        trainer = ScaleKDTrainer(student, teacher, config, train)
-        teacher.to(config.device)  # `train` does so; the bare step runs before it
-        bare = BareStep(trainer)
-        seconds = bare.time(args)
-        trainer.train()
-        seconds += bare.time(args)
+    write_images(folder, args.images, shards=8)
+    files = sorted(str(file) for file in folder.glob("*.parquet"))
+    train = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    teacher = load_teacher(args.teacher, pretrained=False, **mapping(args.teacher_args, "teacher_args"))
+    student = load_student(args.student, labels=CLASSES, **mapping(args.student_args, "student_args"))
+    trainer = ScaleKDTrainer(student, teacher, config, train)
+    teacher.to(config.device)  # `train` does so; the bare step runs before it
+    bare = BareStep(trainer)
+    seconds = bare.time(args)
+    trainer.train()
+    seconds += bare.time(args)
     logged = [entry for entry in trainer.state.log_history if "images_per_second" in entry][1:]
     trained = statistics.median(entry["images_per_second"] for entry in logged)
     waited = statistics.mean(entry["data_wait"] for entry in logged)

@@ -68,7 +68,7 @@ class Setting:
 def main() -> None:
     args = parse()
     device = torch.device(args.device)
-    settings = [Setting(args.batch[0], args.image_size[0], args.teacher[0])]
+    base = Setting(args.batch[0], args.image_size[0], args.teacher[0])
     growth = [Setting(batch, args.image_size[0], args.teacher[0]) for batch in args.batch[1:]]
     growth += [Setting(args.batch[0], size, args.teacher[0]) for size in args.image_size[1:]]
     growth += [Setting(args.batch[0], args.image_size[0], teacher) for teacher in args.teacher[1:]]
@@ -76,7 +76,7 @@ def main() -> None:
     rows: list[Row] = []
     for precision in args.precision:
         for layout in args.layout:
-            rows += measure(settings[0], precision, layout, args, ("floor", "published", "ours", "compiled"))
+            rows += measure(base, precision, layout, args, ("floor", "published", "ours", "compiled"))
             compare(rows[-(3 + args.compile) :])
     for setting in growth:
         rows += measure(setting, args.precision[-1], args.layout[-1], args, ("floor", "ours", "compiled"))
@@ -84,10 +84,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = {"machine": describe(device), "student": args.student, "stem": args.stem, "rows": [*map(asdict, rows)]}
     (folder / "step.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(
-        [row for row in rows if (row.batch, row.image_size, row.teacher) == tuple(asdict(settings[0]).values())],
-        folder,
-    )
+    draw([row for row in rows if Setting(row.batch, row.image_size, row.teacher) == base], folder)
     print(f"\nwritten to {folder}: step.json, step.png")
 
 
@@ -120,7 +117,7 @@ def measure(
 
 
 def build(setting: Setting, args: argparse.Namespace) -> ScaleKDModel:
-    """The pair with random weights and the published heads' widths, in training mode."""
+    """The pair with random weights and the package's choice of heads, in training mode."""
     torch.manual_seed(0)
     options = {"img_size": setting.image_size} if "swin" in setting.teacher or "vit" in setting.teacher else {}
     teacher = load_teacher(

@@ -43,9 +43,6 @@ CONFIGS = RECIPES / "configs" / "cifar10"
 PATIENCE = 120  # seconds for a run to save a checkpoint when it is told to stop
 
 
-# Training
-
-
 @dataclass(frozen=True)
 class Run:
     """One call of a recipe."""
@@ -73,34 +70,28 @@ def plan_runs(arms: Iterable[Arm], arguments: argparse.Namespace) -> list[Run]:
 
 def teacher_run(name: str, arguments: argparse.Namespace) -> Run:
     folder = teacher_folder(arguments.output_dir, name)
-    words = recipe("train_teacher.py", f"teacher_{name}", folder, arguments)
-    if any(folder.glob("checkpoint-*")):
-        words += ["--resume_from_checkpoint", "true"]
-    return Run(f"teacher {name}", folder, tuple(words))
+    return Run(f"teacher {name}", folder, recipe("train_teacher.py", f"teacher_{name}", folder, arguments))
 
 
 def student_run(arm: Arm, seed: int, arguments: argparse.Namespace) -> Run:
     folder = student_folder(arguments.output_dir, arm.name, seed)
     teacher = teacher_folder(arguments.output_dir, arm.teacher)
-    words = recipe("distill.py", arm.student, folder, arguments)
-    words += ["--teacher", str(teacher), "--seed", str(seed), *shlex.split(arm.options)]
-    # Also for a run that was killed without a word: what it has of a checkpoint or a finished baseline is kept.
-    words += ["--resume_from_checkpoint", "true"]
-    return Run(f"{arm.name}, seed {seed}", folder, tuple(words), teacher)
+    options = ["--teacher", str(teacher), "--seed", str(seed), *shlex.split(arm.options)]
+    words = (*recipe("distill.py", arm.student, folder, arguments), *options)
+    return Run(f"{arm.name}, seed {seed}", folder, words, teacher)
 
 
-def recipe(script: str, config: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
+def recipe(script: str, config: str, folder: Path, arguments: argparse.Namespace) -> tuple[str, ...]:
     file = CONFIGS / f"{config}.yaml"
     words = [sys.executable, str(RECIPES / script), str(file), "--dataset", arguments.dataset]
-    words += ["--output_dir", str(folder), "--disable_tqdm", "true"]
+    # Resumed also where a run was killed without a word: what it has of a checkpoint or a finished baseline is kept.
+    words += ["--output_dir", str(folder), "--disable_tqdm", "true", "--resume_from_checkpoint", "true"]
     if arguments.image_column:
         words += ["--image_column", arguments.image_column]
-    settings = yaml.safe_load(file.read_text())
-    if arguments.scale != 1 and "max_steps" in settings:
-        words += ["--max_steps", str(max(1, round(settings["max_steps"] * arguments.scale)))]
-    elif arguments.scale != 1:  # the recipes round up to a whole step
-        words += ["--num_train_epochs", str(settings["num_train_epochs"] * arguments.scale)]
-    return words
+    if arguments.scale != 1:  # the recipes round up to a whole step
+        epochs = yaml.safe_load(file.read_text())["num_train_epochs"]
+        words += ["--num_train_epochs", str(epochs * arguments.scale)]
+    return tuple(words)
 
 
 def train(runs: list[Run], jobs: int) -> list[str]:

@@ -30,8 +30,9 @@ def losses_of(model, pixel_values):
     return model.heads(penultimate, last, teacher_last, model.teacher.last_stage)
 
 
-def test_the_feature_losses_are_told_by_the_maps(tmp_path):
-    model = small_model(tmp_path)
+@pytest.mark.parametrize("changes", [{}, {"remove_direct_component": False}, {"stem": "shared"}])
+def test_the_feature_losses_are_told_by_the_maps(tmp_path, changes):
+    model = small_model(tmp_path, **changes)
     maps = agreement_maps(model, images())
     assert tuple(maps) == FEATURE_TERMS
     for term, loss in losses_of(model, images()).items():
@@ -60,15 +61,15 @@ def test_a_map_lies_as_the_teachers_grid_does():
     teacher_map = torch.randn(1, 8, 2, 3)
     tokens = teacher_map.clone()
     tokens[0, :, 1, 0] *= -5
-    cosines = cosine_map(tokens.flatten(2).transpose(1, 2), teacher_map, "spatial")
+    cosines = cosine_map(tokens.flatten(2).transpose(1, 2), teacher_map, False)
     torch.testing.assert_close(cosines, torch.tensor([[[1.0, 1.0, 1.0], [-1.0, 1.0, 1.0]]]))
 
 
 def test_the_frequency_view_does_not_see_what_is_the_same_everywhere():
     teacher_map = torch.randn(2, 8, 3, 3)
     tokens = (teacher_map + 7 * torch.randn(2, 8, 1, 1)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(cosine_map(tokens, teacher_map, "frequency"), torch.ones(2, 3, 3))
-    assert cosine_map(tokens, teacher_map, "spatial").mean() < 0.9
+    torch.testing.assert_close(cosine_map(tokens, teacher_map, True), torch.ones(2, 3, 3))
+    assert cosine_map(tokens, teacher_map, False).mean() < 0.9
     assert frequency_mimicking_loss(tokens, teacher_map) < 1e-5
 
 

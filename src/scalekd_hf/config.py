@@ -10,10 +10,10 @@ from typing import Any
 
 import timm.optim
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from .engines import keep_autocast
 from .losses import TASK_LOSSES
 from .projector import STEM_NORMS, STEMS
 
@@ -260,7 +260,6 @@ class ScaleKDConfig(TrainingArguments):
     shard_teacher: bool = field(
         default=False, metadata={"help": "Keep the teacher in parts, too, under FSDP2 and ZeRO-3."}
     )
-
     channels_last: bool = field(
         default=False, metadata={"help": "Channels-last memory order of maps and convolutions."}
     )
@@ -307,7 +306,7 @@ class ScaleKDConfig(TrainingArguments):
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()
-        self._autocast_under_engines()
+        keep_autocast(self)
         if getattr(self, "ddp_static_graph", False) is None:  # with accumulation, DDP skips the exchange now and then
             self.ddp_static_graph = self.gradient_accumulation_steps == 1 and not self.torch_compile
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
@@ -350,27 +349,6 @@ class ScaleKDConfig(TrainingArguments):
         self._check_combinations()
         for name in ("remove_unused_columns", "logging_nan_inf_filter"):
             self._check(name, f"must be False: {type(self).__dataclass_fields__[name].metadata['help']}", _is_off)
-
-    def _autocast_under_engines(self) -> None:
-        """Keep the engines' own mixed precision off.
-
-        DeepSpeed and FSDP cast the parameters of what they wrap, but not the teacher's, which would meet the student's
-        activations in another precision. `bf16` is the trainer's autocast around float32 parameters there.
-        """
-        deepspeed = self.deepspeed_plugin
-        fsdp = self.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
-        if deepspeed is None and not fsdp:
-            return
-        if self.fp16 or (self.mixed_precision != "no" and not self.bf16):
-            raise ValueError(
-                f"Mixed precision is {self.mixed_precision!r}; under DeepSpeed and FSDP it must be asked for with `bf16=True`: "
-                "`fp16` needs a loss scale that these engines keep for parameters in fp16 only."
-            )
-        self.mixed_precision = "no"
-        if deepspeed is not None and (self.bf16 or self.bf16_full_eval):
-            deepspeed.deepspeed_config.pop("bf16", None)
-            deepspeed.hf_ds_config.config.pop("bf16", None)
-            deepspeed.hf_ds_config._dtype = torch.float32  # what the parent casts inputs to
 
     def _check_combinations(self) -> None:
         mixing = self.mixup_alpha > 0 or self.cutmix_alpha > 0

@@ -22,6 +22,7 @@ __all__ = [
     "mimicking_target",
     "spatial_mimicking_loss",
     "task_loss",
+    "unit_tokens",
 ]
 
 TASK_LOSSES = ("cross_entropy", "binary_cross_entropy")
@@ -34,10 +35,13 @@ def _float32(*tensors: Tensor) -> tuple[AbstractContextManager, list[Tensor]]:
     return context, [tensor.float() for tensor in tensors]
 
 
-def _unit_tokens(tokens: Tensor, remove_direct_component: bool) -> Tensor:
-    if remove_direct_component:
-        tokens = tokens - tokens.mean(1, keepdim=True)
-    return F.normalize(tokens, dim=-1)
+def unit_tokens(tokens: Tensor, remove_direct_component: bool) -> Tensor:
+    """Tokens (B, N, D) as unit vectors in float32, as a view sees them: the frequency view without its direct component."""
+    context, (tokens,) = _float32(tokens)
+    with context:
+        if remove_direct_component:
+            tokens = tokens - tokens.mean(1, keepdim=True)
+        return F.normalize(tokens, dim=-1)
 
 
 def mimicking_target(teacher_map: Tensor, remove_direct_component: bool) -> Tensor:
@@ -50,9 +54,7 @@ def mimicking_target(teacher_map: Tensor, remove_direct_component: bool) -> Tens
     Returns:
         (B, H*W, D) unit vectors in float32.
     """
-    context, (teacher_map,) = _float32(teacher_map)
-    with context:
-        return _unit_tokens(teacher_map.flatten(2).transpose(1, 2), remove_direct_component)
+    return unit_tokens(teacher_map.flatten(2).transpose(1, 2), remove_direct_component)
 
 
 def mimicking_loss(tokens: Tensor, target: Tensor, remove_direct_component: bool) -> Tensor:
@@ -74,9 +76,9 @@ def mimicking_loss(tokens: Tensor, target: Tensor, remove_direct_component: bool
             f"`tokens` must be (B, H*W, D) = {tuple(target.shape)} as the teacher's last map is, got "
             f"{tuple(tokens.shape)}."
         )
-    context, (tokens, target) = _float32(tokens, target)
+    context, (target,) = _float32(target)
     with context:
-        return (_unit_tokens(tokens, remove_direct_component) - target).square().sum() / tokens.shape[0]
+        return (unit_tokens(tokens, remove_direct_component) - target).square().sum() / tokens.shape[0]
 
 
 def spatial_mimicking_loss(tokens: Tensor, teacher_map: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .distiller import ScaleKDModel
 from .heads import FEATURE_TERMS
+from .losses import mimicking_target, unit_tokens
 
 
 __all__ = ["agreement_maps", "cosine_map", "draw_agreement"]
@@ -76,25 +76,26 @@ def agreement_maps(model: ScaleKDModel, pixel_values: Tensor) -> dict[str, Tenso
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return {term: cosine_map(tokens[term], teacher_last, term.split("_")[1]) for term in heads.terms}
+    without = {term: heads.removes_direct_component[term.split("_")[1]] for term in heads.terms}
+    return {term: cosine_map(tokens[term], teacher_last, without[term]) for term in heads.terms}
 
 
-def cosine_map(tokens: Tensor, teacher_map: Tensor, view: str) -> Tensor:
+def cosine_map(tokens: Tensor, teacher_map: Tensor, remove_direct_component: bool) -> Tensor:
     """Cosine similarity at each position of the grid (section 3.2).
 
     Args:
         tokens: (B, H*W, D), the projected student tokens.
         teacher_map: (B, D, H, W), the teacher's last map.
-        view: "spatial", or "frequency": each channel's mean over the grid is removed from both sides first.
+        remove_direct_component: of the frequency view: each channel's mean over the grid is taken off both sides first.
 
     Returns:
         A float32 map (B, H, W) in [-1, 1].
     """
-    student = tokens.float()
-    teacher = teacher_map.float().flatten(2).transpose(1, 2)
-    if view == "frequency":
-        student, teacher = (x - x.mean(1, keepdim=True) for x in (student, teacher))
-    cosines = (F.normalize(student, dim=-1) * F.normalize(teacher, dim=-1)).sum(-1)
+    student, teacher = (
+        unit_tokens(tokens, remove_direct_component),
+        mimicking_target(teacher_map, remove_direct_component),
+    )
+    cosines = (student * teacher).sum(-1)
     return cosines.clamp(-1, 1).unflatten(1, teacher_map.shape[2:])
 
 

@@ -1,0 +1,35 @@
+"""Precision under DeepSpeed and FSDP."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers import TrainingArguments
+
+
+__all__ = ["keep_autocast"]
+
+
+def keep_autocast(args: TrainingArguments) -> None:
+    """Keep the engines' own mixed precision off.
+
+    DeepSpeed and FSDP cast the parameters of what they wrap, but not the teacher's, which would meet the student's
+    activations in another precision. `bf16` is the trainer's autocast around float32 parameters there.
+
+    Raises:
+        ValueError: another mixed precision than `bf16`.
+    """
+    deepspeed = args.deepspeed_plugin
+    fsdp = args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if deepspeed is None and not fsdp:
+        return
+    if args.fp16 or (args.mixed_precision != "no" and not args.bf16):
+        raise ValueError(
+            f"Mixed precision is {args.mixed_precision!r}; under DeepSpeed and FSDP it must be asked for with `bf16=True`: "
+            "`fp16` needs a loss scale that these engines keep for parameters in fp16 only."
+        )
+    args.mixed_precision = "no"
+    if deepspeed is not None and (args.bf16 or args.bf16_full_eval):
+        deepspeed.deepspeed_config.pop("bf16", None)
+        deepspeed.hf_ds_config.config.pop("bf16", None)
+        deepspeed.hf_ds_config._dtype = torch.float32  # what the parent casts inputs to
