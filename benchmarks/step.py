@@ -1,6 +1,7 @@
 """What a ScaleKD step costs: the floor of any distillation, the published step, ours, and ours compiled.
 
     python benchmarks/step.py [--student timm/resnet50 --teacher timm/swin_small_patch4_window7_224] [--batch 8 16 32]
+        [--image_size 224 448] [--stem shared separable]
 
 One process, one machine. Each round times every way once, forward and backward without the optimiser:
 
@@ -11,14 +12,15 @@ One process, one machine. Each round times every way once, forward and backward 
 
 That the losses and the student's gradients of the published step are ours is checked first. Utilisation is against
 a matrix product timed in the same rounds, in the same precision. The first batch, image size and teacher are
-those of the comparison; further ones are measured one at a time, for how the cost grows. Writes a table, step.json and step.png.
+those of the comparison; further ones, and lighter stems, are measured one at a time, for how the cost changes. Writes a table,
+step.json and step.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from scalekd_hf import ScaleKDConfig, load_student, load_teacher
 from scalekd_hf.building import build_model
 from scalekd_hf.distiller import ScaleKDModel
+from scalekd_hf.projector import STEMS
 from scalekd_hf.recipe import mapping
 
 
@@ -38,16 +41,23 @@ PRECISIONS = ("float32", "bf16")
 TOLERANCE = {"float32": 1e-4, "bf16": 1e-2}  # relative
 
 
-@dataclass
-class Row:
+@dataclass(kw_only=True)
+class Setting:
+    """What a row is measured in."""
+
+    batch: int
+    image_size: int
+    teacher: str
+    stem: str = "full"
+
+
+@dataclass(kw_only=True)
+class Row(Setting):
     """One way of doing the step in one setting."""
 
     way: str
     precision: str
     layout: str
-    batch: int
-    image_size: int
-    teacher: str
     milliseconds: float
     spread: float
     images_per_second: float
@@ -56,35 +66,28 @@ class Row:
     utilisation: float
 
 
-@dataclass
-class Setting:
-    """What a row is measured in."""
-
-    batch: int
-    image_size: int
-    teacher: str
-
-
 def main() -> None:
     args = parse()
     device = torch.device(args.device)
-    base = Setting(args.batch[0], args.image_size[0], args.teacher[0])
-    growth = [Setting(batch, args.image_size[0], args.teacher[0]) for batch in args.batch[1:]]
-    growth += [Setting(args.batch[0], size, args.teacher[0]) for size in args.image_size[1:]]
-    growth += [Setting(args.batch[0], args.image_size[0], teacher) for teacher in args.teacher[1:]]
-    print(f"{args.student}, {args.teacher[0]}, {args.stem} stems; {describe(device)}\n{HEADER}")
+    base = Setting(batch=args.batch[0], image_size=args.image_size[0], teacher=args.teacher[0])
+    others = [replace(base, batch=batch) for batch in args.batch[1:]]
+    others += [replace(base, image_size=size) for size in args.image_size[1:]]
+    others += [replace(base, teacher=teacher) for teacher in args.teacher[1:]]
+    others += [replace(base, stem=stem) for stem in args.stem]
+    print(f"{args.student}, {base.teacher}; {describe(device)}\n{HEADER}")
     rows: list[Row] = []
     for precision in args.precision:
         for layout in args.layout:
             rows += measure(base, precision, layout, args, ("floor", "published", "ours", "compiled"))
             compare(rows[-(3 + args.compile) :])
-    for setting in growth:
+    compared = len(rows)
+    for setting in others:
         rows += measure(setting, args.precision[-1], args.layout[-1], args, ("floor", "ours", "compiled"))
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"machine": describe(device), "student": args.student, "stem": args.stem, "rows": [*map(asdict, rows)]}
+    result = {"machine": describe(device), "student": args.student, "rows": [*map(asdict, rows)]}
     (folder / "step.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw([row for row in rows if Setting(row.batch, row.image_size, row.teacher) == base], folder)
+    draw(rows[:compared], folder)
     print(f"\nwritten to {folder}: step.json, step.png")
 
 
@@ -106,9 +109,10 @@ def measure(
         tflop = rows[-1].gflop_per_image * setting.batch / 1e3 if way == "compiled" else tflops_of(work)
         seconds = times[way].median
         row = Row(
-            way, precision, layout, setting.batch, setting.image_size, setting.teacher,
-            1e3 * seconds, times[way].spread, setting.batch / seconds, peak_gib(work, device),
-            1e3 * tflop / setting.batch, tflop / seconds / rate,
+            **asdict(setting), way=way, precision=precision, layout=layout,
+            milliseconds=1e3 * seconds, spread=times[way].spread, images_per_second=setting.batch / seconds,
+            peak_gib=peak_gib(work, device), gflop_per_image=1e3 * tflop / setting.batch,
+            utilisation=tflop / seconds / rate,
         )  # fmt: skip
         rows.append(row)
         print(text_of(row), flush=True)
@@ -126,7 +130,7 @@ def build(setting: Setting, args: argparse.Namespace) -> ScaleKDModel:
     student = load_student(
         args.student, labels=CLASSES, image_size=setting.image_size, **mapping(args.student_args, "student_args")
     )
-    config = ScaleKDConfig(output_dir="unused", use_cpu=args.device == "cpu", stem=args.stem, report_to="none")
+    config = ScaleKDConfig(output_dir="unused", use_cpu=args.device == "cpu", stem=setting.stem, report_to="none")
     return build_model(student, teacher, config).train()
 
 
@@ -217,7 +221,7 @@ def text_of(row: Row) -> str:
     return (
         f"{row.way:<11}{row.precision:<10}{row.layout:<15}{row.batch:>6}{row.image_size:>5}{row.milliseconds:>10.1f}"
         f"{row.spread:>6.1%}{row.images_per_second:>10.2f}{row.peak_gib:>10.3f}{row.gflop_per_image:>13.1f}"
-        f"{row.utilisation:>12.0%}  {row.teacher}"
+        f"{row.utilisation:>12.0%}  {row.teacher}, {row.stem} stems"
     )
 
 
@@ -271,7 +275,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--layout", nargs="+", choices=["contiguous", "channels-last"], default=["contiguous", "channels-last"]
     )
-    parser.add_argument("--stem", default="full")
+    parser.add_argument("--stem", nargs="+", choices=STEMS[1:], default=[], help="lighter stems to measure too")
     parser.add_argument("--rounds", type=int, default=20 if on_gpu else 5)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
     parser.add_argument("--device", default=device)

@@ -5,6 +5,8 @@
 Each run is one of the recipes, in a process of its own, with its output in `<run folder>.log`. Call it again after an
 interruption: runs that have ended are kept, one that was stopped goes on. Seed 0 of all runs comes first, then seed 1,
 and so on, so that the tables are whole early. `--report_only` writes what is there, without training.
+
+A GPU is used where there is one. There, all images and more epochs are `--train_split train --scale 5`.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from results_report import (
     SCALEKD,
@@ -77,6 +80,8 @@ def student_run(arm: Arm, seed: int, arguments: argparse.Namespace) -> Run:
     folder = student_folder(arguments.output_dir, arm.name, seed)
     teacher = teacher_folder(arguments.output_dir, arm.teacher)
     options = ["--teacher", str(teacher), "--seed", str(seed), *shlex.split(arm.options)]
+    if arguments.train_split:
+        options += ["--train_split", arguments.train_split]
     words = (*recipe("distill.py", arm.student, folder, arguments), *options)
     return Run(f"{arm.name}, seed {seed}", folder, words, teacher)
 
@@ -86,6 +91,8 @@ def recipe(script: str, config: str, folder: Path, arguments: argparse.Namespace
     words = [sys.executable, str(RECIPES / script), str(file), "--dataset", arguments.dataset]
     # Resumed also where a run was killed without a word: what it has of a checkpoint or a finished baseline is kept.
     words += ["--output_dir", str(folder), "--disable_tqdm", "true", "--resume_from_checkpoint", "true"]
+    if torch.cuda.is_available():
+        words += ["--use_cpu", "false"]
     if arguments.image_column:
         words += ["--image_column", arguments.image_column]
     if arguments.scale != 1:  # the recipes round up to a whole step
@@ -165,6 +172,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    parser.add_argument("--train_split", help="of the students, if not the quarter that their configurations name")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="multiplies every budget; take another output_dir with it"
     )

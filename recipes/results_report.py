@@ -321,6 +321,9 @@ def facts(outcomes: dict[str, dict[int, Outcome]], jobs: int) -> str:
         known = sorted({(o.images, o.data_images) for o in runs if o.images})
         return ", ".join(f"{seen:,} images seen, from {data:,} training images" for seen, data in known) or MISSING
 
+    machine = f"{os.cpu_count()} {platform.machine()} CPU cores"
+    if torch.cuda.is_available():
+        machine = hardware(torch.cuda.device_count(), torch.device("cuda"))
     hours = sum(o.seconds for by_seed in outcomes.values() for o in by_seed.values()) / 3600
     software = {"python": platform.python_version(), **versions()}
     return "\n".join(
@@ -328,8 +331,7 @@ def facts(outcomes: dict[str, dict[int, Outcome]], jobs: int) -> str:
             f"- each student: {budget(False)}",
             f"- each teacher: {budget(True)}",
             f"- {hours:.1f} hours of training in all, with the evaluations on the way, summed over the runs",
-            f"- {hardware(jobs, torch.device('cpu'))} at once, OMP_NUM_THREADS={threads(jobs)}, on {os.cpu_count()} "
-            f"{platform.machine()} cores",
+            f"- {jobs} at once, each with OMP_NUM_THREADS={threads(jobs)}, on {machine}",
             f"- {', '.join(f'{name} {version}' for name, version in software.items())}",
         )
     )

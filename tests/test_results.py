@@ -121,6 +121,17 @@ def test_teachers_come_first_then_seed_by_seed_and_each_run_once(tmp_path):
     assert "--num_train_epochs 2.0" in " ".join(runs[teachers].command)
 
 
+def test_with_a_gpu_the_runs_use_it_and_all_images_may_be_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    arguments = results.parse(
+        ["--dataset", "d", "--output_dir", str(tmp_path), "--train_split", "train", "--seeds", "0"]
+    )
+    teacher, student = results.plan_runs([results.TABLES[1][0]], arguments)
+    for run_ in (teacher, student):
+        assert "--use_cpu false" in " ".join(run_.command)
+    assert "--train_split train" in " ".join(student.command) and "--train_split" not in teacher.command
+
+
 def test_the_command_in_the_report_names_no_place_of_this_machine():
     words = ["--dataset", "../data/cifar10", "--output_dir", "/tmp/x/runs", "--report", "docs/r.md", "--report_only"]
     shown = "python recipes/results.py --dataset cifar10 --output_dir runs --report docs/r.md"
