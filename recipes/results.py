@@ -63,6 +63,12 @@ class Run:
         """Its result; None before its end."""
         return teacher_top1(self.folder) if self.teacher is None else student_top1(self.folder)
 
+    def is_another(self) -> bool:
+        """Whether its log says that it was made with other options. Where files lie does not count, their names do."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        made_by = next((shlex.split(line[2:]) for line in reversed(lines) if line.startswith("$ ")), self.command)
+        return [Path(word).name for word in made_by[1:]] != [Path(word).name for word in self.command[1:]]
+
 
 def plan_runs(arms: Iterable[Arm], arguments: argparse.Namespace) -> list[Run]:
     """The teachers of these arms, then the arms, seed by seed, in the order in which they are trained."""
@@ -193,7 +199,13 @@ def main() -> None:
     tables = chosen(arguments)
     arms = [arm for in_table in tables.values() for arm in in_table]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    failed = [] if arguments.report_only else train(plan_runs(arms, arguments), arguments.jobs)
+    runs = plan_runs(arms, arguments)
+    if others := [run.title for run in runs if run.top1() is not None and run.is_another()]:
+        raise SystemExit(
+            f"`output_dir` {str(arguments.output_dir)!r} holds results that were made with other options "
+            f"({'; '.join(others)}): they are kept. Take another `output_dir`, or remove those runs' folders."
+        )
+    failed = [] if arguments.report_only else train(runs, arguments.jobs)
     # The student alone and full ScaleKD are in more tables than those that train them.
     outcomes = read_outcomes([*arms, *(SCALEKD[arm.student] for arm in arms)], arguments.output_dir, arguments.seeds)
     write_report(arguments.report, report_block(tables, outcomes, arguments, shown_command(sys.argv[1:])))

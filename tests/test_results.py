@@ -1,7 +1,9 @@
 """recipes/results.py: its tables from what runs leave, and the whole command in small."""
 
 import json
+import shlex
 import sys
+from contextlib import nullcontext
 
 import pytest
 from helpers import ROOT, run
@@ -130,6 +132,19 @@ def test_with_a_gpu_the_runs_use_it_and_all_images_may_be_asked_for(tmp_path, mo
     for run_ in (teacher, student):
         assert "--use_cpu false" in " ".join(run_.command)
     assert "--train_split train" in " ".join(student.command) and "--train_split" not in teacher.command
+
+
+def test_results_made_with_other_options_are_not_taken_for_these(tmp_path, monkeypatch):
+    words = ["--dataset", "d", "--report", str(tmp_path / "report.md"), "--report_only", "--tables", "1"]
+    arguments = results.parse([*words, "--output_dir", str(tmp_path)])
+    leave(tmp_path, "vit_logits_seed0", [0.5])
+    done = next(run for run in results.plan_runs(results.TABLES[1], arguments) if run.top1() is not None)
+    elsewhere = [word.replace(str(results.RECIPES), "/elsewhere") for word in done.command]
+    done.log.write_text(f"$ python other.py --scale 9\n$ {shlex.join(elsewhere)}\nsome output\n")
+    for extra, refused in [([], False), (["--scale", "0.5"], True), (["--train_split", "train"], True)]:
+        monkeypatch.setattr(sys, "argv", ["results.py", *words, "--output_dir", str(tmp_path), *extra])
+        with pytest.raises(SystemExit, match="vit_logits, seed 0") if refused else nullcontext():
+            results.main()
 
 
 def test_the_command_in_the_report_names_no_place_of_this_machine():
