@@ -210,6 +210,16 @@ def efficiency(outcomes: dict[str, dict[int, Outcome]], arm: Arm) -> str:
     return f"{sooner}{images:,.0f} ({images / max(curve):.0%})"
 
 
+def minutes(outcomes: dict[str, dict[int, Outcome]], arm: Arm) -> str:
+    """Mean minutes of a run, beside those of the student alone with the same seeds."""
+    of_arm, of_alone = outcomes.get(arm.name, {}), outcomes.get(ALONE[arm.student].name, {})
+    both = [seed for seed in of_arm if seed in of_alone]
+    if not both:
+        return MISSING
+    seconds, alone = (statistics.mean(runs[seed].seconds for seed in both) for runs in (of_arm, of_alone))
+    return f"{seconds / 60:.1f} ({seconds / alone:.1f}x)" if alone else MISSING
+
+
 # The report
 
 
@@ -221,17 +231,20 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def students_table(arms: list[Arm], outcomes: dict, seeds: int) -> str:
     """Table 1: each student alone, with the teacher's logits only, and with ScaleKD."""
     header = ["student", "alone", "logits only", "ScaleKD", "ScaleKD over alone", "ScaleKD over logits"]
-    rows, sooner = [], []
+    rows, sooner, times = [], [], []
     for student in dict.fromkeys(arm.student for arm in arms):
         three = [ALONE[student], LOGITS[student], SCALEKD[student]]
         values = [accuracies(outcomes, arm) for arm in three]
         gains = [cell(minus(values[2], other), seeds, "+") for other in values[:2]]
         rows.append([STUDENTS[student], *(cell(value, seeds) for value in values), *gains])
         sooner.append([STUDENTS[student], *(efficiency(outcomes, arm) for arm in three)])
+        times.append([STUDENTS[student], *(minutes(outcomes, arm) for arm in three)])
+    ways = ["student", "alone", "logits only", "ScaleKD"]
     return (
         f"{table(header, rows)}\n\nImages seen until the student alone's final accuracy is first reached (mean over "
         "seeds, linear between evaluations), and their share of the budget:\n\n"
-        f"{table(['student', 'alone', 'logits only', 'ScaleKD'], sooner)}"
+        f"{table(ways, sooner)}\n\nMinutes of a run, with the evaluations on the way (mean over seeds), and how many times the "
+        f"student alone's:\n\n{table(ways, times)}"
     )
 
 

@@ -54,6 +54,14 @@ def test_the_first_table_has_means_gains_and_images_until_the_baseline(tmp_path)
     assert outcomes["mixer_alone"][0].seconds == 8.0  # 4 of training, 4 of evaluating
 
 
+def test_the_minutes_of_a_run_stand_beside_those_of_the_student_alone(tmp_path):
+    leave(tmp_path, "vit_scalekd_seed0", [0.4, 0.6], alone=[0.2, 0.3])
+    state = tmp_path / "vit_scalekd_seed0" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"images_per_second": 100', '"images_per_second": 2'))
+    _, _, block = written(tmp_path, "--tables", "1", "--students", "vit")
+    assert "| ViT | 0.1 (1.0x) | – | 3.4 (33.7x) |" in block  # 2 and 1 evaluations of a second; 4 and 200 s
+
+
 def test_runs_that_are_missing_leave_dashes(tmp_path):
     _, _, block = written(tmp_path)
     assert "| ViT | – | – | – | – | – |" in block and "| Swin, larger | – | – | – |" in block
