@@ -32,7 +32,7 @@ class Levers:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device, self.batch = args, torch.device(args.device), args.batch
-        self.setting = Setting(args.batch, args.image_size, args.teacher)
+        self.setting = Setting(batch=args.batch, image_size=args.image_size, teacher=args.teacher)
         self.model = build(self.setting, args).to(self.device)
         assert self.model.heads is not None and self.model.teacher is not None
         self.heads, self.teacher, self.student = self.model.heads, self.model.teacher, self.model.student
@@ -230,7 +230,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20 if device == "cuda" else 5)
     parser.add_argument("--only", nargs="+", choices=NAMES)
     parser.add_argument("--device", default=device)
-    parser.set_defaults(stem="full")
     return parser.parse_args()
 
 

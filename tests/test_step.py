@@ -148,3 +148,12 @@ def test_the_benchmark_finds_the_published_step_and_ours_equal(tmp_path):
     larger, lighter = rows[-3], rows[-1]
     assert (larger["batch"], lighter["stem"]) == (4, "shared") and larger["peak_gib"] > ours["peak_gib"]
     assert lighter["gflop_per_image"] < ours["gflop_per_image"]
+
+
+@pytest.mark.slow
+def test_every_lever_computes_the_same_both_ways():
+    words = ["--student", "timm/resnet18", "--teacher", "timm/vit_tiny_patch16_224", "--image_size", 64, "--batch", 2]
+    result = run("python", "benchmarks/levers.py", *words, "--rounds", 1, "--device", "cpu")
+    assert result.returncode == 0, result.stderr[-3000:]
+    measured = [line.split()[0] for line in result.stdout.splitlines() if line.count("x") >= 1 and "%" in line]
+    assert {"tail", "attention", "queries", "targets", "optimizer", "checkpointing"} <= set(measured)
