@@ -1,5 +1,7 @@
 """What the recipes add to `TrainingArguments`: augmentation, soft labels, optimisers, rates, averaging."""
 
+import dataclasses
+
 import datasets
 import pytest
 import timm
@@ -22,6 +24,13 @@ def trainer_for(folder, train=None, evaluation=None, **changes):
 
 def rates(trainer):
     return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+
+
+def test_one_process_uses_one_gpu_and_says_how_to_use_all(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    config = settings(tmp_path, use_cpu=False, per_device_train_batch_size=4)
+    assert (config.n_gpu, config.train_batch_size, dataclasses.replace(config).n_gpu) == (1, 4, 1)
+    assert "accelerate launch" in caplog.text
 
 
 def test_random_erasing_puts_noise_in():

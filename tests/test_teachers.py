@@ -183,3 +183,13 @@ def test_unsuitable_teachers_are_refused_with_the_reason(teacher, message):
         load_teacher(
             teacher() if callable(teacher) and not isinstance(teacher, torch.nn.Module) else teacher, pretrained=False
         )
+
+
+@pytest.mark.parametrize("build", [timm_swin, timm_vit])
+def test_a_use_of_the_model_on_the_side_leaves_no_map_behind(build):
+    teacher = load_teacher(build())
+    first, second = images(2, 32), images(2, 32) + 1
+    with torch.no_grad():
+        expected = teacher(second)[0]
+        teacher.model(first)
+        assert torch.equal(teacher(second)[0], expected)

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from .engines import keep_autocast
+from .engines import keep_autocast, use_one_gpu
 from .losses import TASK_LOSSES
 from .projector import STEM_NORMS, STEMS
 
@@ -306,6 +306,7 @@ class ScaleKDConfig(TrainingArguments):
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()
+        use_one_gpu(self)
         keep_autocast(self)
         if getattr(self, "ddp_static_graph", False) is None:  # with accumulation, DDP skips the exchange now and then
             self.ddp_static_graph = self.gradient_accumulation_steps == 1 and not self.torch_compile

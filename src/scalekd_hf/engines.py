@@ -1,13 +1,28 @@
-"""Precision under DeepSpeed and FSDP."""
+"""Devices of one process, and precision under DeepSpeed and FSDP."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 
-__all__ = ["keep_autocast"]
+__all__ = ["keep_autocast", "use_one_gpu"]
+
+logger = logging.getLogger(__name__)
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Train on one GPU where one process sees several: the parent's `DataParallel` would copy the student without its teacher."""
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are visible to this one process, which uses the first. `accelerate launch` (or `torchrun`) starts a "
+            "process for each; `CUDA_VISIBLE_DEVICES` chooses another.",
+            args.n_gpu,
+        )
+        args._n_gpu = 1
 
 
 def keep_autocast(args: TrainingArguments) -> None:
