@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import torch
@@ -47,16 +47,18 @@ class Levers:
     def random(self, *shape: int, gradient: bool = True) -> Tensor:
         return torch.randn(self.batch, *shape, device=self.device, requires_grad=gradient)
 
-    def learn(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Forward and backward; returns what the forward gave."""
+    def learn(self, forward: Callable[[], Tensor], others: Iterable[Tensor] = ()) -> Callable[[], Tensor]:
+        """Forward and backward, to the model's parameters and other tensors; returns what the forward gave."""
+        leaves = [self.penultimate, self.last, self.tokens, *self.model.parameters(), *others]
+        reached: list[Tensor] = []
 
         def run() -> Tensor:
             with self.autocast:
                 out = forward()
             out.float().square().sum().backward()
-            for tensor in (self.penultimate, self.last, self.tokens):
+            reached[:] = reached or [tensor for tensor in leaves if tensor.grad is not None]
+            for tensor in reached:
                 tensor.grad = None
-            self.model.zero_grad(set_to_none=True)
             return out.detach()
 
         return run
@@ -85,7 +87,7 @@ class Levers:
         explicit = Projector(ours)
         queries = self.random(*self.teacher_map.flatten(2).transpose(1, 2).shape[1:], gradient=False)
         return (
-            self.learn(lambda: explicit(self.last, queries)),
+            self.learn(lambda: explicit(self.last, queries), explicit.parameters()),
             self.learn(lambda: ours(self.last, queries)),
         )
 
@@ -136,7 +138,7 @@ class Levers:
                     )
             return torch.stack(total)
 
-        return self.learn(lambda: losses(False)), self.learn(lambda: losses(True))
+        return self.learn(lambda: losses(False), [tokens]), self.learn(lambda: losses(True), [tokens])
 
     def cosine(self) -> Pair:
         """The distance of unit vectors from their cosine, without the map of differences: one pass less over the map."""
@@ -148,7 +150,7 @@ class Levers:
                 norm = torch.linalg.vector_norm(tokens, dim=-1).clamp_min(1e-12)
                 return 2 * (target.shape[1] - ((tokens * target).sum(-1) / norm).sum() / self.batch)
 
-        return self.learn(lambda: mimicking_loss(tokens, target, False)), self.learn(cosine)
+        return self.learn(lambda: mimicking_loss(tokens, target, False), [tokens]), self.learn(cosine, [tokens])
 
     def optimizer(self) -> Pair:
         """AdamW over all tensors in one kernel instead of a loop over tensors: 10x of the optimiser's host time."""

@@ -5,13 +5,13 @@
 
 One process, one machine. Each round times every way once, forward and backward without the optimiser:
 
-    floor       teacher forward, student forward and backward: no distillation with this pair can do less
+    floor       teacher forward, student forward and backward: no distillation with this pair can do less; compiled, too
     published   the step as it was published, plainly (benchmarks/published.py)
     ours        the package's
     compiled    the package's under torch.compile, as `--torch_compile true` runs it
 
 That the losses and the student's gradients of the published step are ours is checked first. Utilisation is against
-a matrix product timed in the same rounds, in the same precision. The first batch, image size and teacher are
+a matrix product timed in the same rounds, in the same precision (float32 without TF32). The first batch, image size and teacher are
 those of the comparison; further ones, and lighter stems, are measured one at a time, for how the cost changes. Writes a table,
 step.json and step.png.
 """
@@ -69,44 +69,53 @@ class Row(Setting):
 def main() -> None:
     args = parse()
     device = torch.device(args.device)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run eagerly without a word
     base = Setting(batch=args.batch[0], image_size=args.image_size[0], teacher=args.teacher[0])
     others = [replace(base, batch=batch) for batch in args.batch[1:]]
     others += [replace(base, image_size=size) for size in args.image_size[1:]]
     others += [replace(base, teacher=teacher) for teacher in args.teacher[1:]]
     others += [replace(base, stem=stem) for stem in args.stem]
     print(f"{args.student}, {base.teacher}; {describe(device)}\n{HEADER}")
-    rows: list[Row] = []
-    for precision in args.precision:
-        for layout in args.layout:
-            rows += measure(base, precision, layout, args, ("floor", "published", "ours", "compiled"))
-            compare(rows[-(3 + args.compile) :])
-    compared = len(rows)
-    for setting in others:
-        rows += measure(setting, args.precision[-1], args.layout[-1], args, ("floor", "ours", "compiled"))
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"machine": describe(device), "student": args.student, "rows": [*map(asdict, rows)]}
-    (folder / "step.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(rows[:compared], folder)
+    rows: list[Row] = []
+
+    def add(measured: list[Row]) -> None:
+        rows.extend(measured)
+        result = {"machine": describe(device), "student": args.student, "rows": [*map(asdict, rows)]}
+        (folder / "step.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    for precision in args.precision:
+        for layout in args.layout:
+            measured = measure(base, precision, layout, args, True)
+            compare(measured)
+            add(measured)
+    draw(rows, folder)
+    for setting in others:
+        add(measure(setting, args.precision[-1], args.layout[-1], args, False))
     print(f"\nwritten to {folder}: step.json, step.png")
 
 
 def measure(
-    setting: Setting, precision: str, layout: str, args: argparse.Namespace, ways: tuple[str, ...]
+    setting: Setting, precision: str, layout: str, args: argparse.Namespace, with_published: bool
 ) -> list[Row]:
     """Time the ways in one setting, interleaved, and print a row for each."""
     device = torch.device(args.device)
+    torch.compiler.reset()  # the next setting's shapes are no change of this one's
     model = build(setting, args).to(device)
     if layout == "channels-last":
         model.to(memory_format=torch.channels_last)
-    works = steps(model, setting, precision, layout, args, ways)
+    works = steps(model, setting, precision, layout, args, with_published)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     product, product_tflop = matrix_product(device, dtype)
     times = interleave({**works, "product": product}, args.rounds, device, warm_up=2)
     rate = product_tflop / times["product"].median
+    counted = {way: tflops_of(work) for way, work in works.items() if "compiled" not in way}
+    counted |= {"compiled": counted["ours"], "floor compiled": counted["floor"]}
     rows = []
     for way, work in works.items():
-        tflop = rows[-1].gflop_per_image * setting.batch / 1e3 if way == "compiled" else tflops_of(work)
+        tflop = counted[way]
         seconds = times[way].median
         row = Row(
             **asdict(setting), way=way, precision=precision, layout=layout,
@@ -116,7 +125,7 @@ def measure(
         )  # fmt: skip
         rows.append(row)
         print(text_of(row), flush=True)
-    print(f"{'':<45}matrix product: {rate:.3g} TFLOP/s", flush=True)
+    print(f"{'':<49}matrix product: {rate:.3g} TFLOP/s", flush=True)
     return rows
 
 
@@ -135,7 +144,7 @@ def build(setting: Setting, args: argparse.Namespace) -> ScaleKDModel:
 
 
 def steps(
-    model: ScaleKDModel, setting: Setting, precision: str, layout: str, args: argparse.Namespace, ways: tuple[str, ...]
+    model: ScaleKDModel, setting: Setting, precision: str, layout: str, args: argparse.Namespace, with_published: bool
 ) -> dict[str, Work]:
     """The ways as functions of nothing; the published one is first compared with ours."""
     device = torch.device(args.device)
@@ -146,8 +155,7 @@ def steps(
     labels = torch.randint(len(CLASSES), (setting.batch,), device=device)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     student, teacher = model.student, model.teacher
-    published = PublishedStep(model) if "published" in ways else None
-    compiled = torch.compile(model) if "compiled" in ways and args.compile else None
+    published = PublishedStep(model) if with_published else None
     assert teacher is not None
 
     def floor() -> Tensor:
@@ -178,8 +186,9 @@ def steps(
         check_equal(model, ours, as_published, cast, TOLERANCE[precision])
         losses["published"] = as_published
     losses["ours"] = ours
-    if compiled is not None:
-        losses["compiled"] = lambda: ours(compiled)
+    if args.compile:
+        compiled = torch.compile(model)
+        losses |= {"floor compiled": torch.compile(floor), "compiled": lambda: ours(compiled)}
     return {name: step(loss) for name, loss in losses.items()}
 
 
@@ -212,14 +221,14 @@ def gradients_of(model: ScaleKDModel, compute: Work) -> tuple[Tensor, Tensor]:
 
 
 HEADER = (
-    f"{'':<11}{'precision':<10}{'layout':<15}{'batch':>6}{'px':>5}{'ms':>10}{'±':>6}{'images/s':>10}"
+    f"{'':<15}{'precision':<10}{'layout':<15}{'batch':>6}{'px':>5}{'ms':>10}{'±':>6}{'images/s':>10}"
     f"{'peak GiB':>10}{'GFLOP/image':>13}{'of product':>12}"
 )
 
 
 def text_of(row: Row) -> str:
     return (
-        f"{row.way:<11}{row.precision:<10}{row.layout:<15}{row.batch:>6}{row.image_size:>5}{row.milliseconds:>10.1f}"
+        f"{row.way:<15}{row.precision:<10}{row.layout:<15}{row.batch:>6}{row.image_size:>5}{row.milliseconds:>10.1f}"
         f"{row.spread:>6.1%}{row.images_per_second:>10.2f}{row.peak_gib:>10.3f}{row.gflop_per_image:>13.1f}"
         f"{row.utilisation:>12.0%}  {row.teacher}, {row.stem} stems"
     )
@@ -229,7 +238,7 @@ def compare(rows: list[Row]) -> None:
     """Print the ratios that the goals are about."""
     by_way = {row.way: row for row in rows}
     best = by_way.get("compiled", by_way["ours"])
-    floor, published = by_way["floor"], by_way["published"]
+    floor, published = by_way.get("floor compiled", by_way["floor"]), by_way["published"]
     time = best.milliseconds / floor.milliseconds
     work = best.gflop_per_image / floor.gflop_per_image
     print(
@@ -262,25 +271,28 @@ def draw(rows: list[Row], folder: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = device == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="timm/resnet50")
     parser.add_argument("--student_args", help="arguments of the student, as JSON")
     parser.add_argument("--teacher", nargs="+", default=["timm/swin_small_patch4_window7_224"])
     parser.add_argument("--teacher_args", help="arguments of the teacher, as JSON")
-    parser.add_argument("--batch", type=int, nargs="+", default=[128 if on_gpu else 8])
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 128 on a GPU, 8 elsewhere")
     parser.add_argument("--image_size", type=int, nargs="+", default=[224])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument(
         "--layout", nargs="+", choices=["contiguous", "channels-last"], default=["contiguous", "channels-last"]
     )
     parser.add_argument("--stem", nargs="+", choices=STEMS[1:], default=[], help="lighter stems to measure too")
-    parser.add_argument("--rounds", type=int, default=20 if on_gpu else 5)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
-    parser.add_argument("--device", default=device)
+    parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 5 elsewhere")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="outputs/benchmarks/step")
-    return parser.parse_args()
+    args = parser.parse_args()
+    on_gpu = args.device != "cpu"
+    args.batch = args.batch or [128 if on_gpu else 8]
+    args.rounds = args.rounds or (20 if on_gpu else 5)
+    args.compile = on_gpu if args.compile is None else args.compile
+    return args
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import images, run, settings, small_student, some_slow, timm_swin, timm_vit, transformers_swin
 from processes import in_child
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification, TrainerCallback
 
@@ -14,8 +15,15 @@ from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.building import build_model
 
 
+TO_THE_HOST = (
+    "tolist",
+    "cpu",
+    "numpy",
+    "item",
+)  # methods that copy a tensor there; on a CPU tensor they show in no dispatch
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")  # each needs a value on the host
-ON_THE_HOST = "timm/optim/_helpers.py"  # LAMB counts its steps in a tensor that stays on the CPU
+BY_INDEX = ("index", "index_put", "index_put_")  # how many entries a mask has is known on the device
+ON_THE_HOST = ("timm/optim/_helpers.py",)  # LAMB counts its steps in a tensor that stays on the CPU
 
 
 class Waits(TorchDispatchMode):
@@ -23,15 +31,39 @@ class Waits(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found, self.operations = [], 0
+        self.found, self.operations, self.copies = [], 0, Copies(self.note)
+
+    def note(self, name):
+        places = [frame.filename for frame in traceback.extract_stack()]
+        if not any(place.endswith(ON_THE_HOST) for place in places):
+            self.found.append((name, places))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         self.operations += 1
-        if name in WAITING:
-            places = [frame.filename for frame in traceback.extract_stack()]
-            if not any(place.endswith(ON_THE_HOST) for place in places):
-                self.found.append((name, places))
+        if name in WAITING or (name in BY_INDEX and any(i is not None and i.dtype == torch.bool for i in args[1])):
+            self.note(name)
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.copies.__exit__(*error)
+
+
+class Copies(TorchFunctionMode):
+    """Notes the methods that copy a tensor to the host."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", None) in TO_THE_HOST:
+            self.note(function.__name__)
         return function(*args, **(kwargs or {}))
 
 
@@ -58,6 +90,15 @@ def train(tmp_path, digits, enter, leave, **changes):
 
 
 @pytest.mark.parametrize(
+    "wait", [lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x.sum().item(), lambda x: x[x > 0]]
+)
+def test_a_wait_is_noted(wait):
+    with Waits() as waits:
+        wait(torch.ones(3))
+    assert len(waits.found) >= 1
+
+
+@pytest.mark.parametrize(
     "changes", some_slow([{"bf16": True, "ema_decay": 0.9, "max_grad_norm": 1.0}, {}, {"timm_optim": "lamb"}], 1)
 )
 def test_nothing_is_asked_of_the_device_between_two_logs(tmp_path, digits, changes):
@@ -69,14 +110,11 @@ def test_nothing_is_asked_of_the_device_between_two_logs(tmp_path, digits, chang
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch itself tells of each wait there")
 def test_torch_finds_no_synchronisation_in_a_step_on_a_gpu(tmp_path, digits):
-    train(
-        tmp_path,
-        digits,
-        lambda: torch.cuda.set_sync_debug_mode("error"),
-        lambda: torch.cuda.set_sync_debug_mode("default"),
-        use_cpu=False,
-        bf16=True,
-    )
+    mode = torch.cuda.set_sync_debug_mode
+    try:
+        train(tmp_path, digits, lambda: mode("error"), lambda: mode("default"), use_cpu=False, bf16=True)
+    finally:
+        mode("default")
 
 
 def test_channels_last_changes_the_order_in_memory_and_no_result(tmp_path, digits):
