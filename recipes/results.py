@@ -43,6 +43,7 @@ from results_report import (
 
 RECIPES = Path(__file__).resolve().parent
 CONFIGS = RECIPES / "configs" / "cifar10"
+ON_GPU = " --use_cpu false"
 PATIENCE = 120  # seconds for a run to save a checkpoint when it is told to stop
 
 
@@ -67,7 +68,8 @@ class Run:
         """Whether its log says that it was made with other options. Where files lie does not count, their names do."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         made_by = next((shlex.split(line[2:]) for line in reversed(lines) if line.startswith("$ ")), self.command)
-        return [Path(word).name for word in made_by[1:]] != [Path(word).name for word in self.command[1:]]
+        said, wanted = (shlex.join(Path(word).name for word in words[1:]) for words in (made_by, self.command))
+        return said.replace(ON_GPU, "") != wanted.replace(ON_GPU, "")
 
 
 def plan_runs(arms: Iterable[Arm], arguments: argparse.Namespace) -> list[Run]:
@@ -98,7 +100,7 @@ def recipe(script: str, config: str, folder: Path, arguments: argparse.Namespace
     # Resumed also where a run was killed without a word: what it has of a checkpoint or a finished baseline is kept.
     words += ["--output_dir", str(folder), "--disable_tqdm", "true", "--resume_from_checkpoint", "true"]
     if torch.cuda.is_available():
-        words += ["--use_cpu", "false"]
+        words += shlex.split(ON_GPU)
     if arguments.image_column:
         words += ["--image_column", arguments.image_column]
     if arguments.scale != 1:  # the recipes round up to a whole step
@@ -200,9 +202,9 @@ def main() -> None:
     arms = [arm for in_table in tables.values() for arm in in_table]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runs = plan_runs(arms, arguments)
-    if others := [run.title for run in runs if run.top1() is not None and run.is_another()]:
+    if others := [run.title for run in runs if run.folder.exists() and run.is_another()]:
         raise SystemExit(
-            f"`output_dir` {str(arguments.output_dir)!r} holds results that were made with other options "
+            f"`output_dir` {str(arguments.output_dir)!r} holds runs that were made with other options "
             f"({'; '.join(others)}): they are kept. Take another `output_dir`, or remove those runs' folders."
         )
     failed = [] if arguments.report_only else train(runs, arguments.jobs)

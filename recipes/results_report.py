@@ -82,7 +82,8 @@ class Outcome:
         top1: of the saved model, in %.
         curve: top-1 in % of the evaluations on the way, by images seen.
         images, data_images: images seen, and images in the training data.
-        seconds: of training and of the evaluations on the way.
+        seconds: of training.
+        evaluation_seconds: of the evaluations on the way.
     """
 
     top1: float
@@ -90,6 +91,7 @@ class Outcome:
     images: int = 0
     data_images: int = 0
     seconds: float = 0.0
+    evaluation_seconds: float = 0.0
 
 
 def teacher_folder(output_dir: Path, name: str) -> Path:
@@ -126,13 +128,13 @@ def read_outcome(folder: Path, top1: float | None) -> Outcome | None:
         return Outcome(100 * top1, {})
     images, history = state["global_step"] * state["train_batch_size"], state["log_history"]
     curve = {e["step"] * state["train_batch_size"]: 100 * e["eval_top1"] for e in history if "eval_top1" in e}
-    seconds, seen = sum(e.get("eval_runtime", 0.0) for e in history), 0
-    for entry in history:  # a run that was resumed knows the time since then only, but its log has all
-        if "images_per_second" in entry:
-            seconds += (entry["images_seen"] - seen) / entry["images_per_second"]
-            seen = entry["images_seen"]
+    # A run that was resumed knows the time since then only, but its log has all; what came after the last log ran like it.
+    logged = [(entry["images_seen"], entry["images_per_second"]) for entry in history if "images_per_second" in entry]
+    ends = [seen for seen, _ in logged[:-1]] + [images]
+    seconds = sum((end - start) / rate for start, end, (_, rate) in zip([0, *ends], ends, logged, strict=False))
+    evaluation_seconds = sum(entry.get("eval_runtime", 0.0) for entry in history)
     data_images = round(images / state["epoch"]) if state.get("epoch") else 0
-    return Outcome(100 * top1, curve, images, data_images, seconds)
+    return Outcome(100 * top1, curve, images, data_images, seconds, evaluation_seconds)
 
 
 def read_outcomes(arms: Iterable[Arm], output_dir: Path, seeds: list[int]) -> dict[str, dict[int, Outcome]]:
@@ -213,11 +215,11 @@ def efficiency(outcomes: dict[str, dict[int, Outcome]], arm: Arm) -> str:
 def minutes(outcomes: dict[str, dict[int, Outcome]], arm: Arm) -> str:
     """Mean minutes of a run, beside those of the student alone with the same seeds."""
     of_arm, of_alone = outcomes.get(arm.name, {}), outcomes.get(ALONE[arm.student].name, {})
-    both = [seed for seed in of_arm if seed in of_alone]
+    both = [seed for seed in of_arm if seed in of_alone and of_arm[seed].seconds and of_alone[seed].seconds]
     if not both:
         return MISSING
     seconds, alone = (statistics.mean(runs[seed].seconds for seed in both) for runs in (of_arm, of_alone))
-    return f"{seconds / 60:.1f} ({seconds / alone:.1f}x)" if alone else MISSING
+    return f"{seconds / 60:.1f} ({seconds / alone:.1f}x)"
 
 
 # The report
@@ -243,8 +245,8 @@ def students_table(arms: list[Arm], outcomes: dict, seeds: int) -> str:
     return (
         f"{table(header, rows)}\n\nImages seen until the student alone's final accuracy is first reached (mean over "
         "seeds, linear between evaluations), and their share of the budget:\n\n"
-        f"{table(ways, sooner)}\n\nMinutes of a run, with the evaluations on the way (mean over seeds), and how many times the "
-        f"student alone's:\n\n{table(ways, times)}"
+        f"{table(ways, sooner)}\n\nMinutes of training, without evaluations (mean over seeds; runs shared the machine), and how "
+        f"many times the student alone's:\n\n{table(ways, times)}"
     )
 
 
@@ -280,16 +282,20 @@ def trend(known: list[tuple[float, dict[int, float]]]) -> str:
     """Whether the gain rises with the teacher's accuracy; teachers come weakest first."""
     if len(known) < 2:
         return "Fewer than two teachers have results: nothing can be said about how the gain follows them."
+    pairs = [minus(after, before) for (_, before), (_, after) in zip(known, known[1:], strict=False)]
+    if not all(pairs):
+        return "No seed has results of all teachers: nothing can be said about how the gain follows them."
     means = [statistics.mean(gains.values()) for _, gains in known]
-    steps = [after - before for before, after in zip(means, means[1:], strict=False)]
+    steps = [statistics.mean(pair.values()) for pair in pairs]
     verdict = "rises" if min(steps) > 0 else "falls" if max(steps) < 0 else "neither rises nor falls throughout"
     text = (
         f"From the weakest teacher to the strongest ({', '.join(f'{top1:.2f}' for top1, _ in known)}) the gain "
         f"{verdict}: {', '.join(f'{mean:+.2f}' for mean in means)}."
     )
-    spreads = [max(spread(a), spread(b)) for (_, a), (_, b) in zip(known, known[1:], strict=False)]
-    if any(abs(step) <= width for step, width in zip(steps, spreads, strict=True)):
-        text += " Some neighbours differ by no more than the seeds do."
+    if min(map(len, pairs)) < 2:
+        return text + " That is one seed, and no finding."
+    if any(abs(step) <= spread(pair) for step, pair in zip(steps, pairs, strict=True)):
+        text += " Some neighbours differ by less than this difference varies with the seed."
     return text
 
 
@@ -337,7 +343,7 @@ def facts(outcomes: dict[str, dict[int, Outcome]], jobs: int) -> str:
     machine = f"{os.cpu_count()} {platform.machine()} CPU cores"
     if torch.cuda.is_available():
         machine = hardware(torch.cuda.device_count(), torch.device("cuda"))
-    hours = sum(o.seconds for by_seed in outcomes.values() for o in by_seed.values()) / 3600
+    hours = sum(o.seconds + o.evaluation_seconds for by_seed in outcomes.values() for o in by_seed.values()) / 3600
     software = {"python": platform.python_version(), **versions()}
     return "\n".join(
         (

@@ -51,7 +51,7 @@ def test_the_first_table_has_means_gains_and_images_until_the_baseline(tmp_path)
     assert f"| Mixer | 50.00 ± 0.00 | 45.00 (1 of 2 seeds) | 85.00 ± 7.07 | {gains} |" in block
     assert "| Mixer | 400 (100%) | not reached | 150 (38%) |" in block
     assert "each student: 400 images seen, from 200 training images" in block
-    assert outcomes["mixer_alone"][0].seconds == 8.0  # 4 of training, 4 of evaluating
+    assert outcomes["mixer_alone"][0].seconds == 4.0  # 4 of training, 4 of evaluating
 
 
 def test_the_minutes_of_a_run_stand_beside_those_of_the_student_alone(tmp_path):
@@ -59,7 +59,17 @@ def test_the_minutes_of_a_run_stand_beside_those_of_the_student_alone(tmp_path):
     state = tmp_path / "vit_scalekd_seed0" / "trainer_state.json"
     state.write_text(state.read_text().replace('"images_per_second": 100', '"images_per_second": 2'))
     _, _, block = written(tmp_path, "--tables", "1", "--students", "vit")
-    assert "| ViT | 0.1 (1.0x) | – | 3.4 (33.7x) |" in block  # 2 and 1 evaluations of a second; 4 and 200 s
+    assert "| ViT | 0.1 (1.0x) | – | 3.3 (50.0x) |" in block  # 4 and 200 s
+
+
+def test_what_was_not_logged_took_as_long_as_what_was(tmp_path):
+    leave(tmp_path, "vit_logits_seed0", [0.4, 0.6])
+    file = tmp_path / "vit_logits_seed0" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["log_history"][-1:] = [{"images_seen": seen, "images_per_second": seen} for seen in (100, 300)]
+    file.write_text(json.dumps(state))
+    outcome = results_report.read_outcome(file.parent, 0.6)
+    assert (outcome.seconds, outcome.evaluation_seconds) == (2.0, 2.0)  # 100 at 100/s, 300 at 300/s; two evaluations
 
 
 def test_runs_that_are_missing_leave_dashes(tmp_path):
@@ -93,8 +103,17 @@ def test_whether_the_gain_follows_the_teachers_is_computed(tmp_path, gain, verdi
     leave_teacher(tmp_path, "swin_large", 0.9)
     leave_teacher(tmp_path, "vit", 0.8)
     _, _, block = written(tmp_path, "--tables", "3", "--seeds", "0")
-    assert f"(80.00, 90.00) the gain {verdict}" in block
+    assert f"(80.00, 90.00) the gain {verdict} That is one seed" in block
     assert block.index("| ViT | 80.00 | 70.00 | +20.00 |") < block.index("| Swin, larger | 90.00 |")
+
+
+@pytest.mark.parametrize(
+    ("strong", "ending"),
+    [({0: 3.0, 1: 5.0}, "+4.00."), ({0: 1.5, 1: 2.2}, "varies with the seed."), ({1: 5.0}, "and no finding.")],
+)
+def test_a_trend_within_the_spread_of_the_seeds_is_named_so(strong, ending):
+    text = results_report.trend([(50.0, {0: 1.0, 1: 3.0}), (60.0, strong)])
+    assert "the gain" in text and text.endswith(ending)
 
 
 @pytest.mark.parametrize(("target", "images"), [(30, 150.0), (20, 100.0), (10, 100.0), (40, 200.0), (41, None)])
@@ -148,7 +167,7 @@ def test_results_made_with_other_options_are_not_taken_for_these(tmp_path, monke
     leave(tmp_path, "vit_logits_seed0", [0.5])
     done = next(run for run in results.plan_runs(results.TABLES[1], arguments) if run.top1() is not None)
     elsewhere = [word.replace(str(results.RECIPES), "/elsewhere") for word in done.command]
-    done.log.write_text(f"$ python other.py --scale 9\n$ {shlex.join(elsewhere)}\nsome output\n")
+    done.log.write_text(f"$ python other.py --scale 9\n$ {shlex.join(elsewhere)} --use_cpu false\nsome output\n")
     for extra, refused in [([], False), (["--scale", "0.5"], True), (["--train_split", "train"], True)]:
         monkeypatch.setattr(sys, "argv", ["results.py", *words, "--output_dir", str(tmp_path), *extra])
         with pytest.raises(SystemExit, match="vit_logits, seed 0") if refused else nullcontext():
