@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from measuring import describe, interleave, peak_gib
-from published import Projector
 from step import CLASSES, Setting, build
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -82,14 +81,19 @@ class Levers:
         return self.learn(lambda: torch.cat([conv(self.penultimate) for conv in convs], 1)), self.learn(one)
 
     def attention(self) -> Pair:
-        """A fused kernel instead of explicit softmax: no (queries x keys) matrix is kept; 1.5x of the projector in bf16."""
-        ours = self.heads.last_spatial
-        explicit = Projector(ours)
-        queries = self.random(*self.teacher_map.flatten(2).transpose(1, 2).shape[1:], gradient=False)
-        return (
-            self.learn(lambda: explicit(self.last, queries), explicit.parameters()),
-            self.learn(lambda: ours(self.last, queries)),
-        )
+        """A fused kernel instead of explicit softmax: no (queries x keys) matrix is kept; 1.5x of attention in bf16."""
+        attention = self.heads.penultimate_spatial.attn
+        cells, dim = self.tokens.shape[1], attention.q.in_features // attention.num_heads
+        keys = self.penultimate.flatten(2).shape[2]
+        q, k, v = (self.random(attention.num_heads, count, dim) for count in (cells, keys, keys))
+
+        def explicit() -> Tensor:
+            return torch.softmax((q * attention.scale) @ k.transpose(-2, -1), dim=-1) @ v
+
+        def fused() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+
+        return self.learn(explicit, (q, k, v)), self.learn(fused, (q, k, v))
 
     def queries(self) -> Pair:
         """Learned queries projected once instead of for every image: saves 2 x batch x tokens x width² x 2 products."""

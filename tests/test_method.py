@@ -17,6 +17,7 @@ from scalekd_hf import (
 from scalekd_hf.distiller import feature_weights
 from scalekd_hf.heads import FEATURE_TERMS
 from scalekd_hf.losses import task_loss
+from scalekd_hf.projector import CrossAttention
 
 
 GRIDS = {"student_grid": (3, 5), "teacher_grid": (4, 2)}
@@ -65,6 +66,22 @@ def test_view_loss_equals_the_plain_version(view):
     (gradient,) = torch.autograd.grad(value, tokens)
     (expected_gradient,) = torch.autograd.grad(expected, tokens)
     assert_close(gradient, expected_gradient, "gradient")
+
+
+@pytest.mark.parametrize("images_of_queries", [1, 8])
+def test_attention_in_bf16_is_the_float32_one_but_for_rounding(images_of_queries):
+    torch.manual_seed(0)
+    attention = CrossAttention(16, 12, num_heads=4, softmax_scale=5.0)
+    queries, context = torch.randn(images_of_queries, 9, 16), torch.randn(8, 20, 12)
+    weights = [weight for name, weight in attention.named_parameters() if name != "k.bias"]  # it has no gradient
+    leaves = [queries.requires_grad_(), context.requires_grad_(), *weights]
+    cotangent, found = torch.randn(8, 9, 16), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            tokens = attention(queries, context)
+        found.append([tokens, *torch.autograd.grad(tokens, leaves, cotangent.to(tokens.dtype))])
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
 
 
 def test_a_frequency_view_that_keeps_the_direct_component_is_a_second_spatial_view():
