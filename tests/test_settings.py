@@ -9,6 +9,7 @@ import torch
 from helpers import SMALL_SWIN, settings, small_student, timm_swin
 from PIL import Image
 from timm.layers import convert_sync_batchnorm
+from transformers import TrainingArguments
 
 from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.building import build_model, convert_batchnorms
@@ -27,8 +28,14 @@ def rates(trainer):
 
 
 def test_one_process_uses_one_gpu_and_says_how_to_use_all(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    config = settings(tmp_path, use_cpu=False, per_device_train_batch_size=4)
+    prepare = TrainingArguments.__post_init__
+
+    def prepare_where_two_gpus_are_visible(args):
+        prepare(args)
+        args._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", prepare_where_two_gpus_are_visible)
+    config = settings(tmp_path, per_device_train_batch_size=4)
     assert (config.n_gpu, config.train_batch_size, dataclasses.replace(config).n_gpu) == (1, 4, 1)
     assert "accelerate launch" in caplog.text
 
