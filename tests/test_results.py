@@ -188,7 +188,10 @@ def test_the_whole_command_in_small_trains_nothing_twice(tmp_path):
     first = run(*words)
     assert first.returncode == 0, first.stdout + first.stderr[-3000:]
     text = report.read_text()
-    assert "| Mixer | " in text and results_report.MISSING + " |" not in text and report.with_suffix(".png").exists()
+    assert "| Mixer | " in text and report.with_suffix(".png").exists()
+    assert (
+        text.count(results_report.MISSING + " |") == text.count("| Mixer | – | – | – |") * 3 == 3
+    )  # too short to time
     assert "each student: 64 images seen, from 359 training images" in text
     logs = {file: file.read_text() for file in output.glob("*.log")}
     assert len(logs) == 3
