@@ -15,12 +15,8 @@ from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.building import build_model
 
 
-TO_THE_HOST = (
-    "tolist",
-    "cpu",
-    "numpy",
-    "item",
-)  # methods that copy a tensor there; on a CPU tensor they show in no dispatch
+# Methods that copy a tensor there; on a CPU tensor they show in no dispatch.
+TO_THE_HOST = ("tolist", "cpu", "numpy", "item")
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")  # each needs a value on the host
 BY_INDEX = ("index", "index_put", "index_put_")  # how many entries a mask has is known on the device
 ON_THE_HOST = ("timm/optim/_helpers.py",)  # LAMB counts its steps in a tensor that stays on the CPU

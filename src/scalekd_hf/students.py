@@ -108,9 +108,8 @@ class Student(nn.Module):
         taps = find_taps(self)
         for tap in taps:
             module = self.model.get_submodule(tap.module)
-            while type(module) is nn.Sequential and len(
-                module
-            ):  # its children run alone when timm recomputes activations
+            # The children of a Sequential run alone when timm recomputes activations.
+            while type(module) is nn.Sequential and len(module):
                 module = module[-1]
             module.register_forward_hook(partial(self._record, tap.module))
         return taps
