@@ -328,6 +328,7 @@ def sharded_steps(folder, teacher_too=False, bf16=False):
         for module in (
             *model.student.model.stages,
             model.heads.penultimate_spatial,
+            model.heads.last_spatial,
             model.student,
             model.heads,
             model,

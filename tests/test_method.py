@@ -126,6 +126,21 @@ def test_both_views_pass_through_the_teachers_last_stage_as_one_batch():
     assert batches == [2 * len(last_map)]
 
 
+def test_the_teachers_last_stage_is_done_with_before_the_gradients_of_the_last_stems_are_computed():
+    model, order = distiller(), []
+    penultimate, last, _ = model.student(images())
+    last_map, _ = model.teacher(images())
+
+    def last_stage(tokens):
+        tokens.register_hook(lambda _: order.append("last stage"))
+        return model.teacher.last_stage(tokens)
+
+    for name, projector in model.heads.projectors():
+        projector.stem.conv.weight.register_hook(lambda _, name=name: order.append(name))
+    sum(model.heads(penultimate, last, last_map, last_stage).values()).backward()
+    assert order[0] == "last stage" and set(order[1:]) == set(FEATURE_TERMS)
+
+
 @pytest.mark.parametrize("grid", [(7, 7), (4, 6), (1, 5)])
 def test_removing_the_direct_component_is_subtracting_the_mean(grid):
     maps = torch.randn(2, 5, *grid)

@@ -110,9 +110,11 @@ class MimickingHeads(nn.Module):
         Returns:
             A scalar for each name in `terms`, a sum over tokens and a mean over images.
         """
-        if "last" in self.stems:
-            student_last = self.stems["last"](student_last)
-        perceived = self._perceive(student_penultimate, last_stage)
+        tokens = self._penultimate_tokens(student_penultimate)
+        # Before the teacher's last stage: its activations are gone when the largest gradients, these stems', are computed.
+        last_maps = self._last_maps(student_last)
+        perceived = self._perceive(tokens, last_stage)
+        del tokens
         losses = {}
         for view in VIEWS:
             penultimate, last = f"penultimate_{view}", f"last_{view}"
@@ -124,15 +126,37 @@ class MimickingHeads(nn.Module):
                 losses[penultimate] = mimicking_loss(perceived[view], target, without)
             if last in self.terms:
                 queries = None if self.learned_last_queries else perceived[view]
-                losses[last] = mimicking_loss(getattr(self, last)(student_last, queries), target, without)
+                projector = getattr(self, last)
+                projected = projector(last_maps[view], queries, through_stem=_runs_in_parts(projector))
+                losses[last] = mimicking_loss(projected, target, without)
         return losses
 
-    def _perceive(self, student_map: Tensor, last_stage: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """P_v of each view; both views pass through the teacher's last stage as one batch."""
+    def _penultimate_tokens(self, student_map: Tensor) -> dict[str, Tensor]:
         if "penultimate" in self.stems:
             student_map = self.stems["penultimate"](student_map)
-        views = [view for view in VIEWS if hasattr(self, f"penultimate_{view}")]
-        tokens = [getattr(self, f"penultimate_{view}")(student_map) for view in views]
+        return {view: getattr(self, f"penultimate_{view}")(student_map) for view in self._views("penultimate")}
+
+    def _last_maps(self, student_map: Tensor) -> dict[str, Tensor]:
+        """What the last projectors' stems put out, where these can run before the rest of their projectors."""
+        if "last" in self.stems:
+            student_map = self.stems["last"](student_map)
+        projectors = {view: getattr(self, f"last_{view}") for view in self._views("last")}
+        return {
+            view: projector.stem(student_map) if _runs_in_parts(projector) else student_map
+            for view, projector in projectors.items()
+        }
+
+    def _views(self, stage: str) -> list[str]:
+        return [view for view in VIEWS if hasattr(self, f"{stage}_{view}")]
+
+    def _perceive(self, tokens: dict[str, Tensor], last_stage: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """P_v of each view; both views pass through the teacher's last stage as one batch."""
         if not tokens:
             return {}
-        return dict(zip(views, last_stage(torch.cat(tokens)).chunk(len(views)), strict=True))
+        perceived = last_stage(torch.cat(list(tokens.values())))
+        return dict(zip(tokens, perceived.chunk(len(tokens)), strict=True))
+
+
+def _runs_in_parts(projector: nn.Module) -> bool:
+    """False for one that FSDP has made a unit of, by another class: its parameters are whole in its own forward alone."""
+    return type(projector) is CrossAttentionProjector

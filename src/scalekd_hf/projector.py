@@ -155,8 +155,17 @@ class CrossAttentionProjector(nn.Module):
         if self.queries is not None:
             nn.init.normal_(self.queries)
 
-    def forward(self, student_map: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Student map (B, C, h, w), and queries (B, N, D) where none are learned, to tokens (B, N, D)."""
+    def forward(self, student_map: Tensor, queries: Tensor | None = None, through_stem: bool = False) -> Tensor:
+        """Compute teacher-like tokens (B, N, D).
+
+        Args:
+            student_map: (B, C, h, w).
+            queries: (B, N, D), where none are learned.
+            through_stem: whether the map has been through `stem` already.
+
+        Raises:
+            ValueError: a map of another grid, queries missing or given beside learned ones.
+        """
         if tuple(student_map.shape[-2:]) != self.student_grid:
             raise ValueError(
                 f"`student_map` has the grid {tuple(student_map.shape[-2:])}, but this projector was built for "
@@ -167,7 +176,9 @@ class CrossAttentionProjector(nn.Module):
                 "`queries` must be given exactly when the projector has no learned ones: "
                 f"learned_queries={self.queries is not None}, queries given: {queries is not None}."
             )
-        context = (self.stem(student_map) + self.pos_embed).flatten(2).transpose(1, 2)  # (B, h*w, C)
+        if not through_stem:
+            student_map = self.stem(student_map)
+        context = (student_map + self.pos_embed).flatten(2).transpose(1, 2)  # (B, h*w, C)
         context = _as_multiplied(context).contiguous()  # once, where keys and values would each keep a copy
         # Learned queries are projected once, (1, N, D), and broadcast over the images.
         given = self.queries[None] if self.queries is not None else queries
