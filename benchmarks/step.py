@@ -10,8 +10,8 @@ One process, one machine. Each round times every way once, forward and backward 
     ours        the package's
     compiled    the package's under torch.compile, as `--torch_compile true` runs it
 
-That the losses and the student's gradients of the published step are ours is checked first. Utilisation is against
-a matrix product timed in the same rounds, in the same precision (float32 without TF32). The first batch, image size and teacher are
+That the loss and the student's gradients of the published step are ours is checked first, in float64 on a few images; in the
+precision measured, ours may be no less exact. Utilisation is against a matrix product timed in the same rounds, in the same precision (float32 without TF32). The first batch, image size and teacher are
 those of the comparison; further ones, and lighter stems, are measured one at a time, for how the cost changes. Writes a table,
 step.json and step.png.
 """
@@ -38,7 +38,8 @@ from scalekd_hf.recipe import mapping
 
 CLASSES = [str(index) for index in range(1000)]
 PRECISIONS = ("float32", "bf16")
-TOLERANCE = {"float32": 1e-4, "bf16": 1e-2}  # relative
+TOLERANCE = 1e-4  # relative, in float64; the losses are taken in float32 even then
+CHECKED = 8  # images at most
 
 
 @dataclass(kw_only=True)
@@ -166,10 +167,6 @@ def steps(
     def ours(module: nn.Module = model) -> Tensor:
         return module(pixels, labels).loss
 
-    def as_published() -> Tensor:
-        assert published is not None
-        return published(pixels, labels)
-
     def step(loss: Work) -> Work:
         def run() -> None:
             with cast:
@@ -183,8 +180,8 @@ def steps(
 
     losses: dict[str, Work] = {"floor": floor}
     if published is not None:
-        check_equal(model, ours, as_published, cast, TOLERANCE[precision])
-        losses["published"] = as_published
+        check_equal(model, published, pixels[:CHECKED], labels[:CHECKED], cast)
+        losses["published"] = lambda: published(pixels, labels)
     losses["ours"] = ours
     if args.compile:
         compiled = torch.compile(model)
@@ -192,32 +189,40 @@ def steps(
     return {name: step(loss) for name, loss in losses.items()}
 
 
-def check_equal(model: ScaleKDModel, ours: Work, published: Work, cast: torch.autocast, tolerance: float) -> None:
+def check_equal(
+    model: ScaleKDModel, published: PublishedStep, pixels: Tensor, labels: Tensor, cast: torch.autocast
+) -> None:
     """Refuse to time two ways that do not compute the same loss and gradients of the student.
 
-    In bf16 rounding alone moves gradients by tenths; there ours may lie no further from float32 than the published step.
+    Rounding alone moves the gradients of an untrained network by thousandths in float32 and by tenths in bf16, so the two
+    are compared in float64; from there, ours may lie no further than the published step does, but for chance.
     """
-    exact = gradients_of(model, published)
+
+    def gradients(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        output = module(pixels.to(dtype), labels)
+        loss = getattr(output, "loss", output)
+        parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
+        found = torch.autograd.grad(loss, parameters)
+        return loss.detach().double(), torch.cat([gradient.flatten() for gradient in found]).double()
+
+    def differences(found: tuple[Tensor, Tensor]) -> list[float]:
+        return [((one - other).norm() / other.norm()).item() for one, other in zip(found, exact, strict=True)]
+
+    ways = {"ours": model, "published": published}
+    for module in ways.values():
+        module.double()
+    exact = gradients(published, torch.float64)
+    in_float64 = differences(gradients(model, torch.float64))
+    for module in ways.values():
+        module.float()
     with cast:
-        found = {"ours": gradients_of(model, ours), "published": gradients_of(model, published)}
-    differences = {
-        name: {
-            "loss": (abs(loss - exact[0]) / abs(exact[0])).item(),
-            "gradient": ((gradient - exact[1]).norm() / exact[1].norm()).item(),
-        }
-        for name, (loss, gradient) in found.items()
-    }
-    for name, difference in differences["ours"].items():
-        allowed = max(tolerance, 1.25 * differences["published"][name])
-        assert difference < allowed, f"ours differs from the published step: its {name} by {difference:.2e}"
-    print(f"from the published step in float32: {differences}", flush=True)
-
-
-def gradients_of(model: ScaleKDModel, compute: Work) -> tuple[Tensor, Tensor]:
-    """A loss and its gradient with respect to all parameters of the student."""
-    loss: Tensor = compute()  # type: ignore[assignment]
-    parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
-    return loss.detach(), torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
+        rounded = {name: differences(gradients(module, torch.float32)) for name, module in ways.items()}
+    print(
+        "from the published step in float64, (loss, gradient):", {"ours in float64": in_float64, **rounded}, flush=True
+    )
+    assert max(in_float64) < TOLERANCE, f"ours differs from the published step: {in_float64}"
+    for kind, mine, theirs in zip(("loss", "gradient"), rounded["ours"], rounded["published"], strict=True):
+        assert mine < max(TOLERANCE * 10, 2 * theirs), f"our {kind} is less exact: {mine:.1e}, published {theirs:.1e}"
 
 
 HEADER = (
