@@ -15,12 +15,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from measuring import describe, interleave, peak_gib
+from measuring import describe, interleave, peak_gib, without_tf32
 from step import CLASSES, Setting, build
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from scalekd_hf.losses import mimicking_loss, mimicking_target
+from scalekd_hf.projector import CrossAttentionProjector, as_multiplied
 
 
 Pair = tuple[Callable[[], object], Callable[[], object]]
@@ -106,6 +107,30 @@ class Levers:
             self.learn(lambda: project(projector.queries.repeat(self.batch, 1, 1))),
             self.learn(lambda: project(projector.queries[None]).expand(self.batch, -1, -1)),
         )
+
+    def context(self) -> Pair:
+        """One copy of the student's tokens for keys and values, cast once, where each would make its own: 1.1x of both."""
+        projector = self.heads.penultimate_spatial
+
+        def keys_and_values(once: bool) -> Tensor:
+            context = (self.penultimate + projector.pos_embed).flatten(2).transpose(1, 2)
+            context = as_multiplied(context).contiguous() if once else context
+            return torch.cat([projector.attn.k(context), projector.attn.v(context)])
+
+        return self.learn(lambda: keys_and_values(False)), self.learn(lambda: keys_and_values(True))
+
+    def order(self) -> Pair:
+        """The last stems before the teacher's last stage: its activations are gone when their gradients come; no time, but memory."""
+        late = copy.deepcopy(self.heads)
+        for _, projector in late.projectors():
+            projector.__class__ = type("Whole", (CrossAttentionProjector,), {})  # heads run it as one
+
+        def losses(heads: nn.Module) -> Tensor:
+            return torch.stack(
+                [*heads(self.penultimate, self.last, self.teacher_map, self.teacher.last_stage).values()]
+            )
+
+        return self.learn(lambda: losses(late), late.parameters()), self.learn(lambda: losses(self.heads))
 
     def teacher_half(self) -> Pair:
         """The frozen teacher's weights kept in bf16: autocast casts frozen weights anew in every forward."""
@@ -197,6 +222,7 @@ NAMES = [name for name in vars(Levers) if not name.startswith("_") and name not 
 
 def main() -> None:
     args = parse()
+    without_tf32()
     print(
         f"{args.student}, {args.teacher}, batch {args.batch}, {args.precision}; {describe(torch.device(args.device))}"
     )

@@ -16,6 +16,7 @@ from scalekd_hf.plan import conv_backward_flops
 
 Work = Callable[[], object]
 MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}
+PRODUCTS = {"cuda": 10, "cpu": 1}  # in one timing: the host's part must not count
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,20 @@ def tflops_of(work: Work) -> float:
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Work, float]:
-    """A square matrix product, the yardstick of utilisation, and its TFLOP."""
-    side = MATRIX_SIDE[device.type]
+    """Square matrix products, the yardstick of utilisation, and their TFLOP."""
+    side, number = MATRIX_SIDE[device.type], PRODUCTS[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return lambda: left @ right, 2 * side**3 / 1e12
+
+    def multiply() -> None:
+        for _ in range(number):
+            left @ right
+
+    return multiply, number * 2 * side**3 / 1e12
+
+
+def without_tf32() -> None:
+    """Products and convolutions of float32 in float32 on a GPU."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def describe(device: torch.device) -> str:

@@ -1,31 +1,33 @@
 """What a ScaleKD step costs: the floor of any distillation, the published step, ours, and ours compiled.
 
     python benchmarks/step.py [--student timm/resnet50 --teacher timm/swin_small_patch4_window7_224] [--batch 8 16 32]
-        [--image_size 224 448] [--stem shared separable]
+        [--image_size 224 448] [--stem shared separable] [--compile default reduce-overhead]
 
 One process, one machine. Each round times every way once, forward and backward without the optimiser:
 
     floor       teacher forward, student forward and backward: no distillation with this pair can do less; compiled, too
     published   the step as it was published, plainly (benchmarks/published.py)
     ours        the package's
-    compiled    the package's under torch.compile, as `--torch_compile true` runs it
+    compiled    the package's under torch.compile, in each mode asked for; "reduce-overhead" records CUDA graphs
 
 That the loss and the student's gradients of the published step are ours is checked first, in float64 on a few images; in the
-precision measured, ours may be no less exact. Utilisation is against a matrix product timed in the same rounds, in the same precision (float32 without TF32). The first batch, image size and teacher are
-those of the comparison; further ones, and lighter stems, are measured one at a time, for how the cost changes. Writes a table,
-step.json and step.png.
+precision measured, ours may be no less exact. Utilisation is against a matrix product timed in the same rounds, in the same
+precision (float32 without TF32, which the trainer turns on where it compiles). The first batch, image size and teacher are those
+of the comparison; further ones, and lighter stems, are measured one at a time, for how the cost changes. Writes a table,
+step.json and step.png as it goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measuring import Work, describe, interleave, matrix_product, peak_gib, tflops_of
+from measuring import Work, describe, interleave, matrix_product, peak_gib, tflops_of, without_tf32
 from published import PublishedStep
 from torch import Tensor, nn
 
@@ -40,6 +42,7 @@ CLASSES = [str(index) for index in range(1000)]
 PRECISIONS = ("float32", "bf16")
 TOLERANCE = 1e-4  # relative, in float64; the losses are taken in float32 even then
 CHECKED = 8  # images at most
+MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 @dataclass(kw_only=True)
@@ -70,7 +73,7 @@ class Row(Setting):
 def main() -> None:
     args = parse()
     device = torch.device(args.device)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    without_tf32()
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run eagerly without a word
     base = Setting(batch=args.batch[0], image_size=args.image_size[0], teacher=args.teacher[0])
     others = [replace(base, batch=batch) for batch in args.batch[1:]]
@@ -86,13 +89,13 @@ def main() -> None:
         rows.extend(measured)
         result = {"machine": describe(device), "student": args.student, "rows": [*map(asdict, rows)]}
         (folder / "step.json").write_text(json.dumps(result, indent=2) + "\n")
+        draw([row for row in rows if all(getattr(row, name) == value for name, value in vars(base).items())], folder)
 
     for precision in args.precision:
         for layout in args.layout:
             measured = measure(base, precision, layout, args, True)
             compare(measured)
             add(measured)
-    draw(rows, folder)
     for setting in others:
         add(measure(setting, args.precision[-1], args.layout[-1], args, False))
     print(f"\nwritten to {folder}: step.json, step.png")
@@ -104,6 +107,7 @@ def measure(
     """Time the ways in one setting, interleaved, and print a row for each."""
     device = torch.device(args.device)
     torch.compiler.reset()  # the next setting's shapes are no change of this one's
+    gc.collect()  # the former setting's models, which sit in cycles
     model = build(setting, args).to(device)
     if layout == "channels-last":
         model.to(memory_format=torch.channels_last)
@@ -113,10 +117,9 @@ def measure(
     times = interleave({**works, "product": product}, args.rounds, device, warm_up=2)
     rate = product_tflop / times["product"].median
     counted = {way: tflops_of(work) for way, work in works.items() if "compiled" not in way}
-    counted |= {"compiled": counted["ours"], "floor compiled": counted["floor"]}
     rows = []
     for way, work in works.items():
-        tflop = counted[way]
+        tflop = counted["floor" if "floor" in way else "ours" if "compiled" in way else way]
         seconds = times[way].median
         row = Row(
             **asdict(setting), way=way, precision=precision, layout=layout,
@@ -126,7 +129,7 @@ def measure(
         )  # fmt: skip
         rows.append(row)
         print(text_of(row), flush=True)
-    print(f"{'':<49}matrix product: {rate:.3g} TFLOP/s", flush=True)
+    print(f"{'':<60}matrix product: {rate:.3g} TFLOP/s", flush=True)
     return rows
 
 
@@ -183,9 +186,12 @@ def steps(
         check_equal(model, published, pixels[:CHECKED], labels[:CHECKED], cast)
         losses["published"] = lambda: published(pixels, labels)
     losses["ours"] = ours
-    if args.compile:
-        compiled = torch.compile(model)
-        losses |= {"floor compiled": torch.compile(floor), "compiled": lambda: ours(compiled)}
+    for mode in args.compile:
+        compiled = torch.compile(model, mode=mode)
+        check_compiled(model, compiled, pixels, labels, cast)
+        suffix = "" if mode == "default" else f" {mode}"
+        losses[f"floor compiled{suffix}"] = torch.compile(floor, mode=mode)
+        losses[f"compiled{suffix}"] = lambda compiled=compiled: ours(compiled)
     return {name: step(loss) for name, loss in losses.items()}
 
 
@@ -198,25 +204,15 @@ def check_equal(
     are compared in float64; from there, ours may lie no further than the published step does, but for chance.
     """
 
-    def gradients(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        output = module(pixels.to(dtype), labels)
-        loss = getattr(output, "loss", output)
-        parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
-        found = torch.autograd.grad(loss, parameters)
-        return loss.detach().double(), torch.cat([gradient.flatten() for gradient in found]).double()
-
-    def differences(found: tuple[Tensor, Tensor]) -> list[float]:
-        return [((one - other).norm() / other.norm()).item() for one, other in zip(found, exact, strict=True)]
-
     ways = {"ours": model, "published": published}
     for module in ways.values():
         module.double()
-    exact = gradients(published, torch.float64)
-    in_float64 = differences(gradients(model, torch.float64))
+    exact = gradients_of(model, published, pixels.double(), labels)
+    in_float64 = differences(gradients_of(model, model, pixels.double(), labels), exact)
     for module in ways.values():
         module.float()
     with cast:
-        rounded = {name: differences(gradients(module, torch.float32)) for name, module in ways.items()}
+        rounded = {name: differences(gradients_of(model, way, pixels, labels), exact) for name, way in ways.items()}
     print(
         "from the published step in float64, (loss, gradient):", {"ours in float64": in_float64, **rounded}, flush=True
     )
@@ -225,33 +221,63 @@ def check_equal(
         assert mine < max(TOLERANCE * 10, 2 * theirs), f"our {kind} is less exact: {mine:.1e}, published {theirs:.1e}"
 
 
+def check_compiled(
+    model: ScaleKDModel, compiled: nn.Module, pixels: Tensor, labels: Tensor, cast: torch.autocast
+) -> None:
+    """Refuse to time a compiled step that computes another loss, or gradients further away than rounding brings them."""
+    with cast:
+        eager, found = (gradients_of(model, way, pixels, labels) for way in (model, compiled))
+    loss, gradient = differences(found, eager)
+    print(f"compiled from eager, (loss, gradient): [{loss}, {gradient}]", flush=True)
+    assert loss < 1e-2 and gradient < 1, (
+        f"the compiled step differs: its loss by {loss:.1e}, its gradient by {gradient:.1e}"
+    )
+
+
+def gradients_of(model: ScaleKDModel, way: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A way's loss and its gradient with respect to all parameters of the student, in float64."""
+    output = way(pixels, labels)
+    loss = getattr(output, "loss", output)
+    parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(loss, parameters)
+    return loss.detach().double(), torch.cat([gradient.flatten() for gradient in found]).double()
+
+
+def differences(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> list[float]:
+    """Relative, of the loss and of the gradient."""
+    return [((one - other).norm() / other.norm()).item() for one, other in zip(found, exact, strict=True)]
+
+
 HEADER = (
-    f"{'':<15}{'precision':<10}{'layout':<15}{'batch':>6}{'px':>5}{'ms':>10}{'±':>6}{'images/s':>10}"
+    f"{'':<26}{'precision':<10}{'layout':<15}{'batch':>6}{'px':>5}{'ms':>10}{'±':>6}{'images/s':>10}"
     f"{'peak GiB':>10}{'GFLOP/image':>13}{'of product':>12}"
 )
 
 
 def text_of(row: Row) -> str:
     return (
-        f"{row.way:<15}{row.precision:<10}{row.layout:<15}{row.batch:>6}{row.image_size:>5}{row.milliseconds:>10.1f}"
+        f"{row.way:<26}{row.precision:<10}{row.layout:<15}{row.batch:>6}{row.image_size:>5}{row.milliseconds:>10.1f}"
         f"{row.spread:>6.1%}{row.images_per_second:>10.2f}{row.peak_gib:>10.3f}{row.gflop_per_image:>13.1f}"
         f"{row.utilisation:>12.0%}  {row.teacher}, {row.stem} stems"
     )
 
 
 def compare(rows: list[Row]) -> None:
-    """Print the ratios that the goals are about."""
+    """Print the ratios that the goals are about, of ours and of ours compiled; the published step is eager, as published."""
     by_way = {row.way: row for row in rows}
-    best = by_way.get("compiled", by_way["ours"])
-    floor, published = by_way.get("floor compiled", by_way["floor"]), by_way["published"]
-    time = best.milliseconds / floor.milliseconds
-    work = best.gflop_per_image / floor.gflop_per_image
-    print(
-        f"{best.way}: {published.milliseconds / best.milliseconds:.2f}x the published step's speed, "
-        f"{best.peak_gib / published.peak_gib:.3f}x its memory; {time:.2f}x the floor's time for {work:.2f}x its "
-        f"FLOPs: overhead {time / work:.2f}\n",
-        flush=True,
-    )
+    published = by_way["published"]
+    for row in rows:
+        if "floor" in row.way or row is published:
+            continue
+        floor = by_way[f"floor {row.way}" if "compiled" in row.way else "floor"]
+        time, work = row.milliseconds / floor.milliseconds, row.gflop_per_image / floor.gflop_per_image
+        print(
+            f"{row.way}: {published.milliseconds / row.milliseconds:.2f}x the published step's speed, "
+            f"{row.peak_gib / published.peak_gib:.3f}x its memory; {time:.2f}x the time of {floor.way!r} for {work:.2f}x "
+            f"its FLOPs: overhead {time / work:.2f}",
+            flush=True,
+        )
+    print()
 
 
 def draw(rows: list[Row], folder: Path) -> None:
@@ -283,20 +309,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher_args", help="arguments of the teacher, as JSON")
     parser.add_argument("--batch", type=int, nargs="+", help="default: 128 on a GPU, 8 elsewhere")
     parser.add_argument("--image_size", type=int, nargs="+", default=[224])
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: both, on a GPU bf16 first")
     parser.add_argument(
         "--layout", nargs="+", choices=["contiguous", "channels-last"], default=["contiguous", "channels-last"]
     )
     parser.add_argument("--stem", nargs="+", choices=STEMS[1:], default=[], help="lighter stems to measure too")
     parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 5 elsewhere")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=MODES,
+        help="modes of torch.compile, with none nothing is; default: default on a GPU",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="outputs/benchmarks/step")
     args = parser.parse_args()
     on_gpu = args.device != "cpu"
     args.batch = args.batch or [128 if on_gpu else 8]
     args.rounds = args.rounds or (20 if on_gpu else 5)
-    args.compile = on_gpu if args.compile is None else args.compile
+    args.precision = args.precision or list(PRECISIONS[::-1] if on_gpu else PRECISIONS)
+    if args.compile is None:
+        args.compile = MODES[:1] if on_gpu else []
     return args
 
 

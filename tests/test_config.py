@@ -3,9 +3,13 @@
 import dataclasses
 
 import pytest
+import torch
+from processes import in_child
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils.import_utils import enable_tf32
 
 from scalekd_hf import ScaleKDConfig
+from scalekd_hf.engines import say_tf32_in_both_ways
 
 
 OWN = set(ScaleKDConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
@@ -74,3 +78,28 @@ def test_the_defaults_are_those_published_for_swin_teachers(tmp_path):
 def test_an_invalid_value_is_refused_with_the_value(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"`{name}`.*{str(value)[:3]}".replace("[", r"\[")):
         ScaleKDConfig(output_dir=str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_refused_where_their_gradients_would_be_overwritten(tmp_path, mode):
+    options = {"output_dir": str(tmp_path), "torch_compile_mode": mode}
+    assert ScaleKDConfig(**options).torch_compile
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` must be 1 with it, got 4"):
+        ScaleKDConfig(**options, gradient_accumulation_steps=4)
+    ScaleKDConfig(**{**options, "torch_compile_mode": "max-autotune-no-cudagraphs"}, gradient_accumulation_steps=4)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_tf32_reads_the_same_by_both_of_torchs_names(tmp_path, enabled):
+    outcome = in_child(tmp_path, _set_and_read, enabled)
+    assert outcome.status == 0, outcome.text[-3000:]
+
+
+def _set_and_read(enabled):
+    enable_tf32(enabled)  # as the parent does where it compiles for a GPU
+    say_tf32_in_both_ways()
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is enabled
+    assert (
+        torch.backends.cuda.matmul.fp32_precision == torch.backends.fp32_precision == ("tf32" if enabled else "ieee")
+    )
+    assert torch.get_float32_matmul_precision() == ("high" if enabled else "highest")

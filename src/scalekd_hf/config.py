@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from .engines import keep_autocast, use_one_gpu
+from .engines import keep_autocast, say_tf32_in_both_ways, use_one_gpu
 from .losses import TASK_LOSSES
 from .projector import STEM_NORMS, STEMS
 
@@ -308,6 +308,7 @@ class ScaleKDConfig(TrainingArguments):
         super().__post_init__()
         use_one_gpu(self)
         keep_autocast(self)
+        say_tf32_in_both_ways()
         if getattr(self, "ddp_static_graph", False) is None:  # with accumulation, DDP skips the exchange now and then
             self.ddp_static_graph = self.gradient_accumulation_steps == 1 and not self.torch_compile
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
@@ -362,6 +363,12 @@ class ScaleKDConfig(TrainingArguments):
             raise ValueError("Mixup and CutMix mix labels, too: they need a `label_column`, got 'none'.")
         if self.load_best_model_at_end and not self.has_labels:
             raise ValueError("`load_best_model_at_end` needs labels to tell the best: `label_column` is 'none'.")
+        if self.torch_compile_mode in ("reduce-overhead", "max-autotune") and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"`torch_compile_mode` {self.torch_compile_mode!r} uses CUDA graphs, whose gradients the next micro-step "
+                f"overwrites: `gradient_accumulation_steps` must be 1 with it, got {self.gradient_accumulation_steps}. Choose "
+                "'default' or 'max-autotune-no-cudagraphs'."
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "`auto_find_batch_size` is not supported: the order of the images and the learning rate depend on the batch. "

@@ -1,4 +1,4 @@
-"""Devices of one process, and precision under DeepSpeed and FSDP."""
+"""Devices of one process, TF32, and precision under DeepSpeed and FSDP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 
-__all__ = ["keep_autocast", "use_one_gpu"]
+__all__ = ["keep_autocast", "say_tf32_in_both_ways", "use_one_gpu"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,16 @@ def use_one_gpu(args: TrainingArguments) -> None:
             args.n_gpu,
         )
         args._n_gpu = 1
+
+
+def say_tf32_in_both_ways() -> None:
+    """Repeat in torch's older flags what the parent said of TF32 in the newer one, which it does when it compiles.
+
+    Compilers of several torch releases read the older flags, and torch raises an error where only the newer one was set.
+    """
+    precision = getattr(torch.backends, "fp32_precision", "none")
+    if precision != "none":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def keep_autocast(args: TrainingArguments) -> None:

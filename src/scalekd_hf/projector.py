@@ -63,7 +63,10 @@ class CrossAttention(nn.Module):
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, tokens, D/heads)
             for x in (self.q(queries), self.k(context), self.v(context))
         )
-        q = q.expand(k.shape[0], -1, -1, -1)  # learned queries are the same for every image
+        if len(q) != len(
+            k
+        ):  # learned queries are the same for every image; not every fused kernel takes a stride of 0
+            q = q.repeat(len(k), 1, 1, 1)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # torch's fused kernel takes 3 times as long there
             out = torch.softmax((q * self.scale) @ k.transpose(-2, -1), dim=-1) @ v
         else:
@@ -83,7 +86,7 @@ class Mlp(nn.Module):
         return self.fc2(F.relu(self.fc1(x)))
 
 
-def _as_multiplied(x: Tensor) -> Tensor:
+def as_multiplied(x: Tensor) -> Tensor:
     """In the precision that autocast gives to products."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -179,8 +182,8 @@ class CrossAttentionProjector(nn.Module):
         if not through_stem:
             student_map = self.stem(student_map)
         context = (student_map + self.pos_embed).flatten(2).transpose(1, 2)  # (B, h*w, C)
-        context = _as_multiplied(context).contiguous()  # once, where keys and values would each keep a copy
-        # Learned queries are projected once, (1, N, D), and broadcast over the images.
+        context = as_multiplied(context).contiguous()  # once, where keys and values would each keep a copy
+        # Learned queries are projected once, (1, N, D), not for each image.
         given = self.queries[None] if self.queries is not None else queries
         tokens = self.norm(self.attn(F.relu(self.query_proj(given)), context))
         return tokens + self.mlp(tokens)
