@@ -1,7 +1,9 @@
 """Images that cannot be decoded: left out, counted, listed, and too many of them an error."""
 
 import io
+import itertools
 import json
+import os
 
 import datasets
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 import torch
 from helpers import settings, small_student, some_slow
 from PIL import Image
+from processes import in_processes
 
 from scalekd_hf import ScaleKDTrainer
 from scalekd_hf.bad_images import TooManyBadImagesError
 from scalekd_hf.preparation import IGNORED_LABEL
+from scalekd_hf.sources import StreamReadError
 
 
 ROWS = 30
@@ -105,6 +109,41 @@ def test_bad_images_in_an_evaluation_stop_the_run_with_a_checkpoint(tmp_path, fi
     with pytest.raises(TooManyBadImagesError):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("fails", ["read", "count"])
+def test_images_that_fail_one_process_in_an_evaluation_stop_all_with_a_checkpoint(tmp_path, files, fails):
+    def evaluate_at_two():
+        options = {"max_bad_images": 1.0, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+        trainer = trainer_for(tmp_path / "run", files, ddp_timeout=20, **options)
+        if os.environ["RANK"] == "1" and fails == "count":
+            trainer.bad_images["evaluation"].share = 0.0
+        if os.environ["RANK"] == "1" and fails == "read":
+            trainer.get_eval_dataloader = lambda data, get=trainer.get_eval_dataloader: Breaking(get(data))
+        trainer.train()
+
+    outcomes = in_processes(tmp_path, evaluate_at_two, processes=2)
+    assert [outcome.status for outcome in outcomes] == [75, 1], outcomes[0].text[-3000:] + outcomes[1].text[-3000:]
+    assert {"read": "StreamReadError: gone", "count": "TooManyBadImagesError"}[fails] in outcomes[1].text
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-2" and (checkpoint / "rng_state_1.pth").exists()
+
+
+class Breaking:
+    """A loader whose third batch cannot be read."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        yield from itertools.islice(self.loader, 2)
+        raise StreamReadError("gone")
 
 
 def test_data_without_one_good_image_is_an_error(tmp_path, files):

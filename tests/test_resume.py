@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -60,14 +61,21 @@ class Trainer(ScaleKDTrainer):
 
     at = ("", 0)
     how = signal.SIGKILL
+    rank = 0
 
     def strike(self, point):
-        if self.at == (point, self.state.global_step):
+        if self.at == (point, self.state.global_step) and self.args.process_index == self.rank:
+            sys.stdout.write("struck\n")
             os.kill(os.getpid(), self.how)
 
     def training_step(self, *args, **kwargs):
         result = super().training_step(*args, **kwargs)
         self.strike("step")
+        return result
+
+    def prediction_step(self, *args, **kwargs):
+        result = super().prediction_step(*args, **kwargs)
+        self.strike("evaluation")
         return result
 
     def _save_rng_state(self, output_dir):
@@ -79,13 +87,13 @@ class Trainer(ScaleKDTrainer):
         super()._finish_checkpoint(unfinished, place)
 
 
-def trainer_for(folder, shards, kind="stream", at=("", 0), how=signal.SIGKILL, **changes):
+def trainer_for(folder, shards, kind="stream", at=("", 0), how=signal.SIGKILL, rank=0, **changes):
     torch.manual_seed(0)
     data = datasets.load_dataset("parquet", data_files=shards, split="train", streaming=kind == "stream")
     student, options = small_student(drop_path_rate=0.2), {**ALL_AT_ONCE, **changes}
     evaluation = data if "eval_strategy" in options else None
     trainer = Trainer(student, timm_swin(), settings(folder, **options), data, evaluation)
-    trainer.at, trainer.how = at, how
+    trainer.at, trainer.how, trainer.rank = at, how, rank
     return trainer
 
 
@@ -175,6 +183,34 @@ def test_sigterm_saves_a_checkpoint_and_the_same_call_resumes(tmp_path, shards, 
     train(stopped, shards, **options)
     assert result(stopped) == result(whole)
     assert not (stopped / "_interrupted.json").exists()
+
+
+EVALUATING = {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
+
+
+def test_sigterm_in_an_evaluation_is_answered_before_its_next_batch(tmp_path, shards):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    trainer = trainer_for(whole, shards, **EVALUATING)
+    trainer.train()
+    strike = {"how": signal.SIGTERM, **EVALUATING}
+    for step in (3, 9):  # the second call resumes, and is struck in the last evaluation, which no step follows
+        outcome = in_child(tmp_path, lambda: train(stopped, shards, at=("evaluation", step), **strike))  # noqa: B023
+        assert outcome.status == 75 and outcome.text.count("struck") == 1, outcome.text[-3000:]
+        assert (stopped / f"checkpoint-{step}").exists()
+    resumed = trainer_for(stopped, shards, **EVALUATING)
+    resumed.train()
+    assert resumed.state.global_step == 9
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_sigterm_to_one_process_in_an_evaluation_stops_all_in_it(tmp_path, shards):
+    strike = {"at": ("evaluation", 3), "how": signal.SIGTERM, "rank": 1}
+    outcomes = in_processes(tmp_path, lambda: train(tmp_path / "run", shards, **strike, **EVALUATING), processes=2)
+    assert [outcome.status for outcome in outcomes] == [75, 75], outcomes[0].text[-3000:] + outcomes[1].text[-3000:]
+    assert outcomes[1].text.count("struck") == 1
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-3")
+    assert (checkpoint / "rng_state_0.pth").exists() and (checkpoint / "rng_state_1.pth").exists()
 
 
 def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path, shards):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +22,14 @@ from .data import ImageStream, Preparation, prepare_dataset
 from .loss_log import LossLog
 from .preparation import IGNORED_LABEL, normalise
 from .sources import Shards, StreamReadError, Table
-from .stopping import Stopping
+from .stopping import EvaluationStopped, Stopping
 from .stream import Layout
 from .students import Student
 
 
 __all__ = ["ImageTrainer", "Passes", "count_steps", "prepare_images"]
+
+logger = logging.getLogger(__name__)
 
 BAD_IMAGES_FILE = "bad_images{}.jsonl"
 STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError)
@@ -44,6 +47,7 @@ class ImageTrainer(Trainer):
     _ahead: tuple[list, Any] | None = None  # the batches of the next step
     _wanted: tuple = ()  # what they are got with
     _evaluated: Tensor  # sum of the losses, and images that count
+    _evaluates_in_training = False
     _normalisation: tuple[Tensor, Tensor] | None = None
 
     def _feed(self) -> None:
@@ -165,6 +169,7 @@ class ImageTrainer(Trainer):
             if name.endswith("_loss") and counted:
                 metrics[name] = total / counted  # the parent's mean is over blanks, too
         bad.check(len(images) if hasattr(images, "__len__") else 0, self.args.world_size)
+        self._stop_evaluation_if_asked()
         if not isinstance(images, ImageStream):
             return output
         order = images.row_order()
@@ -174,6 +179,7 @@ class ImageTrainer(Trainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         """The parent's; adds the loss up over the images that count."""
+        self._stop_evaluation_if_asked()
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         if loss is not None and isinstance(labels, Tensor):
             images = (labels.any(dim=1) if labels.ndim == 2 else labels != IGNORED_LABEL).sum()
@@ -181,14 +187,26 @@ class ImageTrainer(Trainer):
         return loss, logits, labels
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The parent's; where the images fail, the run is saved first."""
+        """The parent's, in training; where SIGTERM comes, or the images of a process fail, all save the run and stop."""
+        self._evaluates_in_training = True
         try:
             return super()._evaluate(*args, **kwargs)
         except STOPPING_FAILURES as error:
-            if self.args.world_size == 1:
-                self.stopping.stopped, self.stopping.failure = True, error
-                self._save_checkpoint(cast(torch.nn.Module, self.model), None)
-            raise
+            self.stopping.failure = error
+            self.stopping.agreed(self.args.world_size)  # answers what the others ask before their next batch
+        except EvaluationStopped:
+            pass
+        finally:
+            self._evaluates_in_training = False
+        logger.warning("The run stops in the evaluation at step %d and saves a checkpoint.", self.state.global_step)
+        self.stopping.stopped = True
+        self._save_checkpoint(cast(torch.nn.Module, self.model), None)
+        self.stopping.raise_reason()
+        raise AssertionError("a run that stops has a reason")
+
+    def _stop_evaluation_if_asked(self) -> None:
+        if self._evaluates_in_training:
+            self.stopping.check_evaluation(self.args.world_size)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """That of an evaluation; labels may be missing."""

@@ -1,4 +1,4 @@
-"""Ends a run at a step boundary, with a checkpoint, on all processes at the same step."""
+"""Ends a run after a step, or within an evaluation, with a checkpoint, on all processes at the same place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed
 from transformers import TrainerCallback
 
 
-__all__ = ["RunInterrupted", "Stopping"]
+__all__ = ["EvaluationStopped", "RunInterrupted", "Stopping"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,14 @@ class RunInterrupted(SystemExit):
         super().__init__(os.EX_TEMPFAIL)
 
 
+class EvaluationStopped(Exception):  # noqa: N818
+    """Ends an evaluation during training, on all processes before the same batch."""
+
+
 class Stopping(TrainerCallback):
     """Asks all processes at the end of each step whether one of them must stop: for SIGTERM, or for want of images.
+
+    Before each batch of an evaluation, too, which may take longer than a scheduler waits.
 
     The answer travels between the processes' CPUs; no device is waited for.
 
@@ -64,7 +70,7 @@ class Stopping(TrainerCallback):
                 self.fetch_next()
             except self.failures as error:
                 self.failure = error
-        if not self._agreed(args.world_size):
+        if not self.agreed(args.world_size):
             return
         self.stopped = True
         logger.warning("The run stops at step %d and saves a checkpoint.", state.global_step)
@@ -96,7 +102,17 @@ class Stopping(TrainerCallback):
     def _terminate(self, *_: Any) -> None:
         self.terminated = True
 
-    def _agreed(self, world_size: int) -> bool:
+    def check_evaluation(self, world_size: int) -> None:
+        """Leave an evaluation, where one of the processes must stop.
+
+        Raises:
+            EvaluationStopped: on all of them.
+        """
+        if self.agreed(world_size):
+            raise EvaluationStopped
+
+    def agreed(self, world_size: int) -> bool:
+        """Whether one of the processes must stop; every one of them must ask."""
         stops = self.terminated or self.failure is not None
         if world_size == 1:
             return stops
