@@ -62,11 +62,13 @@ class Trainer(ScaleKDTrainer):
     at = ("", 0)
     how = signal.SIGKILL
     rank = 0
+    group = False
 
     def strike(self, point):
         if self.at == (point, self.state.global_step) and self.args.process_index == self.rank:
             sys.stdout.write("struck\n")
-            os.kill(os.getpid(), self.how)
+            os.kill(0 if self.group else os.getpid(), self.how)
+            time.sleep(0.5 * self.group)  # for the workers, too, to hear of it
 
     def training_step(self, *args, **kwargs):
         result = super().training_step(*args, **kwargs)
@@ -87,13 +89,13 @@ class Trainer(ScaleKDTrainer):
         super()._finish_checkpoint(unfinished, place)
 
 
-def trainer_for(folder, shards, kind="stream", at=("", 0), how=signal.SIGKILL, rank=0, **changes):
+def trainer_for(folder, shards, kind="stream", at=("", 0), how=signal.SIGKILL, rank=0, group=False, **changes):
     torch.manual_seed(0)
     data = datasets.load_dataset("parquet", data_files=shards, split="train", streaming=kind == "stream")
     student, options = small_student(drop_path_rate=0.2), {**ALL_AT_ONCE, **changes}
     evaluation = data if "eval_strategy" in options else None
     trainer = Trainer(student, timm_swin(), settings(folder, **options), data, evaluation)
-    trainer.at, trainer.how, trainer.rank = at, how, rank
+    trainer.at, trainer.how, trainer.rank, trainer.group = at, how, rank, group
     return trainer
 
 
@@ -200,8 +202,30 @@ def test_sigterm_in_an_evaluation_is_answered_before_its_next_batch(tmp_path, sh
     resumed = trainer_for(stopped, shards, **EVALUATING)
     resumed.train()
     assert resumed.state.global_step == 9
-    for name, tensor in trainer.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    for ended, module in ((trainer.model, resumed.model), (trainer.averaged.average, resumed.averaged.average)):
+        for name, tensor in ended.state_dict().items():
+            assert torch.equal(module.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+def test_evaluating_does_not_change_what_is_trained(tmp_path, shards, kind):
+    train(tmp_path / "with", shards, kind=kind, **EVALUATING)
+    train(tmp_path / "without", shards, kind=kind, save_strategy="no")
+    assert result(tmp_path / "with") == result(tmp_path / "without")
+
+
+@pytest.mark.parametrize("stopped_before", [4, 0])
+def test_sigterm_in_the_evaluation_before_the_first_step_keeps_the_checkpoint(tmp_path, shards, stopped_before):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = {"save_strategy": "no", "eval_on_start": True, "per_device_eval_batch_size": 4}
+    train(whole, shards, **options, eval_strategy="no")
+    for point, step in [("step", 3)] * bool(stopped_before) + [("evaluation", stopped_before)]:
+        strike = {"at": (point, step), "how": signal.SIGTERM, **options}  # noqa: B023
+        outcome = in_child(tmp_path, lambda: train(stopped, shards, eval_strategy="no", **strike))  # noqa: B023
+        assert outcome.status == 75, outcome.text[-3000:]
+    assert outcome.text.count("struck") == 1
+    train(stopped, shards, **options, eval_strategy="no")
+    assert result(stopped) == result(whole)
 
 
 def test_sigterm_to_one_process_in_an_evaluation_stops_all_in_it(tmp_path, shards):
@@ -235,6 +259,18 @@ def test_workers_live_on_when_a_whole_group_of_processes_gets_sigterm(tmp_path, 
     (outcome,) = started.wait()
     assert outcome.status == 75, outcome.text[-3000:]
     assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+def test_workers_of_an_evaluation_live_on_when_a_whole_group_gets_sigterm(tmp_path, shards, kind):
+    def grouped():
+        os.setpgid(0, 0)
+        strike = {"at": ("evaluation", 3), "how": signal.SIGTERM, "group": True, "kind": kind}
+        train(tmp_path / "run", shards, dataloader_num_workers=2, **strike, **EVALUATING)
+
+    outcome = in_child(tmp_path, grouped)
+    assert outcome.status == 75 and outcome.text.count("struck") == 1, outcome.text[-3000:]
+    assert (tmp_path / "run" / "checkpoint-3").exists()
 
 
 @pytest.mark.parametrize("kind", ["stream", "map"])

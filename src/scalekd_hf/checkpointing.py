@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from .averaging import TRAINED_FILE, AveragedStudent
 from .data import ImageStream
 from .gathering import full_state
-from .image_trainer import ImageTrainer, count_steps
+from .image_trainer import STOPPING_FAILURES, ImageTrainer, count_steps
 from .saving import (
     HEADS_FILE,
     INTERRUPTED_FILE,
@@ -38,6 +38,7 @@ from .saving import (
     save_student,
     save_tensors,
 )
+from .stopping import EvaluationStopped
 
 
 __all__ = ["CheckpointTrainer"]
@@ -91,6 +92,29 @@ class CheckpointTrainer(ImageTrainer):
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(output_dir), self.args.save_total_limit, best, use_mtime=True)
+
+    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The parent's, in training; where SIGTERM comes, or the images of a process fail, all save the run and stop."""
+        self._evaluates_in_training = True
+        try:
+            return super()._evaluate(trial, *args, **kwargs)
+        except STOPPING_FAILURES as error:
+            self.stopping.failure = error
+            self.stopping.agreed(self.args.world_size)  # answers what the others ask before their next batch
+        except EvaluationStopped:
+            pass
+        finally:
+            self._evaluates_in_training = False
+        logger.warning("The run stops in the evaluation at step %d.", self.state.global_step)
+        self.stopping.stopped = True
+        has_stepped = not kwargs.get("skip_scheduler")  # else this is the evaluation before the first step
+        if has_stepped or not Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}").exists():
+            self._save_checkpoint(cast(nn.Module, self.model), trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self._note_interruption()
+        self.accelerator.wait_for_everyone()  # a process that leaves early has its launcher end the others
+        self.stopping.raise_reason()
+        raise AssertionError("a run that stops has a reason")
 
     def _finish_checkpoint(self, unfinished: Path, place: Path) -> None:
         """Move a checkpoint in place, once every process has written its part."""

@@ -308,7 +308,8 @@ class ScaleKDConfig(TrainingArguments):
         super().__post_init__()
         use_one_gpu(self)
         keep_autocast(self)
-        say_tf32_in_both_ways()
+        if self.torch_compile or self.tf32 is not None:
+            say_tf32_in_both_ways()
         if getattr(self, "ddp_static_graph", False) is None:  # with accumulation, DDP skips the exchange now and then
             self.ddp_static_graph = self.gradient_accumulation_steps == 1 and not self.torch_compile
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only

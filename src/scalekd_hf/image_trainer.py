@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +21,12 @@ from .data import ImageStream, Preparation, prepare_dataset
 from .loss_log import LossLog
 from .preparation import IGNORED_LABEL, normalise
 from .sources import Shards, StreamReadError, Table
-from .stopping import EvaluationStopped, Stopping
-from .stream import Layout
+from .stopping import Stopping
+from .stream import Layout, outlive_sigterm
 from .students import Student
 
 
-__all__ = ["ImageTrainer", "Passes", "count_steps", "prepare_images"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["STOPPING_FAILURES", "ImageTrainer", "Passes", "count_steps", "prepare_images"]
 
 BAD_IMAGES_FILE = "bad_images{}.jsonl"
 STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError)
@@ -150,7 +147,11 @@ class ImageTrainer(Trainer):
         if not isinstance(dataset, ImageStream):
             # Without a key, so that no loader of another data set is taken for this one's.
             batch_size, sampler = self.args.eval_batch_size, cast(Any, self._get_eval_sampler)
-            return self._get_dataloader(dataset, "Evaluation", batch_size, sampler_fn=sampler)
+            loader = self._get_dataloader(dataset, "Evaluation", batch_size, sampler_fn=sampler)
+            own: Any = getattr(loader, "base_dataloader", loader)
+            own.worker_init_fn = outlive_sigterm
+            own.generator = torch.Generator()  # so that training draws the same with an evaluation and without
+            return loader
         options = self._loader_options()
         return dataset.evaluation_loader(
             self.args.eval_batch_size, self.args.process_index, self.args.world_size, **options
@@ -185,24 +186,6 @@ class ImageTrainer(Trainer):
             images = (labels.any(dim=1) if labels.ndim == 2 else labels != IGNORED_LABEL).sum()
             self._evaluated += torch.stack([torch.where(images > 0, loss * images, 0.0), images])
         return loss, logits, labels
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The parent's, in training; where SIGTERM comes, or the images of a process fail, all save the run and stop."""
-        self._evaluates_in_training = True
-        try:
-            return super()._evaluate(*args, **kwargs)
-        except STOPPING_FAILURES as error:
-            self.stopping.failure = error
-            self.stopping.agreed(self.args.world_size)  # answers what the others ask before their next batch
-        except EvaluationStopped:
-            pass
-        finally:
-            self._evaluates_in_training = False
-        logger.warning("The run stops in the evaluation at step %d and saves a checkpoint.", self.state.global_step)
-        self.stopping.stopped = True
-        self._save_checkpoint(cast(torch.nn.Module, self.model), None)
-        self.stopping.raise_reason()
-        raise AssertionError("a run that stops has a reason")
 
     def _stop_evaluation_if_asked(self) -> None:
         if self._evaluates_in_training:
