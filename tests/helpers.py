@@ -127,7 +127,12 @@ def run(*words, env=None, timeout=300):
 
 def some_slow(names, count):
     """Parameters of a test, of which all but the first few belong to the slow lane."""
-    return [name if index < count else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(names)]
+    return [
+        name
+        if index < count
+        else pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=pytest.mark.slow)
+        for index, name in enumerate(names)
+    ]
 
 
 def images(count=2, size=32):

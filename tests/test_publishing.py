@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import build, images, run, settings, small_student, timm_swin
+from helpers import build, images, run, settings, small_student, some_slow, timm_swin
 from hub_server import READ, WRITE
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -168,7 +168,7 @@ def test_a_hub_that_dies_in_the_middle_loses_nothing_and_the_command_pushes_it_l
     assert all(torch.equal(pushed[name], tensor) for name, tensor in local.items())
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize("strategy", some_slow(["every_save", "all_checkpoints", "end", "checkpoint"], 2))
 def test_checkpoints_are_pushed_as_the_strategy_says(tmp_path, digits, hub, strategy):
     options = {"save_strategy": "steps", "save_steps": 1, "hub_always_push": True, "save_total_limit": 1}
     trainer_for(tmp_path, digits, hub_strategy=strategy, **options).train()

@@ -159,7 +159,7 @@ def test_two_processes_resume_to_the_bit(tmp_path, shards, kind):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(("point", "last"), [("step", 4), ("saving", 3), ("moving", 3)])
+@pytest.mark.parametrize(("point", "last"), some_slow([("step", 4), ("moving", 3), ("saving", 3)], 2))
 def test_a_run_that_is_killed_goes_on_from_its_last_whole_checkpoint(tmp_path, shards, point, last):
     # Killed in the middle of a step (between its two micro-batches), or of writing a checkpoint.
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -172,7 +172,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_whole_checkpoint(tmp_path, s
     assert sorted(path.name for path in killed.iterdir() if path.is_dir()) == ["checkpoint-9"]
 
 
-@pytest.mark.parametrize("step", [3, 4])  # the first stops where an epoch ends
+@pytest.mark.parametrize("step", some_slow([3, 4], 1))  # the first stops where an epoch ends
 def test_sigterm_saves_a_checkpoint_and_the_same_call_resumes(tmp_path, shards, step):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     options = {"save_strategy": "no", "dataloader_num_workers": 2}
@@ -214,7 +214,7 @@ def test_evaluating_does_not_change_what_is_trained(tmp_path, shards, kind):
     assert result(tmp_path / "with") == result(tmp_path / "without")
 
 
-@pytest.mark.parametrize("stopped_before", [4, 0])
+@pytest.mark.parametrize("stopped_before", some_slow([4, 0], 1))
 def test_sigterm_in_the_evaluation_before_the_first_step_keeps_the_checkpoint(tmp_path, shards, stopped_before):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     options = {"save_strategy": "no", "eval_on_start": True, "per_device_eval_batch_size": 4}
@@ -273,7 +273,7 @@ def test_workers_of_an_evaluation_live_on_when_a_whole_group_gets_sigterm(tmp_pa
     assert (tmp_path / "run" / "checkpoint-3").exists()
 
 
-@pytest.mark.parametrize("kind", ["stream", "map"])
+@pytest.mark.parametrize("kind", some_slow(["stream", "map"], 1))
 def test_other_batches_and_workers_go_on_at_the_same_number_of_images(tmp_path, shards, kind):
     train(tmp_path, shards, kind=kind, max_steps=3)
     options = {"kind": kind, "dataloader_num_workers": 2, "per_device_train_batch_size": 2}

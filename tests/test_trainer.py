@@ -7,7 +7,7 @@ import time
 import datasets
 import pytest
 import torch
-from helpers import SMALL_SWIN, build, settings, small_student, timm_swin, timm_vit, transformers_vit
+from helpers import SMALL_SWIN, build, settings, small_student, some_slow, timm_swin, timm_vit, transformers_vit
 from processes import in_child, in_processes
 from transformers import Dinov2Config
 from two_steps import main as two_steps
@@ -100,12 +100,15 @@ def test_resuming_a_finished_run_trains_nothing_more_and_keeps_the_best(tmp_path
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
-        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size 8 to 4"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1 to 2"),
-        ({"seed": 7}, "seed 42 to 7"),
-        ({"dataloader_num_workers": 1}, "dataloader_num_workers 0 to 1"),
-    ],
+    some_slow(
+        [
+            ({"per_device_train_batch_size": 4}, "per_device_train_batch_size 8 to 4"),
+            ({"seed": 7}, "seed 42 to 7"),
+            ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1 to 2"),
+            ({"dataloader_num_workers": 1}, "dataloader_num_workers 0 to 1"),
+        ],
+        2,
+    ),
 )
 def test_resuming_with_other_data_settings_is_refused_unless_accepted(tmp_path, digits_stream, changes, message):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -443,7 +446,7 @@ def test_there_must_be_a_checkpoint_to_resume_from(tmp_path, digits):
         "rng_state.pth",
     ],
 )
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", some_slow(["cut", "gone"], 1))
 def test_a_damaged_checkpoint_is_refused_with_the_file_and_the_others(tmp_path, digits, file, damage):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer_for(tmp_path, digits, **options).train()

@@ -143,6 +143,7 @@ def table(result):
     return [line.split() for line in result.stdout.splitlines() if line.startswith(FEATURE_TERMS)]
 
 
+@pytest.mark.slow
 def test_the_recipe_compares_the_run_with_its_beginning(unmoved, tmp_path):
     words = [unmoved / "config_resolved.yaml", "--checkpoint", unmoved / "checkpoint-1", "--images", 2]
     rows = table(run_script(RECIPE, *words))
