@@ -63,9 +63,8 @@ class CrossAttention(nn.Module):
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, tokens, D/heads)
             for x in (self.q(queries), self.k(context), self.v(context))
         )
-        if len(q) != len(
-            k
-        ):  # learned queries are the same for every image; not every fused kernel takes a stride of 0
+        # Learned queries are the same for every image; copied, as not every fused kernel takes a stride of 0.
+        if len(q) != len(k):
             q = q.repeat(len(k), 1, 1, 1)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # torch's fused kernel takes 3 times as long there
             out = torch.softmax((q * self.scale) @ k.transpose(-2, -1), dim=-1) @ v
