@@ -40,7 +40,11 @@ from scalekd_hf.recipe import mapping
 
 CLASSES = [str(index) for index in range(1000)]
 PRECISIONS = ("float32", "bf16")
-TOLERANCE = 1e-4  # relative, in float64; the losses are taken in float32 even then
+TOLERANCE = {
+    "float64": 1e-4,
+    "float32": 1e-4,
+    "bf16": 1e-2,
+}  # relative; the losses are taken in float32 even in float64
 CHECKED = 8  # images at most
 MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -183,7 +187,7 @@ def steps(
 
     losses: dict[str, Work] = {"floor": floor}
     if published is not None:
-        check_equal(model, published, pixels[:CHECKED], labels[:CHECKED], cast)
+        check_equal(model, published, pixels[:CHECKED], labels[:CHECKED], cast, TOLERANCE[precision])
         losses["published"] = lambda: published(pixels, labels)
     losses["ours"] = ours
     for mode in args.compile:
@@ -196,14 +200,18 @@ def steps(
 
 
 def check_equal(
-    model: ScaleKDModel, published: PublishedStep, pixels: Tensor, labels: Tensor, cast: torch.autocast
+    model: ScaleKDModel,
+    published: PublishedStep,
+    pixels: Tensor,
+    labels: Tensor,
+    cast: torch.autocast,
+    tolerance: float,
 ) -> None:
     """Refuse to time two ways that do not compute the same loss and gradients of the student.
 
     Rounding alone moves the gradients of an untrained network by thousandths in float32 and by tenths in bf16, so the two
     are compared in float64; from there, ours may lie no further than the published step does, but for chance.
     """
-
     ways = {"ours": model, "published": published}
     for module in ways.values():
         module.double()
@@ -216,9 +224,9 @@ def check_equal(
     print(
         "from the published step in float64, (loss, gradient):", {"ours in float64": in_float64, **rounded}, flush=True
     )
-    assert max(in_float64) < TOLERANCE, f"ours differs from the published step: {in_float64}"
+    assert max(in_float64) < TOLERANCE["float64"], f"ours differs from the published step: {in_float64}"
     for kind, mine, theirs in zip(("loss", "gradient"), rounded["ours"], rounded["published"], strict=True):
-        assert mine < max(TOLERANCE * 10, 2 * theirs), f"our {kind} is less exact: {mine:.1e}, published {theirs:.1e}"
+        assert mine < max(tolerance, 1.25 * theirs), f"our {kind} is less exact: {mine:.1e}, published {theirs:.1e}"
 
 
 def check_compiled(
