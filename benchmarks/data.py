@@ -31,12 +31,12 @@ from timm.data.auto_augment import RandAugment
 from torch import Tensor
 from torchvision import transforms
 
-from scalekd_hf.augmentation import Augmentation
-from scalekd_hf.data import ImageStream, prepare_dataset
-from scalekd_hf.decoding import open_image
-from scalekd_hf.loading import ImageSpec
-from scalekd_hf.preparation import Preparation, collate
-from scalekd_hf.stream import Layout
+from scalekd_hf.data.augmentation import Augmentation
+from scalekd_hf.data.dataset import ImageStream, prepare_dataset
+from scalekd_hf.data.decoding import open_image
+from scalekd_hf.data.preparation import Preparation, collate
+from scalekd_hf.data.stream import Layout
+from scalekd_hf.models.loading import ImageSpec
 
 
 WIDTH, HEIGHT, QUALITY = 469, 401, 96  # the mean size of ImageNet's training images; quality for as many bytes

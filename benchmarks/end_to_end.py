@@ -23,7 +23,7 @@ from PIL import Image
 from step import CLASSES
 
 from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
-from scalekd_hf.recipe import mapping
+from scalekd_hf.tools.recipe import mapping
 
 
 WIDTH, HEIGHT = 469, 401  # the mean size of ImageNet's training images

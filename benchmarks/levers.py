@@ -20,8 +20,8 @@ from step import CLASSES, Setting, build
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from scalekd_hf.losses import mimicking_loss, mimicking_target
-from scalekd_hf.projector import CrossAttentionProjector, as_multiplied
+from scalekd_hf.method.losses import mimicking_loss, mimicking_target
+from scalekd_hf.method.projector import CrossAttentionProjector, as_multiplied
 
 
 Pair = tuple[Callable[[], object], Callable[[], object]]

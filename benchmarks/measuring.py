@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scalekd_hf.plan import conv_backward_flops
+from scalekd_hf.tools.plan import conv_backward_flops
 
 
 Work = Callable[[], object]

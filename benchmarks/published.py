@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalekd_hf.distiller import ScaleKDModel
-from scalekd_hf.heads import FEATURE_TERMS
-from scalekd_hf.projector import CrossAttentionProjector
+from scalekd_hf.method.distiller import ScaleKDModel
+from scalekd_hf.method.heads import FEATURE_TERMS
+from scalekd_hf.method.projector import CrossAttentionProjector
 
 
 class Projector(nn.Module):

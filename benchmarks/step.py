@@ -32,10 +32,10 @@ from published import PublishedStep
 from torch import Tensor, nn
 
 from scalekd_hf import ScaleKDConfig, load_student, load_teacher
-from scalekd_hf.building import build_model
-from scalekd_hf.distiller import ScaleKDModel
-from scalekd_hf.projector import STEMS
-from scalekd_hf.recipe import mapping
+from scalekd_hf.method.distiller import ScaleKDModel
+from scalekd_hf.method.projector import STEMS
+from scalekd_hf.tools.recipe import mapping
+from scalekd_hf.training.pair import build_model
 
 
 CLASSES = [str(index) for index in range(1000)]

@@ -15,12 +15,12 @@ from pathlib import Path
 from transformers import AutoModelForImageClassification, set_seed
 
 from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, Teacher, load_student, load_teacher
-from scalekd_hf.building import class_names
-from scalekd_hf.data import dataset_labels
-from scalekd_hf.gathering import whole_models
-from scalekd_hf.plan import plan_words
-from scalekd_hf.recipe import DistillArguments, load_data, parse_config, take_plan, train_and_save, write_config
-from scalekd_hf.saving import check_output_dir, interrupted, run_settings
+from scalekd_hf.data.dataset import dataset_labels
+from scalekd_hf.models.saving import check_output_dir, interrupted, run_settings
+from scalekd_hf.tools.plan import plan_words
+from scalekd_hf.tools.recipe import DistillArguments, load_data, parse_config, take_plan, train_and_save, write_config
+from scalekd_hf.training.gathering import whole_models
+from scalekd_hf.training.pair import class_names
 
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"

@@ -31,9 +31,9 @@ if __name__ == "evaluate":
     sys.path[:] = paths
 else:
     from scalekd_hf import ScaleKDConfig, Student
-    from scalekd_hf.evaluation import EvaluateArguments, evaluate_model, load_data, load_model, measure_model
-    from scalekd_hf.provenance import data_source, model_source, versions
-    from scalekd_hf.recipe import parse_config
+    from scalekd_hf.publishing.provenance import data_source, model_source, versions
+    from scalekd_hf.tools.evaluation import EvaluateArguments, evaluate_model, load_data, load_model, measure_model
+    from scalekd_hf.tools.recipe import parse_config
 
 
 HEADINGS = ["model", "data", "images", "top-1", "top-5", "NLL", "ECE", "M params", "GFLOP", "images/s"]
@@ -194,7 +194,7 @@ def main() -> None:
     print(f"\n{table_of(rows)}\n\nNLL in nats; images/s of the forward pass alone, in batches of {row['batch_size']},")
     print(f"{row['dtype']}, on {row['device']}. All of it is in {folder}/evaluation.json and evaluation.md.")
     if card is not None:
-        from scalekd_hf.model_card import update_evaluation
+        from scalekd_hf.publishing.model_card import update_evaluation
 
         print(f"The card of {update_evaluation(card, [row], token=config.hub_token)} has it, too.")
 

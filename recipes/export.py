@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from scalekd_hf import load_student
-from scalekd_hf.export import FORMATS, export_student
+from scalekd_hf.tools.export import FORMATS, export_student
 
 
 def main() -> None:

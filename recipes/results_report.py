@@ -333,7 +333,7 @@ def facts(outcomes: dict[str, dict[int, Outcome]], jobs: int) -> str:
     """Budget, hours, hardware and versions, as a list."""
     import torch
 
-    from scalekd_hf.provenance import hardware, versions
+    from scalekd_hf.publishing.provenance import hardware, versions
 
     def budget(of_teachers: bool) -> str:
         runs = [o for name, by in outcomes.items() if name.startswith("teacher_") == of_teachers for o in by.values()]

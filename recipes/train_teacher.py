@@ -8,9 +8,9 @@ from pathlib import Path
 from transformers import set_seed
 
 from scalekd_hf import ScaleKDTrainer, load_student
-from scalekd_hf.data import dataset_labels
-from scalekd_hf.recipe import TeacherArguments, load_data, parse_config, train_and_save, write_config
-from scalekd_hf.saving import check_output_dir, interrupted, load_student_weights, run_settings
+from scalekd_hf.data.dataset import dataset_labels
+from scalekd_hf.models.saving import check_output_dir, interrupted, load_student_weights, run_settings
+from scalekd_hf.tools.recipe import TeacherArguments, load_data, parse_config, train_and_save, write_config
 
 
 def main() -> None:

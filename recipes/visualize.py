@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import set_seed
 
 from scalekd_hf import ScaleKDConfig, ScaleKDModel, Student, load_student
-from scalekd_hf.building import build_model, class_names
-from scalekd_hf.data import ImageStream, collate, dataset_labels
-from scalekd_hf.image_trainer import prepare_images
-from scalekd_hf.preparation import normalise
-from scalekd_hf.recipe import DistillArguments, load_data, parse_config
-from scalekd_hf.saving import HEADS_FILE, load_checkpoint
-from scalekd_hf.visualize import agreement_maps, draw_agreement
+from scalekd_hf.data.dataset import ImageStream, collate, dataset_labels
+from scalekd_hf.data.preparation import normalise
+from scalekd_hf.models.saving import HEADS_FILE, load_checkpoint
+from scalekd_hf.tools.recipe import DistillArguments, load_data, parse_config
+from scalekd_hf.tools.visualize import agreement_maps, draw_agreement
+from scalekd_hf.training.feeding import prepare_images
+from scalekd_hf.training.pair import build_model, class_names
 
 
 def parse() -> tuple[argparse.Namespace, DistillArguments, ScaleKDConfig]:

@@ -54,7 +54,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("HF_HUB_CACHE", "HF_HOME"):
         monkeypatch.setattr(constants, name, str(tmp_path / "cache"))
-    monkeypatch.setattr("scalekd_hf.hub.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("scalekd_hf.publishing.hub.PAUSES", (0.0, 0.0))
     with HubServer(HUB_PORT) as server:
         yield server
 

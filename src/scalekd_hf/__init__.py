@@ -1,17 +1,17 @@
 """ScaleKD knowledge distillation from strong vision transformers, as a Hugging Face `Trainer`."""
 
-from .config import ScaleKDConfig
-from .distiller import ScaleKDModel, ScaleKDOutput
-from .heads import MimickingHeads
-from .loss_log import NonFiniteLossError
-from .losses import frequency_mimicking_loss, logit_distillation_loss, spatial_mimicking_loss
-from .metrics import TopKAccuracy
-from .mixers import mixer_b14_224
-from .plan import Plan, plan
-from .projector import CrossAttentionProjector
-from .students import Student, load_student
-from .teachers import Teacher, load_teacher
-from .trainer import ScaleKDTrainer
+from .method.distiller import ScaleKDModel, ScaleKDOutput
+from .method.heads import MimickingHeads
+from .method.losses import frequency_mimicking_loss, logit_distillation_loss, spatial_mimicking_loss
+from .method.projector import CrossAttentionProjector
+from .models.mixers import mixer_b14_224
+from .models.students import Student, load_student
+from .models.teachers import Teacher, load_teacher
+from .tools.plan import Plan, plan
+from .training.config import ScaleKDConfig
+from .training.loss_log import NonFiniteLossError
+from .training.metrics import TopKAccuracy
+from .training.trainer import ScaleKDTrainer
 
 
 __all__ = [

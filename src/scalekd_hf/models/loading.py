@@ -1,0 +1,319 @@
+"""Image classifiers by name or module, from timm or transformers, with what is known of their images and labels.
+
+One path serves teachers and students. A name is looked up in this order: a local folder (saved by
+timm or by transformers), `timm/<name>`, `hf-hub:<id>`, and any other Hub id through transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
+from torch import nn
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    TimmWrapperConfig,
+)
+
+from ..training.gathering import whole_models
+
+
+__all__ = ["Classifier", "ImageSpec", "load_classifier"]
+
+logger = logging.getLogger(__name__)
+
+SIZE_OPTIONS = {"student": "image_size", "teacher": "teacher_image_size"}
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """The images that a model was made for: size (height, width) in pixels, normalisation, evaluation crop."""
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+
+    def updated(self, **changes: Any) -> ImageSpec:
+        """A copy with the changes that are not None; an int `size` means a square."""
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if isinstance(changes.get("size"), int):
+            changes["size"] = (changes["size"], changes["size"])
+        tupled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        return replace(self, **tupled)
+
+
+@dataclass
+class Classifier:
+    """A module with its library ("timm" or "transformers"), image specification and label names, if known."""
+
+    module: Any
+    library: str
+    spec: ImageSpec
+    name: str
+    labels: list[str] | None
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes K; 0 without a classifier head."""
+        if self.library == "timm":
+            return int(self.module.num_classes)
+        return int(self.module.config.num_labels) if "ForImageClassification" in type(self.module).__name__ else 0
+
+
+@whole_models()
+def load_classifier(
+    name_or_module: str | nn.Module,
+    *,
+    role: str,
+    pretrained: bool,
+    labels: list[str] | None = None,
+    image_size: int | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    crop_pct: float | None = None,
+    **model_args: Any,
+) -> Classifier:
+    """Load or wrap an image classifier.
+
+    Args:
+        name_or_module: Hub id or local folder of a transformers classifier, `timm/<name>`, `hf-hub:<id>`,
+            the folder of a saved timm model, or a module.
+        role: the argument that errors name, "teacher" or "student".
+        pretrained: load weights; otherwise build the architecture with fresh ones.
+        labels: class names that a new head is built for.
+        image_size: pixels, for models that are built for one size.
+        mean, std, crop_pct: replace what the model's own data configuration says.
+        **model_args: passed to `timm.create_model` or to the transformers configuration.
+
+    Raises:
+        ValueError: a name that cannot be found, or a module that is neither timm's nor transformers'.
+    """
+    if isinstance(name_or_module, nn.Module):
+        if model_args or image_size:
+            given = {**model_args, **({"image_size": image_size} if image_size else {})}
+            raise ValueError(f"`{role}` is a module already: {given} can only be given together with a name.")
+        classifier = _wrap_module(name_or_module, role)
+    elif _is_timm(name_or_module):
+        classifier = _load_timm(name_or_module, role, pretrained, labels, image_size, model_args)
+    else:
+        classifier = _load_transformers(name_or_module, role, pretrained, labels, image_size, model_args)
+    classifier.spec = classifier.spec.updated(mean=mean, std=std, crop_pct=crop_pct)
+    if labels is not None and classifier.num_labels == len(labels):
+        classifier.labels = list(labels)  # a new head, or one that will learn to mean these
+    return classifier
+
+
+def patch_size(classifier: Classifier) -> tuple[int, int] | None:
+    """Sides (height, width) in pixels of the patches of a transformer or mixer; None for other models."""
+    module = classifier.module
+    if classifier.library == "timm":
+        embedding = getattr(module, "patch_embed", getattr(module, "stem", None))
+        patch = getattr(embedding, "patch_size", None)
+        if patch is not None:  # overlapping patches lie a stride apart
+            patch = getattr(getattr(embedding, "proj", None), "stride", patch)
+    else:
+        config = getattr(module.config, "vision_config", module.config)
+        has_attention = any(hasattr(config, name) for name in ("num_attention_heads", "num_heads"))
+        patch = getattr(config, "patch_size", None) if has_attention else None
+    if isinstance(patch, int):
+        return patch, patch
+    return (patch[0], patch[1]) if isinstance(patch, (tuple, list)) else None
+
+
+def check_patches(classifier: Classifier, role: str) -> None:
+    """Refuse an image size that the patches of a transformer or mixer do not divide.
+
+    Raises:
+        ValueError: it names both, and the option to set.
+    """
+    patch = patch_size(classifier)
+    if patch is None:
+        return
+    patch_height, patch_width = patch
+    height, width = classifier.spec.size
+    if height % patch_height or width % patch_width:
+        raise ValueError(
+            f"`{role}` {classifier.name!r} cuts images into patches of {patch_height}x{patch_width} px, which do not "
+            f"divide its image size {height}x{width}. Choose a multiple with `{SIZE_OPTIONS[role]}`."
+        )
+
+
+def _is_timm(name: str) -> bool:
+    if Path(name).is_dir():
+        config = Path(name, "config.json")
+        return config.is_file() and "architecture" in json.loads(config.read_text())
+    return name.startswith(("timm/", "hf-hub:", "local-dir:"))
+
+
+def _wrap_module(module: nn.Module, role: str) -> Classifier:
+    name = type(module).__name__
+    if isinstance(module, PreTrainedModel):
+        labels, source = _config_labels(module.config), module.config.name_or_path
+        if hasattr(module, "timm_model"):  # transformers' wrapper keeps the data configuration to itself
+            return _timm_classifier(module.timm_model, source or name, labels, module.config.pretrained_cfg)
+        spec = _config_spec(module.config)
+        return Classifier(module, "transformers", _processor_spec(source, spec) if source else spec, name, labels)
+    if hasattr(module, "forward_features") and hasattr(module, "pretrained_cfg"):
+        return _timm_classifier(module, name)
+    raise ValueError(
+        f"`{role}` must be an image classifier of timm or transformers, or its name; got a {name}. Only those can "
+        "be saved so that `from_pretrained` loads them again."
+    )
+
+
+def _load_timm(
+    name: str,
+    role: str,
+    pretrained: bool,
+    labels: list[str] | None,
+    image_size: int | None,
+    model_args: dict[str, Any],
+) -> Classifier:
+    timm_name = f"local-dir:{name}" if Path(name).is_dir() else name.removeprefix("timm/")
+    if labels is not None:
+        model_args = {"num_classes": len(labels), **model_args}
+    if image_size is not None:
+        model_args = {"img_size": image_size, **model_args}
+    try:
+        try:
+            module = timm.create_model(timm_name, pretrained=pretrained, **model_args)
+        except TypeError:
+            if model_args.pop("img_size", None) is None:  # most CNNs take any size and no such argument
+                raise
+            module = timm.create_model(timm_name, pretrained=pretrained, **model_args)
+    except (RuntimeError, OSError, ValueError, AssertionError, TypeError, SafetensorError) as error:
+        close = difflib.get_close_matches(timm_name.split(".")[0], timm.list_models(), n=3)
+        hint = (
+            f" Did you mean {', '.join(f'timm/{match}' for match in close)}?" if "nknown model" in str(error) else ""
+        )
+        raise ValueError(
+            f"`{role}` {name!r} could not be built by timm with {model_args or 'no arguments'}: {error}.{hint}"
+        ) from error
+    classifier = _timm_classifier(module, name)
+    classifier.spec = classifier.spec.updated(size=image_size)
+    return classifier
+
+
+def _timm_classifier(
+    module: Any, name: str, labels: list[str] | None = None, pretrained_cfg: dict[str, Any] | None = None
+) -> Classifier:
+    data = resolve_data_config(pretrained_cfg=pretrained_cfg or module.pretrained_cfg)
+    size = tuple(data["input_size"][1:])
+    patch_embed = getattr(module, "patch_embed", getattr(module, "stem", None))
+    if built_for := getattr(patch_embed, "img_size", None):  # wins over the configuration of its source
+        size = tuple(built_for)
+    spec = ImageSpec(size, tuple(data["mean"]), tuple(data["std"]), data["interpolation"], data["crop_pct"])
+    names = module.pretrained_cfg.get("label_names")
+    if labels is None and names:
+        labels = list(names.values()) if isinstance(names, dict) else list(names)
+    if labels is not None and len(labels) != module.num_classes:
+        labels = None
+    return Classifier(module, "timm", spec, name, labels, dict(getattr(module, "_model_args", {})))
+
+
+def _load_transformers(
+    name: str,
+    role: str,
+    pretrained: bool,
+    labels: list[str] | None,
+    image_size: int | None,
+    model_args: dict[str, Any],
+) -> Classifier:
+    changes = dict(model_args)
+    if labels is not None:
+        changes |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if image_size is not None:
+        changes["image_size"] = image_size
+    try:
+        config = AutoConfig.from_pretrained(name, **changes)
+        if isinstance(config, TimmWrapperConfig):  # a Hub id of a timm model, without timm's prefix
+            return _load_timm(f"hf-hub:{name}", role, pretrained, labels, image_size, model_args)
+        headless = type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        auto = AutoModel if headless and role == "teacher" else AutoModelForImageClassification
+        module = _pretrained(auto, name, config, role) if pretrained else auto.from_config(config)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"`{role}` {name!r} is neither a local folder, nor `timm/<name>`, nor an image classifier on the Hub that "
+            f"transformers can load: {reason} "
+            "Check the spelling, `hf auth login` for gated models, and the connection."
+        ) from error
+    classifier = _wrap_module(module, role)
+    classifier.name = name
+    if classifier.library == "transformers":
+        classifier.spec = _processor_spec(name, classifier.spec).updated(size=image_size)
+    return classifier
+
+
+def _pretrained(auto: Any, name: str, config: Any, role: str) -> nn.Module:
+    """Weights in float32, with a new classifier where the number of classes differs; nothing else may be new."""
+    module, info = auto.from_pretrained(
+        name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    names = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    lost = [key for key in names if not any(part in key for part in ("classifier", "head", "fc"))]
+    if lost or (names and role == "teacher"):
+        raise ValueError(
+            f"its weights {lost or names} have other shapes than this image size, these classes or these arguments ask "
+            "for. Load it as it was trained; images are resized for the teacher."
+        )
+    return module
+
+
+def _config_labels(config: Any) -> list[str] | None:
+    names = [str(config.id2label[index]) for index in sorted(config.id2label)] if config.id2label else []
+    unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return None if unnamed else names
+
+
+def _config_spec(config: Any) -> ImageSpec:
+    size = getattr(getattr(config, "vision_config", config), "image_size", None) or 224
+    return ImageSpec().updated(size=tuple(size) if isinstance(size, (list, tuple)) else size)
+
+
+def _processor_spec(name: str, default: ImageSpec) -> ImageSpec:
+    """The preprocessing that was published with a transformers model, where there is one."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(name).to_dict()
+    except (OSError, ValueError) as error:
+        if Path(name, "preprocessor_config.json").exists():
+            raise ValueError(f"{name!r} has a preprocessor_config.json that cannot be read: {error}") from error
+        logger.warning(
+            "%r says nothing of its preprocessing: ImageNet's mean and standard deviation are assumed. Give others with "
+            "`mean` and `std`.",
+            name,
+        )
+        return default
+    resize, crop = processor.get("size") or {}, processor.get("crop_size") or {}
+    final = crop if processor.get("do_center_crop") and crop else resize
+    height = final.get("height") or final.get("shortest_edge")
+    width = final.get("width") or final.get("shortest_edge")
+    shortest = resize.get("shortest_edge") or resize.get("height")
+    crop_pct = processor.get("crop_pct") or (height / shortest if height and shortest else None)
+    resample = processor.get("resample")
+    if processor.get("do_normalize") is False:
+        processor |= {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+    return default.updated(
+        size=(height, width) if height and width else None,
+        mean=processor.get("image_mean"),
+        std=processor.get("image_std"),
+        interpolation=INTERPOLATIONS[int(resample)] if resample is not None else None,
+        crop_pct=crop_pct,
+    )

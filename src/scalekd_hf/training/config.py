@@ -1,0 +1,397 @@
+"""`ScaleKDConfig`: `TrainingArguments` with the settings of the method and of the images."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm.optim
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
+
+from ..method.losses import TASK_LOSSES
+from ..method.projector import STEM_NORMS, STEMS
+from .precision import keep_autocast, say_tf32_in_both_ways, use_one_gpu
+
+
+__all__ = ["ScaleKDConfig"]
+
+LR_SCALINGS = ("linear", "sqrt")
+SYNC_BATCHNORMS = ("none", "student", "all")
+
+
+@dataclass
+class ScaleKDConfig(TrainingArguments):
+    """All settings of a run but the models and the data sets.
+
+    The defaults of the method are those published for Swin teachers (arXiv 2411.06786, section 4 and
+    the authors' configurations).
+
+    Args:
+        spatial_weight (`float`, *optional*, defaults to `0.08`):
+            Weight of the two spatial mimicking losses (section 3.4). Published: 0.08 for Swin teachers, 0.016 for
+            EVA-L at 224 px, 0.008 at 336 px. 0 leaves the view out.
+        frequency_weight (`float`, *optional*, defaults to `0.06`):
+            Weight of the two frequency mimicking losses. Published: 0.06, 0.008 and 0.004. 0 leaves the view out.
+        last_frequency_weight (`float`, *optional*):
+            Another weight for the frequency view of the last stage. Published: 0 in the 100-epoch Swin-S to ResNet-50
+            run. By default `frequency_weight`.
+        logit_weight (`float`, *optional*, defaults to `0.5`):
+            λ: the logit term weighs λ and the task term 1 - λ (section 3.4). 0 leaves the logit term out.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            T, softens both distributions of the logit term (section 3.4).
+        penultimate_num_heads (`int`, *optional*):
+            Attention heads of the projectors to the teacher's penultimate stage; must divide its width. Published: 16
+            for Swin-L, 8 for Swin-B and EVA-L, 3 for Swin-S. By default the largest divisor of the width up to 16.
+        last_num_heads (`int`, *optional*):
+            The same for the last stage. Published: 24 for Swin-L, 16 for Swin-B, 8 for EVA-L, 6 for Swin-S. By default
+            the largest divisor of the width up to 24.
+        softmax_scale (`float`, *optional*, defaults to `5.0`):
+            Multiplies the attention's usual head_dim^-0.5 (authors' code). Published: 5; 1 for ConvNeXt-T and Swin-T.
+        stem_norm (`str`, *optional*, defaults to `"batch"`):
+            Norm of the projectors' stems, `"batch"` or `"layer"`. Published: `"layer"` for Swin-T only.
+        learned_last_queries (`bool`, *optional*, defaults to `False`):
+            Learned queries at the last stage instead of teacher parameter perception's (section 3.3). Published:
+            `True` in the 100-epoch Swin-S to ResNet-50 run.
+        teacher_perception (`bool`, *optional*, defaults to `True`):
+            Teacher parameter perception (section 3.3). `False` leaves the penultimate terms out and gives the last stage
+            learned queries, as in the paper's ablation.
+        remove_direct_component (`bool`, *optional*, defaults to `True`):
+            In the frequency view (section 3.2). `False` for an ablation: a second spatial view.
+        stem (`str`, *optional*, defaults to `"full"`):
+            `"full"` as published. Lighter, and **not the paper's method**: `"shared"`, one stem for the two views of a
+            stage, or `"separable"`, depthwise and 1x1 convolutions. docs/results.md compares them.
+        teacher_last_blocks (`int`, *optional*, defaults to `2`):
+            Blocks that count as the last stage of a plain ViT teacher (authors' code).
+        teacher_drop_path (`float`, *optional*, defaults to `0.0`):
+            Rate of stochastic depth that a teacher given by name runs with while its student trains. The authors' loop
+            left the teacher in training mode, with the rate it was built with.
+        student_taps (`list[str]`, *optional*):
+            Names of the two modules of the student to tap, where others are wanted than those that the dry run finds.
+        task_loss (`str`, *optional*, defaults to `"cross_entropy"`):
+            `"cross_entropy"`, or `"binary_cross_entropy"` over sigmoids. Published: the latter for ResNet-50, 300
+            epochs. `label_smoothing_factor` applies to both.
+        image_column (`str`, *optional*, defaults to `"image"`):
+            Column of the data set that holds the images.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            Column that holds the class indices. `"none"` for images without labels: the task term is then absent.
+        image_size (`int`, *optional*):
+            Side of the student's images in pixels. By default the student's own.
+        teacher_image_size (`int`, *optional*):
+            Side of the teacher's images in pixels; the student's are resized on the device. By default its own.
+        crop_scale (`list[float]`, *optional*, defaults to `[0.08, 1.0]`):
+            Range of the share of the area that a random crop keeps in training (published: 0.08 to 1).
+        hflip (`float`, *optional*, defaults to `0.5`):
+            Probability of a horizontal flip in training (published: 0.5).
+        crop_pct (`float`, *optional*):
+            Side of the centre crop over the shorter side after resizing, in evaluation. By default the student's own.
+        shuffle_buffer_size (`int`, *optional*, defaults to `1000`):
+            Rows of a stream that are shuffled together; shards are shuffled, too. Each worker holds so many encoded
+            images. Map-style data sets are shuffled whole.
+        max_bad_images (`float`, *optional*, defaults to `0.01`):
+            Share of the images of a pass that may be undecodable before the run stops. Each is listed in
+            `bad_images.jsonl` in `output_dir`, and its place goes to the next image.
+        rand_augment (`float`, *optional*):
+            Magnitude of RandAugment, of 10, with timm's increasing set, two operations and magnitude noise 0.5.
+            Published: 8.75 for ResNet-50 and MobileNet-V1, 9 for ViT, Swin, ConvNeXt and EVA-02, 8 for Mixers.
+        random_erasing (`float`, *optional*, defaults to `0.0`):
+            Probability of erasing 0.02 to 1/3 of the area with pixel noise (published: 0.25).
+        mixup_alpha (`float`, *optional*, defaults to `0.0`):
+            Mixup's α; 0 for none. Published: 0.8 for ViT-B/14, 0.5 for Mixer-B/14.
+        cutmix_alpha (`float`, *optional*, defaults to `0.0`):
+            CutMix's α; 0 for none. Published: 1.0 for ViT-B/14. With both, each batch gets one of them.
+        repeated_augmentation (`int`, *optional*, defaults to `1`):
+            Times that an image comes in a row, augmented anew.
+        timm_optim (`str`, *optional*):
+            Name of an optimiser of timm, instead of `optim`. Published: `"lamb"`, and `"momentum"` (SGD, 0.9).
+        decay_all (`bool`, *optional*, defaults to `False`):
+            Weight decay also on norms, biases, position and bias tables, class tokens and queries. Published: `True`
+            with SGD, with LAMB and for Mixers.
+        base_batch_size (`int`, *optional*):
+            Global batch that `learning_rate` is for; the rate is scaled to the batch of the run.
+        lr_scaling (`str`, *optional*, defaults to `"linear"`):
+            `"linear"`, or `"sqrt"`, the rule for scaling it.
+        lr_milestones (`list[float]`, *optional*):
+            Shares of the run after which the rate falls to a tenth, instead of `lr_scheduler_type`. Published: 0.3, 0.6
+            and 0.9 for ResNet-50, 100 epochs.
+        images_per_epoch (`int`, *optional*):
+            Images that count as an epoch, where that is not a pass over the data set.
+        ema_decay (`float`, *optional*, defaults to `0.0`):
+            Decay per step of a moving average of the student, which is then evaluated and saved. Published: 0.9999 for
+            ViT, Swin, ConvNeXt, EVA-02 and two of the Mixers.
+        sync_batchnorm (`str`, *optional*, defaults to `"none"`):
+            BatchNorm statistics over all processes, on GPUs, of the `"student"` or of `"all"`, projectors included.
+            Published: `"all"` for ResNet-50, 100 epochs.
+        shard_teacher (`bool`, *optional*, defaults to `False`):
+            Keep the teacher in parts, too, under FSDP2 and ZeRO-3, where it is too large for each GPU.
+        channels_last (`bool`, *optional*, defaults to `False`):
+            Keep maps and convolutions in channels-last order, which GPUs prefer for convolutional students in bf16;
+            `benchmarks/step.py` measures it for a pair.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Delete the run that `output_dir` holds when training starts.
+        allow_data_mismatch (`bool`, *optional*, defaults to `False`):
+            Resume with other batches, processes, workers, seed or data set than the checkpoint's: the run goes on at the
+            same number of images seen, in another order.
+
+    > Parent defaults that differ here: `remove_unused_columns=False` (images are transformed on the fly),
+    > `ddp_find_unused_parameters=False` (every trained parameter has a gradient; the search costs time),
+    > `logging_nan_inf_filter=False` (it synchronises every step and hides what this trainer reports),
+    > `report_to="tensorboard"` where it is installed, `logging_steps=50`, `ddp_static_graph=True` without gradient accumulation and compiling, and `dataloader_num_workers`, which is 8, or as many as there are CPU cores for each process,
+    > where a GPU is used, and 0 on the CPU.
+    """
+
+    # Method
+    spatial_weight: float = field(
+        default=0.08, metadata={"help": "Weight of the two spatial mimicking losses. 0 leaves the view out."}
+    )
+    frequency_weight: float = field(
+        default=0.06, metadata={"help": "Weight of the two frequency mimicking losses. 0 leaves the view out."}
+    )
+    last_frequency_weight: float | None = field(
+        default=None, metadata={"help": "Another weight for the frequency view of the last stage."}
+    )
+    logit_weight: float = field(
+        default=0.5, metadata={"help": "Weight λ of the logit term; the task term weighs 1 - λ. 0 leaves it out."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature T of the logit term."})
+    penultimate_num_heads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Heads of the penultimate projectors. By default the largest divisor of the width up to 16."
+        },
+    )
+    last_num_heads: int | None = field(
+        default=None,
+        metadata={"help": "Heads of the last projectors. By default the largest divisor of the width up to 24."},
+    )
+    softmax_scale: float = field(default=5.0, metadata={"help": "Multiplies the attention's usual head_dim^-0.5."})
+    stem_norm: str = field(
+        default="batch", metadata={"help": "Norm of the projectors' stems.", "choices": list(STEM_NORMS)}
+    )
+    learned_last_queries: bool = field(
+        default=False, metadata={"help": "Learned queries at the last stage instead of teacher-made ones."}
+    )
+    teacher_perception: bool = field(
+        default=True, metadata={"help": "Teacher parameter perception: penultimate terms and teacher-made queries."}
+    )
+    remove_direct_component: bool = field(
+        default=True, metadata={"help": "In the frequency view; false for an ablation."}
+    )
+    stem: str = field(
+        default="full", metadata={"help": "Stems of the projectors; only full is the paper's.", "choices": list(STEMS)}
+    )
+    teacher_last_blocks: int = field(
+        default=2, metadata={"help": "Blocks that count as the last stage of a plain ViT teacher."}
+    )
+    teacher_drop_path: float = field(
+        default=0.0, metadata={"help": "Rate of stochastic depth that the teacher runs with while its student trains."}
+    )
+    student_taps: list[str] | None = field(
+        default=None, metadata={"help": "Names of the two modules of the student to tap."}
+    )
+    task_loss: str = field(
+        default="cross_entropy", metadata={"help": "The student's own loss.", "choices": list(TASK_LOSSES)}
+    )
+
+    # Images
+    image_column: str = field(default="image", metadata={"help": "Column of the data set that holds the images."})
+    label_column: str = field(default="label", metadata={"help": "Column that holds the class indices."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the student's images in pixels. By default the student's own."}
+    )
+    teacher_image_size: int | None = field(
+        default=None, metadata={"help": "Side of the teacher's images in pixels. By default its own."}
+    )
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.08, 1.0],
+        metadata={"help": "Range of the share of the area that a random crop keeps in training."},
+    )
+    hflip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
+    crop_pct: float | None = field(
+        default=None, metadata={"help": "Centre crop over the shorter side in evaluation. By default the student's."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Rows of a stream that are shuffled together; shards are shuffled, too."}
+    )
+    max_bad_images: float = field(
+        default=0.01, metadata={"help": "Share of the images that may be undecodable before the run stops."}
+    )
+
+    rand_augment: float | None = field(
+        default=None, metadata={"help": "Magnitude of RandAugment, of 10 (timm's increasing set, 2 operations)."}
+    )
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a part with pixel noise."})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup's α; 0 for none."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix's α; 0 for none."})
+    repeated_augmentation: int = field(
+        default=1, metadata={"help": "Times that an image comes in a row, augmented anew."}
+    )
+
+    # Optimisation
+    timm_optim: str | None = field(
+        default=None, metadata={"help": "Name of an optimiser of timm, such as lamb, instead of `optim`."}
+    )
+    decay_all: bool = field(
+        default=False, metadata={"help": "Weight decay also on norms, biases, position tables and queries."}
+    )
+    base_batch_size: int | None = field(
+        default=None, metadata={"help": "Global batch that `learning_rate` is for; the rate is scaled to the run's."}
+    )
+    lr_scaling: str = field(
+        default="linear", metadata={"help": "The rule for scaling it.", "choices": list(LR_SCALINGS)}
+    )
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "Shares of the run after which the rate falls to a tenth."}
+    )
+    images_per_epoch: int | None = field(
+        default=None, metadata={"help": "Images that count as an epoch. By default those of the data set."}
+    )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Decay of a moving average of the student, which is evaluated and saved."}
+    )
+    sync_batchnorm: str = field(
+        default="none",
+        metadata={"help": "BatchNorm statistics over all processes, on GPUs.", "choices": list(SYNC_BATCHNORMS)},
+    )
+    shard_teacher: bool = field(
+        default=False, metadata={"help": "Keep the teacher in parts, too, under FSDP2 and ZeRO-3."}
+    )
+    channels_last: bool = field(
+        default=False, metadata={"help": "Channels-last memory order of maps and convolutions."}
+    )
+
+    # Run
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the run that `output_dir` holds when training starts."}
+    )
+
+    allow_data_mismatch: bool = field(
+        default=False, metadata={"help": "Resume with other batches, processes, workers, seed or data than before."}
+    )
+
+    # Other defaults than the parent's
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: images are transformed on the fly."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter has a gradient; the search costs time."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay off: it hides a loss that is not finite, and synchronises."}
+    )
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Workers that decode images, for each process. By default 8 with a GPU, else 0."},
+    )
+    report_to: None | str | list[str] = field(
+        default=None,
+        metadata={
+            "help": "Trackers: tensorboard, wandb, trackio, none. By default tensorboard where it is installed."
+        },
+    )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Log every so many steps; below 1, a share of all training steps."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataloader_num_workers is None:
+            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.dataloader_num_workers = (
+                min(8, max(1, cores)) if torch.cuda.is_available() and not self.use_cpu else 0
+            )
+        if self.report_to is None:
+            self.report_to = "tensorboard" if is_tensorboard_available() else "none"
+        super().__post_init__()
+        use_one_gpu(self)
+        keep_autocast(self)
+        if self.torch_compile or self.tf32 is not None:
+            say_tf32_in_both_ways()
+        if getattr(self, "ddp_static_graph", False) is None:  # with accumulation, DDP skips the exchange now and then
+            self.ddp_static_graph = self.gradient_accumulation_steps == 1 and not self.torch_compile
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore[assignment]
+        for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):
+            self._check(name, "must be finite and not negative", lambda value: 0 <= value < math.inf)
+        self._check("label_smoothing_factor", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
+        shares = ("logit_weight", "hflip", "random_erasing", "teacher_drop_path", "max_bad_images")
+        for name in shares:
+            self._check(name, "must be between 0 and 1", lambda value: 0 <= value <= 1)
+        self._check("ema_decay", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
+        self._check("rand_augment", "must be between 0 and 10", lambda value: 0 <= value <= 10)
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            self._check(name, "must not be negative", lambda value: value >= 0)
+        for name in ("temperature", "softmax_scale"):
+            self._check(name, "must be positive and finite", lambda value: 0 < value < math.inf)
+        sizes = ("penultimate_num_heads", "last_num_heads", "image_size", "teacher_image_size")
+        counts = ("repeated_augmentation", "base_batch_size", "images_per_epoch")
+        for name in (*sizes, *counts, "teacher_last_blocks", "shuffle_buffer_size"):
+            self._check(name, "must be a whole number of at least 1", lambda value: value == int(value) >= 1)
+        self._check("crop_pct", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
+        self._check(
+            "crop_scale",
+            "must be two shares of the area, 0 < smallest <= largest <= 1",
+            lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+        )
+        self._check(
+            "lr_milestones",
+            "must be rising shares of the run between 0 and 1",
+            lambda value: list(value) == sorted(value) and all(0 < share < 1 for share in value),
+        )
+        self._check("lr_scaling", f"must be one of {LR_SCALINGS}", lambda value: value in LR_SCALINGS)
+        known = timm.optim.list_optimizers()
+        self._check("timm_optim", f"must be an optimiser of timm {known}", lambda value: value in known)
+        self._check("student_taps", "must be the names of two modules", lambda value: len(value) == 2)
+        self._check("sync_batchnorm", f"must be one of {SYNC_BATCHNORMS}", lambda value: value in SYNC_BATCHNORMS)
+        self._check("stem", f"must be one of {STEMS}", lambda value: value in STEMS)
+        self._check("stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
+        self._check("task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
+        self._check_combinations()
+        for name in ("remove_unused_columns", "logging_nan_inf_filter"):
+            self._check(name, f"must be False: {type(self).__dataclass_fields__[name].metadata['help']}", _is_off)
+
+    def _check_combinations(self) -> None:
+        mixing = self.mixup_alpha > 0 or self.cutmix_alpha > 0
+        if mixing and self.per_device_train_batch_size % 2:
+            raise ValueError(
+                "Mixup and CutMix mix pairs: `per_device_train_batch_size` must be even, got "
+                f"{self.per_device_train_batch_size}."
+            )
+        if mixing and not self.has_labels:
+            raise ValueError("Mixup and CutMix mix labels, too: they need a `label_column`, got 'none'.")
+        if self.load_best_model_at_end and not self.has_labels:
+            raise ValueError("`load_best_model_at_end` needs labels to tell the best: `label_column` is 'none'.")
+        if self.torch_compile_mode in ("reduce-overhead", "max-autotune") and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"`torch_compile_mode` {self.torch_compile_mode!r} uses CUDA graphs, whose gradients the next micro-step "
+                f"overwrites: `gradient_accumulation_steps` must be 1 with it, got {self.gradient_accumulation_steps}. Choose "
+                "'default' or 'max-autotune-no-cudagraphs'."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` is not supported: the order of the images and the learning rate depend on the batch. "
+                "`--plan` estimates the memory; set `per_device_train_batch_size` and `gradient_accumulation_steps`."
+            )
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the images have labels."""
+        return self.label_column.lower() != "none"
+
+    def _check(self, name: str, requirement: str, holds: Callable[[Any], bool]) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        try:
+            valid = holds(value)
+        except TypeError as error:
+            raise ValueError(f"`{name}` {requirement}, got {value!r} ({type(value).__name__}).") from error
+        if not valid:
+            raise ValueError(f"`{name}` {requirement}, got {value!r}.")
+
+
+def _is_off(value: bool) -> bool:
+    return not value

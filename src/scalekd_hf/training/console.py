@@ -1,0 +1,106 @@
+"""The log on the screen: one line for each step that is logged."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
+
+from ..method.distiller import LOSS_TERMS
+
+
+__all__ = ["use_readable_log"]
+
+DULL = ("model_preparation_time", "steps_per_second")
+
+
+def use_readable_log(trainer: Trainer) -> None:
+    """Replace the Trainer's own screen log, where it is the usual one, and keep TensorBoard's files in the output folder."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            # An evaluation without training would write into the working directory.
+            callback.logging_dir = str(Path(str(trainer.args.output_dir), "runs"))
+    for theirs, ours in ((ProgressCallback, BarLog), (PrinterCallback, LineLog)):
+        if any(type(callback) is theirs for callback in trainer.callback_handler.callbacks):
+            trainer.remove_callback(theirs)
+            trainer.add_callback(ours)
+
+
+class Clock:
+    """When training began, and at which step."""
+
+    def __init__(self) -> None:
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        self._step, self._time = step, time.monotonic()
+
+    def left(self, state: TrainerState) -> str:
+        """Time until the last step at the pace so far, as h:mm:ss."""
+        done = state.global_step - self._step
+        seconds = (time.monotonic() - self._time) / max(done, 1) * (state.max_steps - state.global_step)
+        return str(timedelta(seconds=round(seconds)))
+
+
+def line(logs: dict[str, Any], state: TrainerState, clock: Clock) -> str:
+    """One line for what was logged: a training step, an evaluation, or the end."""
+    place = f"step {state.global_step:,}/{state.max_steps:,}" if state.max_steps > 0 else f"step {state.global_step:,}"
+    if "loss" in logs:
+        terms = " ".join(f"{term} {logs[term]:.4g}" for term in LOSS_TERMS if term in logs)
+        parts = [place, f"loss {logs['loss']:.4g}", terms, f"rate {logs['learning_rate']:.3g}"]
+        if "images_per_second" in logs:
+            parts.append(f"{logs['images_per_second']:,.0f} images/s")
+        if logs.get("data_wait", 0) >= 0.01:
+            parts.append(f"{logs['data_wait']:.0%} waiting for data")
+        return " | ".join(part for part in (*parts, f"{clock.left(state)} left") if part)
+    evaluated = {name: value for name, value in logs.items() if name.startswith("eval_") and not name.endswith(DULL)}
+    ended = "train_runtime" in logs
+    shown = evaluated or {name: value for name, value in logs.items() if name not in ("epoch", "total_flos")}
+    values = ", ".join(f"{name.removeprefix('eval_')} {_number(name, value)}" for name, value in shown.items())
+    return f"{place} | {'end of training' if ended else 'evaluation' if evaluated else 'log'}: {values}"
+
+
+def _number(name: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.2%}" if name.endswith(("top1", "top5")) else f"{value:.4g}"
+
+
+class _Readable(TrainerCallback):
+    """What both logs share; `write` puts a line on the screen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.clock.start(state.global_step)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.write(line(logs or {}, state, self.clock))
+
+    def write(self, text: str) -> None:
+        raise NotImplementedError
+
+
+class BarLog(_Readable, ProgressCallback):
+    """The Trainer's progress bar, with a readable line above it."""
+
+    def write(self, text: str) -> None:
+        """Above the bar; nothing without one, as the parent."""
+        if self.training_bar is not None:
+            self.training_bar.write(text)
+
+
+class LineLog(_Readable, PrinterCallback):
+    """The same without a bar."""
+
+    def write(self, text: str) -> None:
+        """To the standard output."""
+        print(text, flush=True)  # noqa: T201

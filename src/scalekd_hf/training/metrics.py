@@ -1,0 +1,57 @@
+"""Top-1 and top-5 accuracy as an `evaluate.Metric` that needs no download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+
+from ..data.preparation import IGNORED_LABEL
+
+
+__all__ = ["TopKAccuracy", "compute_accuracy", "keep_top5"]
+
+TOP_K = 5
+
+
+class TopKAccuracy(evaluate.Metric):
+    """Share of images whose label is the first, or among the first five predictions.
+
+    `predictions` are class indices (N, k), best first; `references` the labels (N,).
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Top-1 and top-5 accuracy from ranked class indices.",
+            citation="",
+            inputs_description="predictions: (N, k) class indices, best first; references: (N,) labels.",
+            features=datasets.Features(
+                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        hits = np.asarray(predictions) == np.asarray(references)[:, None]
+        return {"top1": float(hits[:, 0].mean()), "top5": float(hits[:, :TOP_K].any(axis=1).mean())}
+
+
+def keep_top5(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (B, K) to the indices of the five largest, (B, min(5, K)), so that evaluation gathers little."""
+    return torch.topk(logits, min(TOP_K, logits.shape[-1]), dim=-1).indices
+
+
+def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics` of the trainer, without images that do not count; `predictions` comes from `keep_top5`."""
+    predictions, references = (
+        np.concatenate(values) if isinstance(values, list) else np.asarray(values)  # batches, if they were kept apart
+        for values in (prediction.predictions, prediction.label_ids)
+    )
+    counts = references != IGNORED_LABEL
+    if references.ndim == 2:  # soft labels
+        counts, references = references.any(axis=1), references.argmax(axis=1)
+    return TopKAccuracy(keep_in_memory=True).compute(predictions=predictions[counts], references=references[counts])

@@ -1,0 +1,244 @@
+"""The recipes: settings from YAML and the command line, and whole runs in small."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import yaml
+from helpers import ROOT, run
+from PIL import Image
+from processes import run_script
+from transformers import AutoModelForImageClassification
+
+from scalekd_hf import ScaleKDConfig
+from scalekd_hf.tools.recipe import DistillArguments, TeacherArguments, load_data, parse_config, write_config
+
+
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("**/*.yaml"))
+QUICKSTART = ROOT / "recipes" / "configs" / "quickstart.yaml"
+
+
+def parse(tmp_path, settings, *words, arguments_class=DistillArguments):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"student": "timm/resnet18", "teacher": "timm/vit_tiny_patch16_224", **settings}))
+    return parse_config(arguments_class, [str(file), *words])
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    settings = {"output_dir": str(tmp_path), "max_steps": 5, "spatial_weight": 0.1, "baseline": False}
+    arguments, config = parse(tmp_path, settings, "--max_steps", "7", "--baseline", "--hflip=0.25")
+    assert (config.max_steps, config.spatial_weight, config.hflip, arguments.baseline) == (7, 0.1, 0.25, True)
+
+
+def test_values_have_the_kind_of_their_setting(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "student: timm/resnet18\nteacher: t\nlearning_rate: 1e-4\ncrop_scale: [0.5, 1]\nuse_cpu: true\n"
+        f"student_args: {{depth: 2, name: x}}\nlast_num_heads: null\noutput_dir: {tmp_path}\nsave_strategy: 'no'\n"
+    )
+    file.write_text(file.read_text().replace("'no'", "no"))
+    arguments, config = parse_config(DistillArguments, [str(file)])
+    assert config.save_strategy == "no"
+    assert (config.learning_rate, config.crop_scale, config.use_cpu) == (1e-4, [0.5, 1.0], True)
+    assert arguments.student_args == {"depth": 2, "name": "x"} and config.last_num_heads is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "message"),
+    [
+        ({"spatial_wieght": 1}, [], "`spatial_wieght` is not a setting. Did you mean `spatial_weight`"),
+        ({}, ["--learning_rte", "1"], "`--learning_rte` is not a setting. Did you mean `learning_rate`"),
+        ({"student_args": "{depth"}, [], "`student_args` must be a mapping or JSON, got '{depth'"),
+        ({"student": ""}, [], "`student` is missing"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_the_nearest_name(tmp_path, settings, words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, {"output_dir": str(tmp_path), **settings}, *words)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="missing.yaml' cannot be read"):
+        parse_config(DistillArguments, [str(tmp_path / "missing.yaml")])
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="must be a mapping of settings"):
+        parse_config(DistillArguments, [str(tmp_path / "list.yaml")])
+
+
+def test_the_resolved_configuration_gives_the_same_run_again(tmp_path):
+    first = parse_config(DistillArguments, ["--output_dir", str(tmp_path), "--use_cpu"], default_config=QUICKSTART)
+    write_config(*first, tmp_path / "resolved.yaml")
+    second = parse_config(DistillArguments, [str(tmp_path / "resolved.yaml")])
+    assert first[0] == second[0]
+    left_out = {"logging_dir"}
+    for field in dataclasses.fields(ScaleKDConfig):
+        if field.init and field.name not in left_out:
+            assert getattr(first[1], field.name) == getattr(second[1], field.name), field.name
+    assert len(yaml.safe_load((tmp_path / "resolved.yaml").read_text())) > 60
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_configuration_can_be_read(file, tmp_path):
+    arguments_class = TeacherArguments if "model:" in file.read_text() else DistillArguments
+    parse_config(arguments_class, [str(file), "--output_dir", str(tmp_path), "--use_cpu"])
+    assert len(file.read_text().splitlines()) <= 30
+
+
+def test_data_is_streamed_from_files_or_loaded_whole(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments, _ = parse_config(DistillArguments, ["--use_cpu"], default_config=QUICKSTART)
+    train, evaluation = load_data(arguments)
+    assert train.num_shards == 4 and evaluation.num_shards == 2
+    whole, held_out = load_data(dataclasses.replace(arguments, streaming=False))
+    assert (len(whole), len(held_out)) == (1437, 360)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_files": None}, "There is no data"),
+        ({"train_files": "nowhere/*.parquet"}, "No file matches 'nowhere/"),
+        ({"train_files": "pyproject.toml"}, "is not of a known kind; known: .parquet"),
+        ({"train_files": None, "dataset": "no-team/no-data"}, "`dataset` 'no-team/no-data'.*cannot be loaded"),
+    ],
+)
+def test_missing_data_is_refused(monkeypatch, changes, message):
+    monkeypatch.chdir(ROOT)
+    arguments, _ = parse_config(DistillArguments, ["--use_cpu"], default_config=QUICKSTART)
+    with pytest.raises(ValueError, match=message):
+        load_data(dataclasses.replace(arguments, **changes))
+
+
+def test_the_quickstart_in_small(tmp_path):
+    words = [
+        "--output_dir",
+        tmp_path / "run",
+        "--max_steps",
+        "6",
+        "--use_cpu",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "3",
+    ]
+    result = run("accelerate", "launch", "--num_processes=1", "recipes/distill.py", *words)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results) == ["teacher", "student alone", "student distilled"]
+    assert results["teacher"]["top1"] >= 0.97  # the teacher in the repository
+    for name, metrics in results.items():
+        assert f"{name:<20}{metrics['top1']:>8.2%}" in result.stdout
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert model.config.num_labels == 10
+    resolved = yaml.safe_load((tmp_path / "run" / "config_resolved.yaml").read_text())
+    assert (resolved["max_steps"], resolved["crop_pct"]) == (6, 1.0)
+
+    refused = run_script("recipes/distill.py", *words)
+    assert refused.returncode != 0 and "holds a run already" in refused.stderr
+    alone = tmp_path / "run" / "alone"
+    shutil.rmtree(alone / "checkpoint-6")  # as after an interruption: the one left is older than the student
+    written = (alone / "model.safetensors").stat().st_mtime_ns
+    resumed = run_script("recipes/distill.py", *words, "--resume_from_checkpoint", "true")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert (alone / "model.safetensors").stat().st_mtime_ns == written
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again["student distilled"]["top1"] == results["student distilled"]["top1"]
+
+
+@pytest.mark.parametrize("logit_weight", ["0.5", "0"])
+def test_distillation_without_labels_through_the_recipe(tmp_path, logit_weight):
+    words = [
+        "--label_column",
+        "none",
+        "--baseline",
+        "false",
+        "--logit_weight",
+        logit_weight,
+        "--max_steps",
+        "2",
+        "--use_cpu",
+    ]
+    result = run_script("recipes/distill.py", *words, "--output_dir", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.num_labels == 10
+
+
+@pytest.mark.slow
+def test_the_baseline_is_not_resumed_from_the_distilled_student(tmp_path):
+    words = [
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        "2",
+        "--use_cpu",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+    ]
+    assert run_script("recipes/distill.py", *words).returncode == 0
+    first = json.loads((tmp_path / "results.json").read_text())
+    alone = (tmp_path / "alone" / "model.safetensors").read_bytes()
+    resumed = run_script("recipes/distill.py", *words, "--resume_from_checkpoint", tmp_path / "checkpoint-1")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert (tmp_path / "alone" / "model.safetensors").read_bytes() == alone
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert [run["top1"] for run in again.values()] == [run["top1"] for run in first.values()]
+
+
+def test_a_teacher_is_trained_on_the_users_labels_and_then_teaches(tmp_path):
+    words = ["recipes/configs/quickstart_teacher.yaml", "--max_steps", "2", "--use_cpu"]
+    words += ["--resume_from_checkpoint", "true", "--output_dir"]  # nothing yet: it starts
+    result = run_script("recipes/train_teacher.py", *words, tmp_path / "teacher")
+    assert result.returncode == 0, result.stderr[-3000:]
+    words = ["--teacher", tmp_path / "teacher", "--max_steps", "1", "--use_cpu", "--baseline", "false"]
+    result = run_script("recipes/distill.py", *words, "--output_dir", tmp_path / "student")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "student distilled" in result.stdout and "student alone" not in result.stdout
+
+
+@pytest.mark.slow
+def test_a_teacher_that_was_trained_to_the_end_is_evaluated_and_not_trained_again(tmp_path):
+    words = ["recipes/configs/quickstart_teacher.yaml", "--max_steps", "30", "--use_cpu", "--output_dir", tmp_path]
+    words += ["--save_strategy", "steps", "--save_steps", "20", "--resume_from_checkpoint", "true"]
+    first = run_script("recipes/train_teacher.py", *words)
+    assert first.returncode == 0, first.stderr[-3000:]
+    shutil.rmtree(tmp_path / "checkpoint-30")
+    written = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    second = run_script("recipes/train_teacher.py", *words)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == written
+    assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]  # the accuracy
+
+
+def test_the_digits_in_the_repository_are_those_of_the_script(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn makes the digits")
+    import sys
+
+    import datasets
+
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import make_digits
+
+    digits = make_digits.load_digits()
+    made = {make_digits.enlarge(cells).tobytes() for cells in digits.images}
+    kept = datasets.Dataset.from_parquet([str(f) for f in sorted(make_digits.FOLDER.glob("*.parquet"))])
+    assert len(kept) == 1797 and {image.tobytes() for image in kept["image"]} == made
+
+
+@pytest.mark.slow
+def test_a_data_set_that_the_hub_does_not_give_out_says_how_to_get_it():
+    missing, gated = run("python", "tests/scripts/closed_hub.py").stdout.strip().splitlines()
+    assert "'me/missing'" in missing and "Check the name on http" in missing and "hf auth login" in missing
+    assert "'me/gated'" in gated and "Accept its terms on http" in gated and "HF_TOKEN" in gated
+
+
+def test_a_folder_of_classes_is_read_whole_whatever_its_files_are_called(tmp_path):
+    for index, name in enumerate(("a", "train_1", "test_2", "val 3")):
+        place = tmp_path / f"class{index % 2}"
+        place.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(place / f"{name}.png")
+    arguments = DistillArguments(dataset=str(tmp_path), eval_split="none", student="a", teacher="b")
+    train, _ = load_data(arguments)
+    assert len(train) == 4 and train.features["label"].names == ["class0", "class1"]

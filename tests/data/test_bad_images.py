@@ -1,0 +1,171 @@
+"""Images that cannot be decoded: left out, counted, listed, and too many of them an error."""
+
+import io
+import itertools
+import json
+import os
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import settings, small_student, some_slow
+from PIL import Image
+from processes import in_processes
+
+from scalekd_hf import ScaleKDTrainer
+from scalekd_hf.data.bad_images import TooManyBadImagesError
+from scalekd_hf.data.preparation import IGNORED_LABEL
+from scalekd_hf.data.sources import StreamReadError
+
+
+ROWS = 30
+BAD = {4: b"", 5: b"not an image", 17: None}  # by row; the last is cut short
+
+
+def encoded(number):
+    pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Thirty images in three shards, of which three cannot be decoded: two in a row, one at the end of its shard."""
+    folder = tmp_path_factory.mktemp("bad")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    for shard, (start, stop) in enumerate(((0, 10), (10, 18), (18, ROWS))):
+        contents = [BAD.get(row, encoded(row)) if row in BAD else encoded(row) for row in range(start, stop)]
+        contents = [encoded(0)[:300] if content is None else content for content in contents]
+        rows = {"image": [{"bytes": content, "path": None} for content in contents]}
+        rows["label"] = [row % 10 for row in range(start, stop)]
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{shard}.parquet")
+    return sorted(str(file) for file in folder.iterdir())
+
+
+def trainer_for(folder, files, kind="stream", **changes):
+    torch.manual_seed(0)
+    data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=kind == "stream")
+    options = {"max_steps": 9, "per_device_train_batch_size": 10, "max_bad_images": 0.2, "shuffle_buffer_size": 4}
+    args = settings(folder, **{**options, "per_device_eval_batch_size": 7, "save_steps": 1, **changes})
+    return ScaleKDTrainer(small_student(), None, args, data, data)
+
+
+def listed(folder):
+    return [json.loads(line) for line in (folder / "bad_images.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_listed_once_with_their_place_and_training_goes_on(tmp_path, files, caplog, kind, workers):
+    trainer = trainer_for(tmp_path, files, kind, dataloader_num_workers=workers)
+    trainer.train()
+    assert trainer.state.global_step == 9 and trainer.loss_log.images_seen == 90
+    found = sorted(listed(tmp_path), key=lambda entry: entry["row"])
+    assert [(entry["row"], entry["kind"]) for entry in found] == [(4, "empty"), (5, "not an image"), (17, "truncated")]
+    if kind == "stream":
+        assert [(entry["shard"], entry["shard_row"]) for entry in found] == [(0, 4), (0, 5), (1, 7)]
+    assert sum(trainer.bad_images["training"].kinds.values()) == pytest.approx(9, abs=2)  # three a pass
+    assert "Undecodable images met in training: " in caplog.text and "bad_images.jsonl" in caplog.text
+
+
+@pytest.mark.parametrize("kind", some_slow(["stream", "map"], 1))
+def test_a_run_over_bad_images_resumes_exactly(tmp_path, files, kind):
+    whole = trainer_for(tmp_path, files, kind, save_strategy="steps", per_device_train_batch_size=3)
+    whole.train()
+    for step in range(1, 9):
+        resumed = trainer_for(tmp_path, files, kind, save_strategy="no", per_device_train_batch_size=3)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        for expected, actual in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
+            assert torch.equal(expected, actual), step
+    assert len(listed(tmp_path)) <= 3  # not again after each resume
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+def test_too_many_bad_images_stop_the_run_with_the_list_and_a_checkpoint(tmp_path, files, kind):
+    trainer = trainer_for(tmp_path, files, kind, max_bad_images=0.05, max_steps=100, per_device_train_batch_size=2)
+    with pytest.raises(TooManyBadImagesError, match=r"`max_bad_images` \(0.05\) of 30.*row \d+ \(.*bad_images.jsonl"):
+        trainer.train()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert 0 < trainer.state.global_step < 100 and checkpoint.name == f"checkpoint-{trainer.state.global_step}"
+    again = trainer_for(tmp_path, files, kind, max_bad_images=0.2, max_steps=20, per_device_train_batch_size=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 20
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+def test_the_loss_of_an_evaluation_is_the_mean_over_the_good_images(tmp_path, files, kind):
+    losses = []
+    for batch in (1, 7, 30):  # by ones, a batch holds nothing but a bad image
+        trainer = trainer_for(tmp_path, files, kind, per_device_eval_batch_size=batch)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5) and losses[0] > 0
+
+
+def test_bad_images_in_an_evaluation_stop_the_run_with_a_checkpoint(tmp_path, files):
+    trainer = trainer_for(tmp_path, files, max_bad_images=0.2, eval_strategy="steps", eval_steps=2)
+    trainer.bad_images["evaluation"].share = 0.01
+    with pytest.raises(TooManyBadImagesError):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("fails", ["read", "count"])
+def test_images_that_fail_one_process_in_an_evaluation_stop_all_with_a_checkpoint(tmp_path, files, fails):
+    def evaluate_at_two():
+        options = {"max_bad_images": 1.0, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+        trainer = trainer_for(tmp_path / "run", files, ddp_timeout=20, **options)
+        if os.environ["RANK"] == "1" and fails == "count":
+            trainer.bad_images["evaluation"].share = 0.0
+        if os.environ["RANK"] == "1" and fails == "read":
+            trainer.get_eval_dataloader = lambda data, get=trainer.get_eval_dataloader: Breaking(get(data))
+        trainer.train()
+
+    outcomes = in_processes(tmp_path, evaluate_at_two, processes=2)
+    assert [outcome.status for outcome in outcomes] == [75, 1], outcomes[0].text[-3000:] + outcomes[1].text[-3000:]
+    assert {"read": "StreamReadError: gone", "count": "TooManyBadImagesError"}[fails] in outcomes[1].text
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-2" and (checkpoint / "rng_state_1.pth").exists()
+
+
+class Breaking:
+    """A loader whose third batch cannot be read."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        yield from itertools.islice(self.loader, 2)
+        raise StreamReadError("gone")
+
+
+def test_data_without_one_good_image_is_an_error(tmp_path, files):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    rows = {"image": [{"bytes": b"no", "path": None}] * 8, "label": [0] * 8}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "bad.parquet")
+    trainer = trainer_for(tmp_path / "run", [str(tmp_path / "bad.parquet")], max_bad_images=1.0)
+    with pytest.raises(TooManyBadImagesError, match=r"images cannot be decoded.*not an image"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_do_not_count_in_an_evaluation(tmp_path, files, kind, workers):
+    trainer = trainer_for(tmp_path, files, kind, dataloader_num_workers=workers)
+    predicted = trainer.predict(trainer.eval_dataset)
+    assert [row for row, label in enumerate(predicted.label_ids) if label == IGNORED_LABEL] == sorted(BAD)
+    assert len(predicted.label_ids) == ROWS
+    good = [row for row in range(ROWS) if row not in BAD]
+    hits = predicted.predictions[good] == predicted.label_ids[good][:, None]
+    assert predicted.metrics["test_top1"] == pytest.approx(hits[:, 0].mean())
+    assert sorted(entry["row"] for entry in listed(tmp_path)) == sorted(BAD)
+    trainer.bad_images["evaluation"].share = 0.01
+    with pytest.raises(TooManyBadImagesError):
+        trainer.evaluate()

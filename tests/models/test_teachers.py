@@ -1,0 +1,195 @@
+"""Teachers of each family and library."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from families import FAMILIES, HEADLESS, POSITION_TERMS, large_weights
+from helpers import SMALL_SWIN, images, timm_swin, timm_vit, transformers_swin, transformers_vit
+from timm.models.eva import EvaAttention
+from transformers.models.beit.modeling_beit import BeitRelativePositionBias
+
+from scalekd_hf import load_teacher
+from scalekd_hf.models.students import first_tensor
+
+
+def entering_tokens(teacher, pixel_values):
+    """What enters the last stage as (B, P + N_p, D_p), the last map and the logits."""
+    seen = []
+
+    def keep(module, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    hook = teacher.entry().register_forward_pre_hook(keep, with_kwargs=True)
+    last_map, logits = teacher(pixel_values)
+    hook.remove()
+    tokens = seen[0]
+    if tokens.ndim == 4:
+        tokens = tokens.flatten(2).transpose(1, 2) if teacher.layout.order == "NCHW" else tokens.flatten(1, 2)
+    return tokens, last_map, logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_stage_applied_to_its_own_tokens_gives_the_last_map(family):
+    model = large_weights(FAMILIES[family]()).eval()
+    teacher = load_teacher(model)
+    pixel_values = torch.randn(2, 3, *teacher.spec.size)
+    tokens, last_map, logits = entering_tokens(teacher, pixel_values)
+    assert last_map.shape == (2, teacher.dim, *teacher.grid)
+    if family in HEADLESS:
+        assert logits is None
+    else:
+        outputs = model(pixel_values)
+        assert torch.equal(logits, getattr(outputs, "logits", outputs))
+
+    prefix = tokens.shape[1] - teacher.penultimate_grid[0] * teacher.penultimate_grid[1]
+    expected = last_map.flatten(2).transpose(1, 2)
+    scale = expected.abs().max()
+    assert (teacher.last_stage(tokens)[:, prefix:] - expected).abs().max() < 1e-5 * scale
+    moved = teacher.last_stage(tokens + torch.randn_like(tokens))[:, prefix:]
+    assert (moved - expected).abs().max() > 1e-2 * scale  # the weights are such that an error would show
+    if prefix:  # the published method runs the last stage on patch tokens alone
+        alone = teacher.last_stage(tokens[:, prefix:])
+        assert alone.shape == expected.shape
+        assert (alone - expected).abs().max() > 1e-3 * scale
+
+
+def without_prefix(model):
+    """A copy of a model whose blocks take patch tokens alone, with the position terms of the patches."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, EvaAttention):
+            module.num_prefix_tokens = 0
+        if hasattr(module, "_get_rel_pos_bias"):
+            whole = module._get_rel_pos_bias
+            module._get_rel_pos_bias = lambda whole=whole: whole()[:, :, 1:, 1:]
+        if isinstance(module, BeitRelativePositionBias):
+            forward = module.forward
+            module.forward = lambda *args, forward=forward, **kwargs: forward(*args, **kwargs)[..., 1:, 1:]
+    return model
+
+
+@pytest.mark.parametrize("family", POSITION_TERMS)
+def test_patch_tokens_alone_get_the_position_terms_of_the_patches(family):
+    model = large_weights(FAMILIES[family]()).eval()
+    teacher = load_teacher(model)
+    tokens, *_ = entering_tokens(teacher, torch.randn(2, 3, *teacher.spec.size))
+    patches = tokens[:, -16:]
+    _, positions, options = teacher._captured["entering"]
+    if family == "timm_beit_shared_bias":
+        options = {"shared_rel_pos_bias": options["shared_rel_pos_bias"][..., 1:, 1:]}
+    expected = patches
+    with torch.no_grad():
+        bare = without_prefix(model)
+        paths = teacher.layout.blocks
+        blocks = next(getattr_path(bare, path) for path in paths if getattr_path(bare, path) is not None)
+        for block in blocks[-2:]:
+            expected = first_tensor(block(expected, *positions, **options))
+        expected = bare.get_submodule(teacher.layout.norm)(expected)
+        actual = teacher.last_stage(patches)
+    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def getattr_path(module, path):
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_pass_through_the_last_stage_and_leave_none_in_it(family):
+    teacher = load_teacher(FAMILIES[family]())
+    count = teacher.penultimate_grid[0] * teacher.penultimate_grid[1]
+    tokens = torch.randn(2, count, teacher.penultimate_dim, requires_grad=True)
+    teacher.last_stage(tokens).square().sum().backward()
+    assert tokens.grad.abs().sum() > 0 and torch.isfinite(tokens.grad).all()
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters())
+    teacher.train()
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_stochastic_depth_of_the_teacher_is_a_choice():
+    options = {**SMALL_SWIN, "num_classes": 10, "pretrained": False}
+    teacher = load_teacher("timm/swin_tiny_patch4_window7_224", drop_path=0.5, **options).train()
+    modes = {type(module).__name__: module.training for module in teacher.modules()}
+    assert modes["DropPath"] and not modes["SwinTransformer"] and not modes["Dropout"]
+    batch = images(16)
+    assert not torch.equal(teacher(batch)[0], teacher(batch)[0])
+    teacher.eval()
+    assert torch.equal(teacher(batch)[0], teacher(batch)[0])
+    with pytest.raises(ValueError, match="`teacher_drop_path` is 0.1, but.*no stochastic depth"):
+        load_teacher(timm_vit(), drop_path=0.1)
+
+
+@pytest.mark.parametrize("family", ["timm_swin", "transformers_swin"])
+def test_swin_grids_and_widths_are_those_before_and_after_the_merging(family):
+    teacher = load_teacher(FAMILIES[family]())
+    assert (teacher.penultimate_grid, teacher.penultimate_dim) == ((8, 8), 24)
+    assert (teacher.grid, teacher.dim) == ((4, 4), 48)
+
+
+@pytest.mark.parametrize(
+    ("model", "grids"),
+    [
+        (lambda: timm_swin(img_size=64), ((16, 16), (8, 8))),
+        (lambda: transformers_swin(image_size=64), ((16, 16), (8, 8))),
+        (lambda: timm_vit(img_size=48), ((6, 6), (6, 6))),
+        (lambda: transformers_vit(image_size=(48, 32)), ((6, 4), (6, 4))),
+    ],
+)
+def test_grids_at_other_sizes_come_from_the_model(model, grids):
+    teacher = load_teacher(model())
+    assert (teacher.penultimate_grid, teacher.grid) == grids
+    assert teacher(torch.randn(1, 3, *teacher.spec.size))[0].shape[2:] == grids[1]
+
+
+def test_full_size_teachers_have_the_published_widths_and_grids():
+    with torch.device("meta"):
+        swin = timm.create_model("swin_large_patch4_window7_224", num_classes=0)
+        vit = timm.create_model("vit_large_patch16_224", num_classes=0)
+    swin, vit = load_teacher(swin), load_teacher(vit)
+    assert (swin.penultimate_dim, swin.penultimate_grid, swin.dim, swin.grid) == (768, (14, 14), 1536, (7, 7))
+    assert (vit.penultimate_dim, vit.penultimate_grid, vit.dim, vit.grid) == (1024, (14, 14), 1024, (14, 14))
+    assert swin.num_labels == 0
+
+
+def test_a_teacher_without_head_gives_no_logits():
+    assert load_teacher(timm_swin(num_classes=0))(images())[1] is None
+
+
+def test_last_blocks_is_a_setting_of_plain_teachers():
+    teacher = load_teacher(timm_vit(), last_blocks=3)
+    assert teacher.entry() is teacher.model.blocks[1]
+    with pytest.raises(ValueError, match="`teacher_last_blocks` must be between 1 and the 4 blocks.*got 5"):
+        load_teacher(timm_vit(), last_blocks=5)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("timm/swin_tiny_patch4_window8_224", "swin_tiny_patch4_window7_224"),
+        ("no-such-team/no-such-model", "neither a local folder"),
+        (torch.nn.Linear(2, 2), "image classifier of timm or transformers"),
+        (timm.create_model("mobilenetv1_100", num_classes=10), "no last stage is known.*SwinTransformer"),
+        (lambda: transformers_swin(image_size=33), "patches of 2x2 px.*33x33"),
+        (lambda: transformers_swin(image_size=48), "windows of 4x4.*grid 6x6 at image size 48x48"),
+        (lambda: timm_vit(img_size=36), "patches of 8x8 px.*36x36"),
+    ],
+)
+def test_unsuitable_teachers_are_refused_with_the_reason(teacher, message):
+    with pytest.raises(ValueError, match=message):
+        load_teacher(
+            teacher() if callable(teacher) and not isinstance(teacher, torch.nn.Module) else teacher, pretrained=False
+        )
+
+
+@pytest.mark.parametrize("build", [timm_swin, timm_vit])
+def test_a_use_of_the_model_on_the_side_leaves_no_map_behind(build):
+    teacher = load_teacher(build())
+    first, second = images(2, 32), images(2, 32) + 1
+    with torch.no_grad():
+        expected = teacher(second)[0]
+        teacher.model(first)
+        assert torch.equal(teacher(second)[0], expected)

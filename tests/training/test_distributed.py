@@ -1,0 +1,473 @@
+"""Two processes and their ways of sharing the work equal one, and what they save is the student alone."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import datasets
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from families import FAMILIES, large_weights
+from helpers import DIGITS, ROOT, run, settings, small_student, some_slow, timm_swin
+from processes import Started, in_processes
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from scalekd_hf import NonFiniteLossError, ScaleKDTrainer, load_student, load_teacher
+from scalekd_hf.models.saving import save_student
+from scalekd_hf.training.gathering import full_state
+from scalekd_hf.training.pair import build_model
+from scalekd_hf.training.sharding import shard_fsdp2
+
+
+pytest.importorskip("deepspeed")
+
+TERMS = ("loss", "task", "logit", "penultimate_spatial", "penultimate_frequency", "last_spatial", "last_frequency")
+
+
+LAUNCH = ROOT / "recipes" / "accelerate"
+
+
+def zero(name):
+    """A configuration of the recipes, in which even the smallest parameters are partitioned."""
+    config = json.loads((LAUNCH / f"{name}.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return config
+
+
+ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
+WAYS = {"ddp": {}, **{name: {"deepspeed": zero(name)} for name in ZERO}}
+
+
+def train(folder, way, batch=4, resume=None, streaming=False, **changes):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    files = sorted(str(file) for file in DIGITS.glob("train-*.parquet"))
+    data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    options = {"per_device_train_batch_size": batch, "max_steps": 5, "optim": "sgd", "learning_rate": 0.02}
+    options |= {"save_strategy": "steps", "save_steps": 2, **WAYS[way], **changes}
+    torch.manual_seed(0)
+    trainer = ScaleKDTrainer(small_student(), timm_swin(), settings(folder, **options), data)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        sharded = [name for name, p in trainer.model.named_parameters() if getattr(p, "ds_tensor", None) is not None]
+        result = {
+            "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "world_size": trainer.args.world_size,
+            "kind": str(trainer.accelerator.distributed_type),
+            "partitioned": len(sharded),
+            "teacher_parts": part_of(trainer.model.teacher),
+            "parameters": len(list(trainer.model.parameters())),
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+    return trainer.state.log_history
+
+
+def part_of(teacher):
+    """The share of the teacher's parameters that this process keeps."""
+    parameters = [
+        (getattr(p, "ds_tensor", p).numel(), getattr(p, "ds_numel", p.numel())) for p in teacher.parameters()
+    ]
+    return sum(held for held, _ in parameters) / sum(whole for _, whole in parameters)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same run in one process, on digits in the order of a data set in memory."""
+    folder = tmp_path_factory.mktemp("alone")
+    (outcome,) = in_processes(folder, train, folder, "ddp", 8)
+    assert outcome.status == 0, outcome.text[-3000:]
+    return folder
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("way", some_slow(WAYS, 1))
+def test_two_processes_equal_one(tmp_path, alone, way):
+    for outcome in in_processes(tmp_path, train, tmp_path, way, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    one, two = result(alone), result(tmp_path)
+    assert two["world_size"] == 2
+    assert two["kind"] == ("DistributedType.MULTI_CPU" if way == "ddp" else "DistributedType.DEEPSPEED")
+    assert two["partitioned"] == (two["parameters"] if way.startswith("zero3") else 0)
+    for first, second in zip(one["history"], two["history"], strict=True):
+        for name in TERMS:
+            assert second[name] == pytest.approx(first[name], rel=1e-5), name
+    mine, theirs = load_file(alone / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.allclose(tensor, theirs[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.yaml")), ids=lambda file: file.stem)
+def test_launch_configurations_are_what_accelerate_takes(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes == {"single_gpu": 1, "cpu": 1, "multi_node": 32}.get(file.stem, 8)
+    engine = getattr(config, "deepspeed_config", None)
+    if engine:
+        stage = json.loads((ROOT / engine["deepspeed_config_file"]).read_text())["zero_optimization"]["stage"]
+        assert file.stem.startswith(f"zero{stage}")
+
+
+def weights(folder):
+    """What a run has come to: the saved student, and the rest of its last checkpoint."""
+    files = [folder / "model.safetensors", *sorted((folder / "checkpoint-5").glob("*.safetensors"))]
+    return {(file.name, name): tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("way", some_slow(["ddp", "zero2", "zero3"], 1))
+def test_a_run_of_two_processes_resumes_to_the_bit_with_its_average(tmp_path, way):
+    options = {"ema_decay": 0.9, "save_steps": 1, "mixup_alpha": 0.8, "streaming": True, "optim": "adamw_torch"}
+    results = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, resume=resume, **options), processes=2):  # noqa: B023
+            assert outcome.status == 0, outcome.text[-3000:]
+        results.append(weights(tmp_path))
+    assert results[0].keys() == results[1].keys() and ("trained_student.safetensors", "head.fc.weight") in results[0]
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+@pytest.mark.parametrize("way", some_slow(["ddp", "zero2"], 1))
+def test_a_checkpoint_of_two_processes_starts_one_and_says_what_stays_behind(tmp_path, way):
+    options = {"ema_decay": 0.9, "streaming": True, "optim": "adamw_torch"}
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, **options), processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    before = load_file(tmp_path / "checkpoint-4" / "trained_student.safetensors")
+
+    def alone():
+        resume = str(tmp_path / "checkpoint-4")
+        with pytest.raises(ValueError, match="processes 2 to 1" if way == "ddp" else "optimizer.pt is missing"):
+            train(tmp_path, "ddp", resume=resume, **options)
+        logs = train(tmp_path, "ddp", resume=resume, **options, max_steps=6, allow_data_mismatch=True)
+        assert [entry["images_seen"] for entry in logs if "loss" in entry and entry["step"] > 4] == [36, 40]
+        assert logs[-2]["learning_rate"] < 0.02 / 2  # the schedule went on
+
+    (outcome,) = in_processes(tmp_path, alone)
+    assert outcome.status == 0, outcome.text[-3000:]
+    after = load_file(tmp_path / "checkpoint-6" / "trained_student.safetensors")
+    assert all((after[name] - before[name]).abs().max() < 0.1 for name in before)
+
+
+def test_an_optimiser_in_parts_is_not_given_to_other_processes(tmp_path):
+    for outcome in in_processes(tmp_path, train, tmp_path, "ddp", processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    resume = str(tmp_path / "checkpoint-4")
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, "zero2", resume=resume), processes=2):
+        assert outcome.status == 1 and "is whole: 2 processes under DeepSpeed or FSDP cannot take it" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fp16": True}, "Mixed precision is 'fp16'"),
+        ({"timm_optim": "lamb"}, "flat parts"),
+        ({"shard_teacher": True}, "`shard_teacher` needs FSDP2"),
+    ],
+)
+def test_what_an_engine_would_make_something_else_of_is_refused(tmp_path, changes, message):
+    def refused():
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, "zero2", **changes)
+
+    (outcome,) = in_processes(tmp_path, refused, group=True)
+    assert outcome.status == 0, outcome.text[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_everything_together_under_ddp_equals_one_plain_process(tmp_path, bf16):
+    plain = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "ema_decay": 0.9}
+    all_on = {
+        "gradient_checkpointing": True,
+        "torch_compile": True,
+        "torch_compile_backend": "aot_eager",
+        "bf16": bf16,
+    }
+    one, two = (tmp_path / name for name in "12")
+    for processes, batch, folder, options in ((1, 4, one, {}), (2, 2, two, all_on)):
+        run_it = lambda: train(folder, "ddp", batch, max_steps=3, **plain, **options)  # noqa: B023, E731
+        for outcome in in_processes(folder, run_it, processes=processes):
+            assert outcome.status == 0, outcome.text[-3000:]
+    assert result(two)["world_size"] == 2
+    for first, second in zip(result(one)["history"], result(two)["history"], strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-2 if bf16 else 1e-5)
+        assert bf16 or second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero2", "zero3"])
+def test_under_an_engine_the_best_is_loaded_and_models_are_evaluated_before_and_after_training(tmp_path, way):
+    def run_and_evaluate():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        data = datasets.Dataset.from_parquet(str(DIGITS / "train-00000-of-00004.parquet")).select(range(64))
+        options = {
+            "max_steps": 3,
+            "ema_decay": 0.5,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "eval_strategy": "steps",
+        }
+        options |= {"eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", **WAYS[way]}
+        torch.manual_seed(0)
+        args = settings(tmp_path, optim="sgd", greater_is_better=True, learning_rate=0.1, **options)
+        trainer = ScaleKDTrainer(small_student(), timm_swin(), args, data, data)
+        untrained = [trainer.evaluate()["eval_loss"] for _ in range(2)]
+        assert untrained[0] == untrained[1]
+        trainer.train()
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-3:]
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-5) and len(set(losses)) == 3
+
+    for outcome in in_processes(tmp_path, run_and_evaluate, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+
+
+SRUN = """#!/usr/bin/env bash
+shift
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & echo $! >> "$TASKS"; done
+wait
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$1" = show ] && echo localhost || echo "$*" >> "$REQUEUED"
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_its_tasks_and_puts_an_interrupted_run_in_the_queue_again(tmp_path):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):  # what SLURM's do on one machine
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    text = (ROOT / "recipes" / "configs" / "quickstart.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(f"{text}\nuse_cpu: true\nbaseline: false\nmax_steps: 30\nlogging_steps: 1\n")
+    requeued, log = tmp_path / "requeued", tmp_path / "log"
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "REQUEUED": str(requeued),
+        "TASKS": str(tmp_path / "tasks"),
+        "SLURM_JOB_ID": "7",
+    }
+    env |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "one"}
+    words = ["bash", "recipes/accelerate/slurm.sh", tmp_path / "run.yaml", tmp_path / "run"]
+    for interrupt in (True, False):
+        with log.open("w") as output:
+            started = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output)
+        while interrupt and "images/s" not in log.read_text() and started.poll() is None:
+            time.sleep(0.2)
+        if interrupt:
+            for task in (tmp_path / "tasks").read_text().split():
+                os.kill(int(task), signal.SIGTERM)
+        assert started.wait(timeout=200) == 0, log.read_text()[-3000:]
+        assert requeued.read_text() == "requeue 7\n", log.read_text()[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["student distilled"]["top1"] > 0
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_to_its_end_under_zero3(tmp_path):
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "recipes/distill.py"]
+    words += ["recipes/configs/quickstart.yaml", "--baseline", "false", "--max_steps", "4", "--use_cpu"]
+    words += ["--eval_strategy", "no", "--ema_decay", "0.9", "--deepspeed", "recipes/accelerate/zero3.json"]
+    finished = run("python", *words, "--output_dir", tmp_path / "run", env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["teacher"]["top1"] >= 0.97 and "top1" in results["student distilled"]
+    assert "0.203 M parameters" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_two_runs_into_one_folder_are_refused_and_the_first_goes_on(tmp_path):
+    first = Started(tmp_path, lambda: train(tmp_path, "ddp", max_steps=40, save_strategy="no"))
+    while "images/s" not in first.files[0].read_text():
+        time.sleep(0.05)
+    for outcome in in_processes(tmp_path, train, tmp_path, "ddp", processes=2):
+        assert outcome.status == 1 and "is being written by another run" in outcome.text
+    (outcome,) = first.wait()
+    assert outcome.status == 0, outcome.text[-3000:]
+    assert not (tmp_path / "_lock").exists()
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path):
+    def diverge():
+        rank = int(os.environ["RANK"])
+        teacher = load_teacher(timm_swin())
+        if rank == 1:
+            teacher.model.head.register_forward_hook(lambda _, inputs, output: output * float("nan"))
+        data = datasets.Dataset.from_parquet(str(DIGITS / "train-00000-of-00004.parquet"))
+        with pytest.raises(NonFiniteLossError, match="step 1: .*logit=nan"):
+            ScaleKDTrainer(small_student(), teacher, settings(tmp_path, max_steps=4), data).train()
+
+    for outcome in in_processes(tmp_path, diverge, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    class Dying(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and args.process_index == 1:
+                os._exit(3)
+
+    def run():
+        data = datasets.Dataset.from_parquet(str(DIGITS / "train-00000-of-00004.parquet"))
+        options = {"max_steps": 1000, "ddp_timeout": 20}
+        ScaleKDTrainer(small_student(), timm_swin(), settings(tmp_path, **options), data, callbacks=[Dying()]).train()
+
+    start = time.monotonic()
+    outcomes = in_processes(tmp_path, run, processes=2)
+    assert [outcome.status for outcome in outcomes] == [1, 3] and time.monotonic() - start < 40
+
+
+def sharded_steps(folder, teacher_too=False, bf16=False):
+    """Five steps on this process's half of each batch, with everything that trains sharded by FSDP2."""
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(0)
+    model = build_model(small_student(), timm_swin(), settings(folder, use_cpu=False)).train()
+    if size > 1:
+        mesh = init_device_mesh("cpu", (size,))
+        for module in (
+            *model.student.model.stages,
+            model.heads.penultimate_spatial,
+            model.heads.last_spatial,
+            model.student,
+            model.heads,
+            model,
+        ):
+            fully_shard(module, mesh=mesh)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert not any(isinstance(parameter, DTensor) for parameter in model.teacher.parameters())
+    if teacher_too:
+        whole = sum(parameter.numel() for parameter in model.teacher.parameters())
+        shard_fsdp2(model.teacher, torch.device("cpu"))
+        held = (p.to_local() if isinstance(p, DTensor) else p for p in model.teacher.parameters())
+        assert sum(part.numel() for part in held) < 0.6 * whole
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.005), []
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        pixels, labels = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
+        half = slice(8 // size * rank, 8 // size * (rank + 1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(pixels[half], labels[half]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(total.item() / size)
+    state = full_state(model.student.model)
+    if rank == 0:
+        save_student(model.student, folder, state)
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
+@pytest.mark.parametrize(("teacher_too", "bf16"), [(False, False), (True, False), (True, True)])
+def test_fsdp2_equals_one_process_and_saves_the_whole_student(tmp_path, teacher_too, bf16):
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        how = folder, teacher_too and processes > 1, bf16
+        for outcome in in_processes(folder, sharded_steps, *how, processes=processes, group=True):
+            assert outcome.status == 0, outcome.text[-3000:]
+    one, two = (json.loads((tmp_path / name / "losses.json").read_text()) for name in "12")
+    assert two == pytest.approx(one, rel=5e-3 if bf16 else 1e-5) and len(one) == 5
+    mine, theirs = (load_student(str(tmp_path / name), pretrained=True).state_dict() for name in "12")
+    assert max((mine[name] - theirs[name]).abs().max() for name in mine) < (0.02 if bf16 else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero2", "zero3"])
+def test_bf16_under_an_engine_is_that_of_ddp_and_the_student_is_saved_in_full_precision(tmp_path, way):
+    config = zero(way)
+    config["zero_optimization"]["memory_efficient_linear"] = False  # it rounds before it adds a bias
+    for name, options in (("ddp", {}), (way, {"deepspeed": config})):
+        run_it = lambda: train(tmp_path / name, name, bf16=True, **options)  # noqa: B023, E731
+        for outcome in in_processes(tmp_path, run_it, processes=2):
+            assert outcome.status == 0, outcome.text[-3000:]
+    ddp, engine = (result(tmp_path / name)["history"] for name in ("ddp", way))
+    for first, second in zip(ddp, engine, strict=True):
+        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / way / "model.safetensors").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero2", "zero3"])
+def test_bf16_as_accelerate_launches_deepspeed_is_that_of_ddp(tmp_path, way):
+    config = zero(way)
+    config["zero_optimization"]["memory_efficient_linear"] = False
+    (tmp_path / "engine.json").write_text(json.dumps(config))
+
+    def launched():
+        names = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "engine.json")}
+        os.environ.update(names)
+        train(tmp_path / way, "ddp", bf16=True)
+
+    for name, run_it in (("ddp", lambda: train(tmp_path / "ddp", "ddp", bf16=True)), (way, launched)):
+        for outcome in in_processes(tmp_path / name, run_it, processes=2):
+            assert outcome.status == 0, outcome.text[-3000:]
+    assert result(tmp_path / way)["kind"] == "DistributedType.DEEPSPEED"
+    for first, second in zip(*(result(tmp_path / name)["history"] for name in ("ddp", way)), strict=True):
+        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+
+
+def shares_of_families():
+    torch.distributed.init_process_group("gloo")
+    for name, make in FAMILIES.items():
+        teacher = load_teacher(large_weights(make()))
+        tokens = torch.randn(2, teacher.penultimate_grid[0] * teacher.penultimate_grid[1], teacher.penultimate_dim)
+        tokens.requires_grad_()
+        pixels = torch.randn(2, 3, *teacher.spec.size)
+
+        def compute(teacher=teacher, tokens=tokens, pixels=pixels):
+            last, _ = teacher(pixels)
+            projected = teacher.last_stage(tokens)
+            return last, projected, torch.autograd.grad(projected.square().sum(), tokens)[0]
+
+        before, whole = compute(), sum(parameter.numel() for parameter in teacher.parameters())
+        shard_fsdp2(teacher, torch.device("cpu"))
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in teacher.parameters())
+        assert held < 0.8 * whole, (name, held / whole)
+        assert all(torch.equal(a, b) for a, b in zip(before, compute(), strict=True)), name
+
+
+@pytest.mark.slow
+def test_teachers_of_all_families_can_be_kept_in_parts_and_compute_the_same(tmp_path):
+    for outcome in in_processes(tmp_path, shares_of_families, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+
+
+@pytest.mark.slow
+def test_a_teacher_in_parts_under_zero3_equals_one_process(tmp_path, alone):
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, "zero3", shard_teacher=True), processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    for first, second in zip(result(alone)["history"], result(tmp_path)["history"], strict=True):
+        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+    assert result(tmp_path)["teacher_parts"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "parts"), [("zero2", False), ("zero3", False), ("zero3", True)])
+def test_the_teacher_is_in_no_file_of_an_engines_checkpoint(tmp_path, way, parts):
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, shard_teacher=parts), processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    (folder,) = (tmp_path / "checkpoint-4").glob("global_step*")
+    for file in folder.glob("*model_states.pt"):
+        names = torch.load(file, weights_only=False)["module"]
+        assert names and all(name.startswith(("student.", "heads.")) for name in names)
+    trained = sum(t.numel() for t in weights_of(small_student().model, tmp_path / "checkpoint-4"))
+    states = [torch.load(file, weights_only=False) for file in folder.glob("*optim_states.pt")]
+    masters = [state["optimizer_state_dict"] for state in states]
+    kind = "fp32_flat_groups" if way == "zero3" else "single_partition_of_fp32_groups"
+    held = sum(group.numel() for master in masters for group in master[kind])
+    assert len(states) == 2 and trained <= held < trained + 200  # and a little padding
+
+
+def weights_of(student, checkpoint):
+    """The parameters of a student, and of the heads in a checkpoint."""
+    buffers = {"running_mean", "running_var", "num_batches_tracked"}
+    heads = load_file(checkpoint / "mimicking_heads.safetensors")
+    kept = [tensor for name, tensor in heads.items() if name.rsplit(".", 1)[-1] not in buffers]
+    return [*student.parameters(), *kept]
