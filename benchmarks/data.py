@@ -32,11 +32,11 @@ from torch import Tensor
 from torchvision import transforms
 
 from scalekd_hf.data.augmentation import Augmentation
-from scalekd_hf.data.dataset import ImageStream, prepare_dataset
+from scalekd_hf.data.dataset import prepare_dataset
 from scalekd_hf.data.decoding import open_image
 from scalekd_hf.data.preparation import Preparation, collate
-from scalekd_hf.data.stream import Layout
-from scalekd_hf.models.loading import ImageSpec
+from scalekd_hf.data.stream import ImageStream, Partition
+from scalekd_hf.images import ImageSpec
 
 
 WIDTH, HEIGHT, QUALITY = 469, 401, 96  # the mean size of ImageNet's training images; quality for as many bytes
@@ -195,7 +195,7 @@ def report_workers(contents: list[bytes], seconds: float = 6.0) -> None:
         for workers in (1, 2, 4, 8, 16):
             if workers > 2 * (os.cpu_count() or 1):
                 break
-            layout = Layout(BATCH, workers=workers)
+            layout = Partition(BATCH, workers=workers)
             loader = iter(stream.training_loader(layout, 0, 0, num_workers=workers, collate_fn=collate))
             for _ in range(2 * workers):
                 next(loader)  # what was made while the workers started

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalekd_hf.method.distiller import ScaleKDModel
 from scalekd_hf.method.heads import FEATURE_TERMS
 from scalekd_hf.method.projector import CrossAttentionProjector
+from scalekd_hf.training.model import ScaleKDModel
 
 
 class Projector(nn.Module):
@@ -81,7 +81,7 @@ class PublishedStep(nn.Module):
         """Images (B, 3, height, width) and labels (B,) to the weighted loss."""
         teacher = self.ours.teacher
         with torch.no_grad():
-            teacher_last, teacher_logits = teacher(self.ours.convert(pixel_values))
+            teacher_last, teacher_logits = teacher(self.ours.normaliser.for_teacher(pixel_values))
         penultimate, last, logits = self.student(pixel_values)
         losses = {}
         for view in ("spatial", "frequency"):

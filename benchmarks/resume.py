@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student
 from scalekd_hf.data.augmentation import Augmentation
 from scalekd_hf.data.decoding import open_image
-from scalekd_hf.models.loading import ImageSpec
+from scalekd_hf.images import ImageSpec
 
 
 BATCH, SIZE = 32, 64

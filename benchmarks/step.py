@@ -32,10 +32,9 @@ from published import PublishedStep
 from torch import Tensor, nn
 
 from scalekd_hf import ScaleKDConfig, load_student, load_teacher
-from scalekd_hf.method.distiller import ScaleKDModel
 from scalekd_hf.method.projector import STEMS
 from scalekd_hf.tools.recipe import mapping
-from scalekd_hf.training.pair import build_model
+from scalekd_hf.training.model import ScaleKDModel, build_model
 
 
 CLASSES = [str(index) for index in range(1000)]
@@ -167,7 +166,7 @@ def steps(
     assert teacher is not None
 
     def floor() -> Tensor:
-        _, teacher_logits = teacher(model.convert(pixels))
+        _, teacher_logits = teacher(model.normaliser.for_teacher(pixels))
         logits = student.classify(pixels)
         return F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.float(), teacher_logits.softmax(-1))
 

@@ -5,26 +5,8 @@
 STUDENT is a folder, a Hub id, `timm/<name>` or `hf-hub:<id>`. The files go into its folder, or into `export/`.
 """
 
-import argparse
-from pathlib import Path
-
-from scalekd_hf import load_student
-from scalekd_hf.tools.export import FORMATS, export_student
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student", help="Folder or name of the student.")
-    parser.add_argument("--output_dir", help="Folder to write into. By default the student's own, else `export`.")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS), help="What to write.")
-    arguments = parser.parse_args()
-    own = arguments.student if Path(arguments.student).is_dir() else "export"
-    folder = Path(arguments.output_dir or own)
-    student = load_student(arguments.student, pretrained=True)
-    for name, difference in export_student(student, folder, tuple(arguments.formats)).items():
-        size = (folder / name).stat().st_size / 1e6
-        print(f"{folder / name}: {size:.1f} MB, differs by {difference:.1e} of the largest logit on random images")
+from scalekd_hf.cli.export import main
 
 
 if __name__ == "__main__":
-    main()
+    main(description=__doc__)

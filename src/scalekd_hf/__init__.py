@@ -1,6 +1,5 @@
 """ScaleKD knowledge distillation from strong vision transformers, as a Hugging Face `Trainer`."""
 
-from .method.distiller import ScaleKDModel, ScaleKDOutput
 from .method.heads import MimickingHeads
 from .method.losses import frequency_mimicking_loss, logit_distillation_loss, spatial_mimicking_loss
 from .method.projector import CrossAttentionProjector
@@ -11,6 +10,7 @@ from .tools.plan import Plan, plan
 from .training.config import ScaleKDConfig
 from .training.loss_log import NonFiniteLossError
 from .training.metrics import TopKAccuracy
+from .training.model import ScaleKDModel, ScaleKDOutput
 from .training.trainer import ScaleKDTrainer
 
 

@@ -12,7 +12,8 @@ from processes import run_script
 from transformers import AutoModelForImageClassification
 
 from scalekd_hf import ScaleKDConfig
-from scalekd_hf.tools.recipe import DistillArguments, TeacherArguments, load_data, parse_config, write_config
+from scalekd_hf.data.loading import load_data
+from scalekd_hf.tools.recipe import DistillArguments, TeacherArguments, parse_config, write_config
 
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("**/*.yaml"))

@@ -15,8 +15,8 @@ from processes import in_processes
 
 from scalekd_hf import ScaleKDTrainer
 from scalekd_hf.data.bad_images import TooManyBadImagesError
-from scalekd_hf.data.preparation import IGNORED_LABEL
 from scalekd_hf.data.sources import StreamReadError
+from scalekd_hf.images import IGNORED_LABEL
 
 
 ROWS = 30
@@ -66,7 +66,7 @@ def test_bad_images_are_listed_once_with_their_place_and_training_goes_on(tmp_pa
     assert [(entry["row"], entry["kind"]) for entry in found] == [(4, "empty"), (5, "not an image"), (17, "truncated")]
     if kind == "stream":
         assert [(entry["shard"], entry["shard_row"]) for entry in found] == [(0, 4), (0, 5), (1, 7)]
-    assert sum(trainer.bad_images["training"].kinds.values()) == pytest.approx(9, abs=2)  # three a pass
+    assert sum(trainer.feed.bad_images["training"].kinds.values()) == pytest.approx(9, abs=2)  # three a pass
     assert "Undecodable images met in training: " in caplog.text and "bad_images.jsonl" in caplog.text
 
 
@@ -105,7 +105,7 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_the_good_images(tmp_path, fi
 
 def test_bad_images_in_an_evaluation_stop_the_run_with_a_checkpoint(tmp_path, files):
     trainer = trainer_for(tmp_path, files, max_bad_images=0.2, eval_strategy="steps", eval_steps=2)
-    trainer.bad_images["evaluation"].share = 0.01
+    trainer.feed.bad_images["evaluation"].share = 0.01
     with pytest.raises(TooManyBadImagesError):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -117,7 +117,7 @@ def test_images_that_fail_one_process_in_an_evaluation_stop_all_with_a_checkpoin
         options = {"max_bad_images": 1.0, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
         trainer = trainer_for(tmp_path / "run", files, ddp_timeout=20, **options)
         if os.environ["RANK"] == "1" and fails == "count":
-            trainer.bad_images["evaluation"].share = 0.0
+            trainer.feed.bad_images["evaluation"].share = 0.0
         if os.environ["RANK"] == "1" and fails == "read":
             trainer.get_eval_dataloader = lambda data, get=trainer.get_eval_dataloader: Breaking(get(data))
         trainer.train()
@@ -166,6 +166,6 @@ def test_bad_images_do_not_count_in_an_evaluation(tmp_path, files, kind, workers
     hits = predicted.predictions[good] == predicted.label_ids[good][:, None]
     assert predicted.metrics["test_top1"] == pytest.approx(hits[:, 0].mean())
     assert sorted(entry["row"] for entry in listed(tmp_path)) == sorted(BAD)
-    trainer.bad_images["evaluation"].share = 0.01
+    trainer.feed.bad_images["evaluation"].share = 0.01
     with pytest.raises(TooManyBadImagesError):
         trainer.evaluate()

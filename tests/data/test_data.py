@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from scalekd_hf.data.dataset import Preparation, collate, dataset_labels, prepare_dataset
-from scalekd_hf.data.preparation import normalise
-from scalekd_hf.models.loading import ImageSpec
+from scalekd_hf.data.dataset import dataset_labels, prepare_dataset
+from scalekd_hf.data.preparation import Preparation, collate
+from scalekd_hf.images import ImageSpec, Normaliser
 
 
 SPEC = ImageSpec((16, 16), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bicubic", 1.0)
@@ -50,9 +50,10 @@ def test_augmenting_leaves_the_random_states_alone():
 
 
 def test_normalising_gives_what_timm_gives():
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.5, 0.4, 0.3), (0.25, 0.2, 0.1)))
+    spec = ImageSpec((4, 4), (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    assert torch.allclose(normalise(pixels, mean, std), (pixels / 255 - mean) / std, atol=1e-5)
+    assert torch.allclose(Normaliser(spec).for_student(pixels), (pixels / 255 - mean) / std, atol=1e-5)
 
 
 def test_evaluation_resizes_and_crops_the_centre():

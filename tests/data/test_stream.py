@@ -15,10 +15,10 @@ from processes import in_child
 
 from scalekd_hf.data import sources
 from scalekd_hf.data.dataset import prepare_dataset
-from scalekd_hf.data.preparation import IGNORED_LABEL, Collator, Preparation, collate
+from scalekd_hf.data.preparation import Collator, Preparation, collate
 from scalekd_hf.data.sources import Shards, StreamReadError
-from scalekd_hf.data.stream import Layout
-from scalekd_hf.models.loading import ImageSpec
+from scalekd_hf.data.stream import Partition
+from scalekd_hf.images import IGNORED_LABEL, ImageSpec
 
 
 SPEC = ImageSpec((16, 16), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bicubic", 1.0)
@@ -56,7 +56,7 @@ def prepared(data, training=True, buffer_size=8, repeats=1, **changes):
 
 def batches_of(data, rank=0, world_size=1, workers=0, batch_size=2, seen=0, start=0, **options):
     """An endless iterator over the training batches of one rank."""
-    layout = Layout(batch_size, world_size, max(1, workers), start)
+    layout = Partition(batch_size, world_size, max(1, workers), start)
     collator = Collator(collate)
     return iter(
         prepared(data, **options).training_loader(layout, rank, seen, num_workers=workers, collate_fn=collator)
@@ -89,7 +89,7 @@ def same(first, second):
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(2), Layout(3, 2, 2), Layout(1, 3, 4), Layout(4, 2, 3, 5), Layout(7, 1, 2, 11)]
+    "layout", [Partition(2), Partition(3, 2, 2), Partition(1, 3, 4), Partition(4, 2, 3, 5), Partition(7, 1, 2, 11)]
 )
 def test_readers_are_dealt_exactly_the_places_of_their_batches(layout):
     readers = list(itertools.product(range(layout.world_size), range(layout.workers)))
@@ -202,7 +202,7 @@ def test_what_was_seen_is_not_read_again_after_a_stop():
     log = Log()
     data = prepared(log.stream(), buffer_size=5)
     log.read.clear()
-    loader = iter(data.training_loader(Layout(1), 0, 3 * ROWS + 36, collate_fn=collate))
+    loader = iter(data.training_loader(Partition(1), 0, 3 * ROWS + 36, collate_fn=collate))
     next(loader)
     assert len(log.read) <= 10 + 1 + 5  # the shard in which it stood, and one row ahead of each given
 
@@ -315,7 +315,7 @@ def test_a_network_that_fails_for_a_while_changes_nothing(files, server, monkeyp
     expected = labels(steps_of(stream_of(files), 20))
     data = prepared(stream_of([f"{server.url}/{number}.parquet" for number in range(4)]))
     server.fail_every(2)
-    taken = itertools.islice(iter(data.training_loader(Layout(2), 0, 0, collate_fn=collate)), 20)
+    taken = itertools.islice(iter(data.training_loader(Partition(2), 0, 0, collate_fn=collate)), 20)
     assert [label for batch in taken for label in batch["labels"].tolist()] == expected
     assert server.failures and "once more in 0.01 s" in caplog.text
 
@@ -342,7 +342,7 @@ def test_workers_end_with_the_same_error(server, tmp_path, monkeypatch):
 
     def read():
         with pytest.raises(StreamReadError, match="failed 1 times"):
-            next(iter(data.training_loader(Layout(2, 1, 1), 0, 0, num_workers=1, collate_fn=collate)))
+            next(iter(data.training_loader(Partition(2, 1, 1), 0, 0, num_workers=1, collate_fn=collate)))
 
     outcome = in_child(tmp_path, read)
     assert outcome.status == 0, outcome.text[-3000:]

@@ -14,7 +14,7 @@ from scalekd_hf import (
     logit_distillation_loss,
     spatial_mimicking_loss,
 )
-from scalekd_hf.models.loading import ImageSpec
+from scalekd_hf.images import ImageSpec
 
 
 @pytest.mark.parametrize("name", ["cap_cnn_penultimate", "cap_cnn_last_tpp"])

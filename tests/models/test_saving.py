@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, pipeline
 
 from scalekd_hf import ScaleKDTrainer, load_student
-from scalekd_hf.data.preparation import Preparation, normalise
+from scalekd_hf.data.preparation import Preparation
+from scalekd_hf.images import Normaliser
 from scalekd_hf.models.saving import check_rebuildable, load_student_weights, save_student
 
 
@@ -82,8 +83,7 @@ def test_the_published_preprocessing_is_the_one_that_is_evaluated(tmp_path, fami
     save_student(student, tmp_path)
     image = Image.fromarray((torch.rand(50, 70, 3) * 255).byte().numpy())
     pixels = Preparation(student.spec, training=False)({"image": image}, 0, 0)["pixel_values"]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (student.spec.mean, student.spec.std))
-    ours = normalise(pixels, mean, std)
+    ours = Normaliser(student.spec).for_student(pixels)
     theirs = AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 0.1  # resizing as uint8 against float, in units of the deviation

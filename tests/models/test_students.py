@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from scalekd_hf import load_student, load_teacher
-from scalekd_hf.training.pair import build_model
+from scalekd_hf.training.model import build_model
 
 
 def timm_student(name, **changes):

@@ -11,7 +11,7 @@ from timm.models.eva import EvaAttention
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 from scalekd_hf import load_teacher
-from scalekd_hf.models.students import first_tensor
+from scalekd_hf.models.taps import first_tensor
 
 
 def entering_tokens(teacher, pixel_values):

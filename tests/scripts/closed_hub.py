@@ -23,7 +23,8 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_OFFLINE="0")  # read at import
 
-from scalekd_hf.tools.recipe import DistillArguments, load_data
+from scalekd_hf.data.loading import load_data
+from scalekd_hf.tools.recipe import DistillArguments
 
 
 for name in ("me/missing", "me/gated"):

@@ -18,7 +18,7 @@ from transformers import pipeline
 
 from scalekd_hf import load_student
 from scalekd_hf.data.imagenet import INFO, benchmark, check_classes, class_places, label_places, read_real_labels
-from scalekd_hf.data.preparation import IGNORED_LABEL
+from scalekd_hf.images import IGNORED_LABEL
 from scalekd_hf.tools.evaluation import (
     EvaluateArguments,
     PerImage,
@@ -125,15 +125,18 @@ def test_subsets_are_the_published_ones(letter):
 
 
 def test_models_with_other_classes_are_refused():
+    def check(model):
+        check_classes(model.name, model.labels, model.num_labels)
+
     with pytest.raises(ValueError, match="has 10 classes, but `benchmark` needs ImageNet's 1000"):
-        check_classes(small_student())
+        check(small_student())
     student = small_student(num_classes=1000)
-    check_classes(student)
+    check(student)
     student.labels = list(SYNSETS)
-    check_classes(student)
+    check(student)
     student.labels[:2] = student.labels[1::-1]
     with pytest.raises(ValueError, match="another order: its class 0 is 'n01443537', which is usually 1"):
-        check_classes(student)
+        check(student)
 
 
 # Data in the layouts in which it is published

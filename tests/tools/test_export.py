@@ -24,7 +24,8 @@ from PIL import Image
 from processes import in_child, run_script
 
 from scalekd_hf import load_student
-from scalekd_hf.data.preparation import Preparation, normalise
+from scalekd_hf.data.preparation import Preparation
+from scalekd_hf.images import Normaliser
 from scalekd_hf.models.saving import save_student
 from scalekd_hf.tools.export import FORMATS, export_student
 
@@ -99,9 +100,8 @@ def run_the_examples(folder):
     image.save(folder / "image.png")
     os.chdir(folder)
     pixels = Preparation(student.spec, training=False)({"image": image}, 0, 0)["pixel_values"]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (student.spec.mean, student.spec.std))
     with torch.no_grad():
-        expected = student.classify(normalise(pixels, mean, std)[None])
+        expected = student.classify(Normaliser(student.spec).for_student(pixels[None]))
     first, second = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     assert sum(map(bool, first.splitlines())) == 10  # as promised
     names, printed = execute(first)

@@ -9,11 +9,10 @@ from PIL import Image
 from processes import run_script
 
 from scalekd_hf import ScaleKDModel, ScaleKDTrainer, frequency_mimicking_loss
-from scalekd_hf.data.preparation import normalise
 from scalekd_hf.method.heads import FEATURE_TERMS
-from scalekd_hf.models.saving import HEADS_FILE
 from scalekd_hf.tools.visualize import agreement_maps, cosine_map, draw_agreement
-from scalekd_hf.training.pair import build_model
+from scalekd_hf.training.checkpoints import HEADS_FILE
+from scalekd_hf.training.model import build_model
 
 
 RECIPE = "recipes/visualize.py"
@@ -26,7 +25,7 @@ def small_model(folder, teacher=None, **changes):
 def losses_of(model, pixel_values):
     model.eval()
     penultimate, last, _ = model.student(pixel_values)
-    teacher_last, _ = model.teacher(model.convert(pixel_values))
+    teacher_last, _ = model.teacher(model.normaliser.for_teacher(pixel_values))
     return model.heads(penultimate, last, teacher_last, model.teacher.last_stage)
 
 
@@ -98,8 +97,7 @@ def test_training_brings_agreement_and_the_picture_shows_it(tmp_path, digits):
     config = settings(tmp_path, max_steps=40, learning_rate=2e-3, logit_weight=0.0)
     trainer = ScaleKDTrainer(small_student(), timm_swin(), config, digits)
     shown = torch.stack([trainer.train_dataset.preparation(digits[i], 0, i)["pixel_values"] for i in range(3)])
-    spec = trainer.student.spec
-    pixel_values = normalise(shown, *(torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std)))
+    pixel_values = trainer.model.normaliser.for_student(shown)
     before = agreement_maps(trainer.model, pixel_values)
     trainer.train()
     after = agreement_maps(trainer.model, pixel_values)

@@ -21,9 +21,8 @@ from transformers import TrainerCallback
 
 from scalekd_hf import NonFiniteLossError, ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.models.saving import save_student
-from scalekd_hf.training.gathering import full_state
-from scalekd_hf.training.pair import build_model
-from scalekd_hf.training.sharding import shard_fsdp2
+from scalekd_hf.training.model import build_model
+from scalekd_hf.training.sharding import full_state, shard_fsdp2
 
 
 pytest.importorskip("deepspeed")

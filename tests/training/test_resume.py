@@ -21,7 +21,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from scalekd_hf import ScaleKDTrainer
 from scalekd_hf.data import sources
-from scalekd_hf.models.saving import last_checkpoint
+from scalekd_hf.training.run_folder import RunFolder, last_checkpoint
 
 
 ROWS = 28  # of three shards; 3.5 steps of 8 a pass
@@ -85,9 +85,9 @@ class Trainer(ScaleKDTrainer):
         self.strike("saving")
         return super()._save_rng_state(output_dir)
 
-    def _finish_checkpoint(self, unfinished, place):
+    def put_in_place(self, *folders):
         self.strike("moving")
-        super()._finish_checkpoint(unfinished, place)
+        RunFolder.put_in_place(self.run_folder, *folders)
 
 
 def trainer_for(folder, shards, kind="stream", at=("", 0), how=signal.SIGKILL, rank=0, group=False, **changes):
@@ -97,6 +97,7 @@ def trainer_for(folder, shards, kind="stream", at=("", 0), how=signal.SIGKILL, r
     evaluation = data if "eval_strategy" in options else None
     trainer = Trainer(student, timm_swin(), settings(folder, **options), data, evaluation)
     trainer.at, trainer.how, trainer.rank, trainer.group = at, how, rank, group
+    trainer.run_folder.put_in_place = trainer.put_in_place
     return trainer
 
 

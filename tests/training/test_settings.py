@@ -12,10 +12,10 @@ from timm.layers import convert_sync_batchnorm
 from transformers import TrainingArguments
 
 from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
-from scalekd_hf.data.dataset import Preparation
-from scalekd_hf.models.loading import ImageSpec
+from scalekd_hf.data.preparation import Preparation
+from scalekd_hf.images import ImageSpec
+from scalekd_hf.training.model import build_model
 from scalekd_hf.training.optimization import decayed_parameters
-from scalekd_hf.training.pair import build_model, convert_batchnorms
 
 
 def trainer_for(folder, train=None, evaluation=None, **changes):
@@ -150,7 +150,7 @@ def test_synchronised_batchnorm_keeps_the_activations_in_norms_of_timm():
 def test_batchnorms_of_the_student_or_of_all_are_synchronised(tmp_path, which):
     student = load_student("timm/resnet18", num_classes=10, channels=(8, 8, 8, 8), image_size=32)
     model = build_model(student, timm_swin(), settings(tmp_path, stem_norm="batch"))
-    convert_batchnorms(model, which)
+    model.synchronise_batchnorms(which)
     for name, module in model.trained_modules():
         kinds = {type(m) for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
         synchronised = {kind for kind in kinds if issubclass(kind, torch.nn.SyncBatchNorm)}

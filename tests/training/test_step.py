@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
-from scalekd_hf.training.pair import build_model
+from scalekd_hf.training.model import build_model
 
 
 # Methods that copy a tensor there; on a CPU tensor they show in no dispatch.

@@ -13,7 +13,8 @@ from transformers import Dinov2Config
 from two_steps import main as two_steps
 
 from scalekd_hf import NonFiniteLossError, ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
-from scalekd_hf.data.dataset import collate
+from scalekd_hf.data.preparation import collate
+from scalekd_hf.images import Normaliser
 from scalekd_hf.method.distiller import LOSS_TERMS
 
 
@@ -69,7 +70,7 @@ def test_evaluation_reports_top1_and_top5_of_the_student_alone(tmp_path, digits)
     metrics = trainer.evaluate()
     batch = trainer.data_collator([trainer.eval_dataset[row] for row in range(len(digits))])
     with torch.no_grad():
-        images = trainer._prepare_inputs(dict(batch))["pixel_values"]
+        images = trainer.feed.evaluation_inputs(dict(batch))["pixel_values"]
         ranked = trainer.student.model.eval()(images).topk(5).indices
     hits = ranked == batch["labels"][:, None]
     assert metrics["eval_top1"] == pytest.approx(hits[:, 0].float().mean().item())
@@ -350,8 +351,7 @@ def test_models_may_be_names_and_data_may_be_finished_samples(tmp_path):
 
 
 def test_a_different_normalisation_and_size_are_converted_on_the_device():
-    from scalekd_hf.method.distiller import PixelConverter
-    from scalekd_hf.models.loading import ImageSpec
+    from scalekd_hf.images import ImageSpec
 
     student = ImageSpec((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     images = torch.rand(2, 3, 32, 32)
@@ -361,11 +361,10 @@ def test_a_different_normalisation_and_size_are_converted_on_the_device():
         return (images - mean) / std
 
     other = ImageSpec((32, 32), (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
-    assert torch.allclose(PixelConverter(student, other)(normalised(student)), normalised(other), atol=1e-6)
-    same = PixelConverter(student, student)
-    assert same(images) is images
+    assert torch.allclose(Normaliser(student, other).for_teacher(normalised(student)), normalised(other), atol=1e-6)
+    assert Normaliser(student, student).for_teacher(images) is images
     larger = ImageSpec((48, 64), student.mean, student.std)
-    assert PixelConverter(student, larger)(images).shape == (2, 3, 48, 64)
+    assert Normaliser(student, larger).for_teacher(images).shape == (2, 3, 48, 64)
 
 
 @pytest.mark.parametrize(

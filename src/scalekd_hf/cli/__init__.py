@@ -1,0 +1,1 @@
+"""What the recipes run. The library imports nothing of it."""

@@ -51,8 +51,7 @@ class BadImages:
         self.file, self.share = file, share
         self.kinds: Counter[str] = Counter()
         self._listed: set[tuple[str, int]] | None = None
-        self._pass = -1
-        self._of_pass: list[dict[str, Any]] = []
+        self._by_pass: dict[int, list[dict[str, Any]]] = {}
 
     def add(self, data: str, entries: list[dict[str, Any]]) -> None:
         """Take in what a batch said; `data` names the data set."""
@@ -60,9 +59,10 @@ class BadImages:
             lines = self.file.read_text().splitlines() if self.file.exists() else []
             self._listed = {(entry["data"], entry["row"]) for entry in map(json.loads, lines)}
         for entry in entries:
-            if entry.get("pass", 0) != self._pass:
-                self._pass, self._of_pass = entry.get("pass", 0), []
-            self._of_pass.append(entry)
+            # Workers end a pass at different times, so that two passes mingle about its end.
+            self._by_pass.setdefault(entry.get("pass", 0), []).append(entry)
+            for ended in [number for number in self._by_pass if number < max(self._by_pass) - 1]:
+                del self._by_pass[ended]
             self.kinds[entry["kind"]] += 1
             if (data, entry["row"]) not in self._listed:
                 self._listed.add((data, entry["row"]))
@@ -76,7 +76,7 @@ class BadImages:
 
     def restart(self) -> None:
         """A new pass over the data begins."""
-        self._of_pass = []
+        self._by_pass = {}
 
     def check(self, images: int, processes: int) -> None:
         """Refuse to go on where this process met too many in one pass over `images` images.
@@ -84,8 +84,9 @@ class BadImages:
         Raises:
             TooManyBadImagesError: with the first of them.
         """
-        if len(self._of_pass) > (max(1, self.share * images / processes) if self.share else 0):
-            raise TooManyBadImagesError.of(self._of_pass, self.share, images // processes, self.file)
+        for bad in self._by_pass.values():
+            if len(bad) > (max(1, self.share * images / processes) if self.share else 0):
+                raise TooManyBadImagesError.of(bad, self.share, images // processes, self.file)
 
     def summary(self) -> str:
         """Number of each kind, in words; empty without any."""

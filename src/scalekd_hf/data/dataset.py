@@ -9,21 +9,13 @@ from typing import Any
 import datasets
 from torch.utils.data import Dataset
 
-from .preparation import Collator, Preparation, collate
-from .sources import Shards, Table, retrying, unshuffled
+from .datasets_internals import unshuffled
+from .preparation import Preparation
+from .sources import Shards, Table, retrying
 from .stream import ImageStream, prepare_or_blank
 
 
-__all__ = [
-    "Collator",
-    "ImageDataset",
-    "ImageStream",
-    "Preparation",
-    "check_dataset",
-    "collate",
-    "dataset_labels",
-    "prepare_dataset",
-]
+__all__ = ["ImageDataset", "check_dataset", "dataset_labels", "prepare_dataset"]
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,6 @@ import datasets
 import numpy as np
 from timm.data import ImageNetInfo
 
-from ..models.students import Student
-
 
 __all__ = [
     "BENCHMARKS",
@@ -129,23 +127,27 @@ def class_places(names: list[str], role: str) -> list[int]:
     return [next(rest) if places else place for place, places in enumerate(found)]
 
 
-def check_classes(student: Student) -> None:
+def check_classes(model: str, names: list[str] | None, count: int) -> None:
     """Refuse a model that does not have ImageNet's 1000 classes in their usual order.
+
+    Args:
+        model: its name.
+        names, count: of its classes.
 
     Raises:
         ValueError: another number of classes, or names that say otherwise.
     """
-    if student.num_labels != CLASSES:
+    if count != CLASSES:
         raise ValueError(
-            f"`model` {student.name!r} has {student.num_labels} classes, but `benchmark` needs ImageNet's {CLASSES}. Evaluate "
+            f"`model` {model!r} has {count} classes, but `benchmark` needs ImageNet's {CLASSES}. Evaluate "
             "it on data with its own classes: `dataset` or `eval_files` without `benchmark`."
         )
-    places = class_places(student.labels or [], f"`model` {student.name!r}")
+    places = class_places(names or [], f"`model` {model!r}")
     wrong = [place for place, other in enumerate(places) if place != other]
     if wrong:
         raise ValueError(
-            f"`model` {student.name!r} has ImageNet's classes in another order: its class {wrong[0]} is "
-            f"{(student.labels or [])[wrong[0]]!r}, which is usually {places[wrong[0]]}. Only the usual order can be compared."
+            f"`model` {model!r} has ImageNet's classes in another order: its class {wrong[0]} is "
+            f"{(names or [])[wrong[0]]!r}, which is usually {places[wrong[0]]}. Only the usual order can be compared."
         )
 
 

@@ -15,16 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import create_transform
-from torch import Tensor
 
-from ..models.loading import ImageSpec
+from ..images import IGNORED_LABEL, ImageSpec
 from .augmentation import Augmentation
 from .decoding import open_image, to_rgb
 
 
-__all__ = ["IGNORED_LABEL", "Collator", "Preparation", "collate", "normalise"]
-
-IGNORED_LABEL = -100  # of an image that does not count
+__all__ = ["Collator", "Preparation", "collate"]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -125,13 +122,9 @@ class Preparation:
         """A black image whose label does not count; `label` is any other, for its shape."""
         sample: dict[str, Any] = {"pixel_values": torch.zeros((3, *self.spec.size), dtype=torch.uint8)}
         if self.label_column is not None and label is not None:
-            sample["labels"] = [0.0] * len(label) if isinstance(label, (list, np.ndarray)) else IGNORED_LABEL
+            soft = isinstance(label, (list, np.ndarray))
+            sample["labels"] = [float(IGNORED_LABEL)] * len(label) if soft else IGNORED_LABEL
         return sample
-
-
-def normalise(pixel_values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (B, 3, height, width) to float32 as a model takes it; mean and std (3, 1, 1) of values from 0 to 1."""
-    return pixel_values.float().sub_(255 * mean).div_(255 * std)
 
 
 _GENERATOR = np.random.MT19937()  # NumPy's global state is swapped for it: saving and restoring costs 60 µs

@@ -18,46 +18,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import datasets
+import fsspec
 import numpy as np
 import pyarrow.parquet
 from datasets.fingerprint import Hasher
-from datasets.iterable_dataset import (
-    ArrowExamplesIterable,
-    BufferShuffledExamplesIterable,
-    ExamplesIterable,
-    FilteredExamplesIterable,
-    FormattedExamplesIterable,
-    InterleavedShardsExamplesIterable,
-    MappedExamplesIterable,
-    RebatchedArrowExamplesIterable,
-    SelectColumnsIterable,
-    VerticallyConcatenatedMultiSourcesExamplesIterable,
-)
-from datasets.packaged_modules.parquet.parquet import Parquet
-from datasets.utils.file_utils import xopen
-from huggingface_hub.errors import HfHubHTTPError
+
+from .datasets_internals import files_of, has_rows_in_shard_order, parquet_row_groups, parts_of, token_of
 
 
-__all__ = ["Shards", "StreamReadError", "Table", "retrying", "unshuffled"]
+__all__ = ["Shards", "StreamReadError", "Table", "open_file", "retrying"]
 
 logger = logging.getLogger(__name__)
 
-HUB_CLIENT_ERROR: Any = HfHubHTTPError.__bases__[0]  # of whichever HTTP client huggingface_hub uses
-NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, TimeoutError, aiohttp.ClientError, HUB_CLIENT_ERROR)
+# Packages that open files on the network: not all of their errors are an `OSError`.
+NETWORK_CLIENTS = ("aiohttp", "botocore", "gcsfs", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 LASTING_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)  # trying again does not help
 RETRY_DELAYS = (1, 4, 16, 60, 120)  # seconds before each new try; `datasets` itself tries again before that
-SHARDED = (
-    ArrowExamplesIterable,
-    ExamplesIterable,
-    FilteredExamplesIterable,
-    FormattedExamplesIterable,
-    MappedExamplesIterable,
-    RebatchedArrowExamplesIterable,
-    SelectColumnsIterable,
-    VerticallyConcatenatedMultiSourcesExamplesIterable,
-)
 MAX_UNITS = 4096  # of more shards, neighbours are read together
 READ_ROWS = 64  # rows of Arrow made Python objects at a time
 COUNT_LOG_SECONDS = 30
@@ -143,8 +120,8 @@ class Shards:
                 for row in self._open(unit, start):
                     yield row
                     start, failures = start + 1, 0
-            except NETWORK_ERRORS as error:
-                _wait(error, failures, f"shard {unit} of {len(self.counts)}")
+            except Exception as error:
+                _wait_or_raise(error, failures, f"shard {unit} of {len(self.counts)}")
                 failures += 1
                 continue
             if start != self.counts[unit]:
@@ -183,11 +160,24 @@ def retrying(read: Callable[[], Any], what: str) -> Any:
     for failures in itertools.count():
         try:
             return read()
-        except NETWORK_ERRORS as error:
-            _wait(error, failures, what)
+        except Exception as error:
+            _wait_or_raise(error, failures, what)
 
 
-def _wait(error: Exception, failures: int, what: str) -> None:
+def open_file(path: str, token: str | bool | None = None) -> Any:
+    """Open a file to read, here or on a network, as `datasets` names it."""
+    return fsspec.open(path, "rb", **({"hf": {"token": token}} if "hf://" in path else {}))
+
+
+def _is_of_network(error: Exception) -> bool:
+    clients = {cls.__module__.split(".")[0] for cls in type(error).__mro__}
+    return isinstance(error, OSError) or not clients.isdisjoint(NETWORK_CLIENTS)
+
+
+def _wait_or_raise(error: Exception, failures: int, what: str) -> None:
+    """Wait before another try; raise an error that another try would not mend, or after too many."""
+    if not _is_of_network(error):
+        raise error
     if failures >= len(RETRY_DELAYS) or isinstance(error, LASTING_ERRORS):
         raise StreamReadError(
             f"Reading {what} failed {failures + 1} times, at last with {type(error).__name__}: {error}"
@@ -209,7 +199,7 @@ def _counted(stream: datasets.IterableDataset) -> list[list[int]]:
             return kept
         except (OSError, ValueError) as error:
             logger.warning("The lengths in %r cannot be read (%s): the stream is counted again.", str(file), error)
-    units = min(stream.num_shards, MAX_UNITS) if _can_be_sharded(stream) else 1
+    units = min(stream.num_shards, MAX_UNITS) if has_rows_in_shard_order(stream) else 1
     row_groups = _row_groups(stream)
     if row_groups is not None:
         grouped = np.array_split(np.arange(len(row_groups)), units)  # as `shard` groups them
@@ -227,70 +217,30 @@ def _counted(stream: datasets.IterableDataset) -> list[list[int]]:
     return pieces
 
 
-def unshuffled(stream: datasets.IterableDataset) -> datasets.IterableDataset:
-    """A stream without a shuffle of its own, which the trainer does, for every pass anew and so that it can resume."""
-    examples = stream._ex_iterable
-    if not isinstance(examples, BufferShuffledExamplesIterable):
-        return stream
-    while isinstance(examples, (BufferShuffledExamplesIterable, InterleavedShardsExamplesIterable)):
-        examples = examples.ex_iterable
-    logger.warning("The stream's own `shuffle()` is left out: the trainer shuffles each pass (`shuffle_buffer_size`).")
-    return datasets.IterableDataset(
-        ex_iterable=examples,
-        info=stream._info.copy(),
-        split=stream._split,
-        formatting=stream._formatting,
-        token_per_repo_id=stream._token_per_repo_id,
-    )
-
-
 def _name(stream: datasets.IterableDataset) -> str:
     """What a stream's files are called, in their order, in short: processes and resumed runs must find the same."""
-    kwargs, _ = origin(stream)
-    lists = {key: values for key, values in kwargs.items() if isinstance(values, (list, tuple))}
+    lists = {key: values for key, values in files_of(stream).items() if isinstance(values, (list, tuple))}
     names = [os.path.basename(str(value)) for key in sorted(lists) for value in lists[key] if "iterator" not in key]
     return hashlib.blake2b("/".join(names).encode(), digest_size=4).hexdigest()
 
 
-def _can_be_sharded(stream: datasets.IterableDataset) -> bool:
-    """Whether the shards of a stream, one after the other, are its rows in their order: not after `take` or interleaving."""
-    waiting = [stream._ex_iterable]
-    while waiting:
-        examples = waiting.pop()
-        if not isinstance(examples, SHARDED):
-            return False
-        waiting += (
-            [examples.ex_iterable] if hasattr(examples, "ex_iterable") else getattr(examples, "ex_iterables", [])
-        )
-    return True
-
-
 def _row_groups(stream: datasets.IterableDataset) -> list[list[int]] | None:
     """Rows of each row group of each file of a plain Parquet stream, from its footers; None for others."""
-    kwargs, builder = origin(stream)
-    if not isinstance(builder, Parquet) or builder.config.filters is not None or "files" not in kwargs:
+    files, token = parquet_row_groups(stream), token_of(stream)
+    if files is None:
         return None
-    download = datasets.DownloadConfig(token=builder.token)
 
     def read(file: str, wanted: tuple[int, ...] | None) -> list[int]:
-        with xopen(file, "rb", download_config=download) as opened:
+        with open_file(file, token) as opened:
             metadata = pyarrow.parquet.read_metadata(opened)
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         return rows if wanted is None else [sum(rows[group] for group in wanted)]
 
-    def retried(file: str, wanted: tuple[int, ...] | None) -> list[int]:
-        return retrying(lambda: read(file, wanted), f"the footer of {file}")
+    def retried(file: tuple[str, tuple[int, ...] | None]) -> list[int]:
+        return retrying(lambda: read(*file), f"the footer of {file[0]}")
 
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(retried, kwargs["files"], kwargs["row_groups_list"]))
-
-
-def origin(stream: datasets.IterableDataset) -> tuple[dict[str, Any], Any]:
-    """Files and builder of a stream that passes rows on as they are; `datasets` has no public way to tell them."""
-    examples = stream._ex_iterable
-    while isinstance(examples, (RebatchedArrowExamplesIterable, SelectColumnsIterable)):
-        examples = examples.ex_iterable
-    return getattr(examples, "kwargs", {}), getattr(getattr(examples, "generate_tables_fn", None), "__self__", None)
+        return list(pool.map(retried, files))
 
 
 def _count_by_reading(stream: datasets.IterableDataset, units: int) -> list[list[int]]:
@@ -317,11 +267,10 @@ def _cache_folder() -> Path:
 def _cache_file(stream: datasets.IterableDataset) -> Path | None:
     """Where the counts are kept: by what the stream is made of, and by size and time of its local files."""
     try:
-        made_of = Hasher.hash(stream._ex_iterable)
+        made_of = Hasher.hash(parts_of(stream))
     except Exception:  # whatever a user's function holds that cannot be hashed
         return None
-    kwargs, _ = origin(stream)
-    names = [value for values in kwargs.values() if isinstance(values, list) for value in values]
+    names = [value for values in files_of(stream).values() if isinstance(values, list) for value in values]
     local = [Path(name).stat() for name in names if isinstance(name, str) and os.path.exists(name)]
     state = Hasher.hash([(file.st_size, file.st_mtime_ns) for file in local])
     return _cache_folder() / f"{made_of}-{state}.json"

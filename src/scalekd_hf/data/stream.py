@@ -19,29 +19,28 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderShard
-from datasets.utils.file_utils import xopen
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .bad_images import TooManyBadImagesError, describe
 from .decoding import BadImageError
 from .preparation import Preparation
-from .sources import Shards, Table, retrying
+from .sources import Shards, Table, open_file, retrying
 
 
-__all__ = ["ImageStream", "Layout", "StreamLoader"]
+__all__ = ["ImageStream", "Partition", "StreamLoader"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How places are dealt out.
+class Partition:
+    """How the sequence of images is divided among the workers of all ranks.
 
     Args:
         batch_size: images in a micro-batch of one rank.
         world_size: ranks.
         workers: workers of each rank.
-        start: place from which on they are dealt out like this.
+        start: place in the sequence from which on it is divided like this.
     """
 
     batch_size: int
@@ -96,7 +95,7 @@ class ImageStream(IterableDataset):
     ):
         self.source, self.preparation, self.label = source, preparation, label
         self.seed, self.buffer_size, self.max_bad_images = seed, buffer_size, max_bad_images
-        self.layout, self.rank, self.images_seen = Layout(1), 0, 0
+        self.partition, self.rank, self.images_seen = Partition(1), 0, 0
 
     def __len__(self) -> int:
         """Images in the data set, for an evaluation; the stream of a training run has no end."""
@@ -109,19 +108,19 @@ class ImageStream(IterableDataset):
         """Images between two reshuffles."""
         return len(self.source) * self.preparation.repeats
 
-    def training_loader(self, layout: Layout, rank: int, images_seen: int, **options: Any) -> DataLoader:
-        """The data loader of one rank, from a place on that is a whole number of micro-batches after the layout's start."""
-        self.layout, self.rank, self.images_seen = layout, rank, images_seen
+    def training_loader(self, partition: Partition, rank: int, images_seen: int, **options: Any) -> DataLoader:
+        """The data loader of one rank, from a place on that is a whole number of micro-batches after the partition's start."""
+        self.partition, self.rank, self.images_seen = partition, rank, images_seen
         self._log_reading()
         # A generator of its own: the global one stays as it is, which a resumed run relies on.
         generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self, layout.batch_size, worker_init_fn=outlive_sigterm, generator=generator, **options)
+        return DataLoader(self, partition.batch_size, worker_init_fn=outlive_sigterm, generator=generator, **options)
 
     def evaluation_loader(self, batch_size: int, rank: int, world_size: int, **options: Any) -> StreamLoader:
         """The data loader of one rank for a single pass; the last batch is filled up with blanks, which are cut off."""
         workers = max(1, options.get("num_workers", 0))
-        self.layout, self.rank = Layout(batch_size, world_size, workers), rank
-        padding = -len(self) % self.layout.step
+        self.partition, self.rank = Partition(batch_size, world_size, workers), rank
+        padding = -len(self) % self.partition.step
         logger.info("Evaluation of %d images; %d blanks fill the last batch and do not count.", len(self), padding)
         generator = torch.Generator().manual_seed(self.seed)
         return StreamLoader(
@@ -130,13 +129,13 @@ class ImageStream(IterableDataset):
 
     def row_order(self) -> np.ndarray:
         """Row numbers of an evaluation in the order in which its batches come, those of all ranks side by side."""
-        shares = self.layout.shares(0, len(self))
+        shares = self.partition.shares(0, len(self))
         batches = []
-        for step in range(-(-len(self) // self.layout.step)):
-            turn, worker = divmod(step, self.layout.workers)
-            for rank in range(self.layout.world_size):
-                share = shares[rank * self.layout.workers + worker]
-                batches.append(share[turn * self.layout.batch_size : (turn + 1) * self.layout.batch_size])
+        for step in range(-(-len(self) // self.partition.step)):
+            turn, worker = divmod(step, self.partition.workers)
+            for rank in range(self.partition.world_size):
+                share = shares[rank * self.partition.workers + worker]
+                batches.append(share[turn * self.partition.batch_size : (turn + 1) * self.partition.batch_size])
         return np.array([place for batch in batches for place in batch], dtype=np.int64)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -151,22 +150,24 @@ class ImageStream(IterableDataset):
 
     def _from_table(self, table: Table, worker: int, workers: int) -> Iterator[tuple[int, int, int, Any]]:
         """Pass, row number, repeat and row at each place of a worker."""
-        first = self.images_seen + self.rank * self.layout.batch_size
+        first = self.images_seen + self.rank * self.partition.batch_size
         for batch in itertools.count(worker, workers):
-            for place in range(self.layout.batch_size):
-                pass_number, place = divmod(first + batch * self.layout.step + place, self.places_per_pass)
+            for place in range(self.partition.batch_size):
+                pass_number, place = divmod(first + batch * self.partition.step + place, self.places_per_pass)
                 position, repeat = divmod(place, self.preparation.repeats)
                 number = int(table.order(self.seed, pass_number)[position])
                 yield pass_number, number, repeat, table[number]
 
     def _from_shards(self, shards: Shards, worker: int, workers: int) -> Iterator[tuple[int, int, int, Any]]:
-        layout = replace(self.layout, workers=workers)
-        worker = (worker + (self.images_seen - layout.start) // layout.step) % workers  # whose turn it is comes first
+        partition = replace(self.partition, workers=workers)
+        worker = (
+            worker + (self.images_seen - partition.start) // partition.step
+        ) % workers  # whose turn it is comes first
         for pass_number in itertools.count(self.images_seen // self.places_per_pass):
             start = pass_number * self.places_per_pass
-            first = max(start, layout.start)
-            share = layout.shares(first, start + self.places_per_pass)[self.rank * workers + worker]
-            seen = layout.dealt(self.rank, worker, self.images_seen) - layout.dealt(self.rank, worker, first)
+            first = max(start, partition.start)
+            share = partition.shares(first, start + self.places_per_pass)[self.rank * workers + worker]
+            seen = partition.dealt(self.rank, worker, self.images_seen) - partition.dealt(self.rank, worker, first)
             places = range(share.start - start, share.stop - start)
             for number, repeat, row in self._shuffled(shards, pass_number, places, max(0, seen)):
                 yield pass_number, number, repeat, row
@@ -204,14 +205,14 @@ class ImageStream(IterableDataset):
     def _once(self, worker: int) -> Iterator[dict[str, Any]]:
         """One pass in the order of the data set, and blanks to the end of the last batch."""
         assert isinstance(self.source, Shards)
-        layout, shards = self.layout, self.source
-        share = layout.shares(0, len(self))[self.rank * layout.workers + worker]
+        partition, shards = self.partition, self.source
+        share = partition.shares(0, len(self))[self.rank * partition.workers + worker]
         rows = shards.rows(list(range(len(shards.counts))), share.start)
         for number, row in itertools.islice(rows, len(share)):
             yield prepare_or_blank(self.preparation, self._with_bytes(row), number, self.label, shards.place(number))
-        steps = -(-len(self) // layout.step)
-        batches = steps // layout.workers + (steps % layout.workers > worker)
-        for _ in range(batches * layout.batch_size - len(share)):
+        steps = -(-len(self) // partition.step)
+        batches = steps // partition.workers + (steps % partition.workers > worker)
+        for _ in range(batches * partition.batch_size - len(share)):
             yield self.preparation.blank(self.label)
 
     def _filled(self, places: Iterator[tuple[int, int, int, Any]]) -> Iterator[dict[str, Any]]:
@@ -240,17 +241,20 @@ class ImageStream(IterableDataset):
             return row
 
         def read() -> bytes:
-            with xopen(image["path"], "rb") as opened:
-                return opened.read()
+            with open_file(image["path"]) as opened:
+                content: bytes = opened.read()
+            return content
 
         return {**row, column: {"bytes": retrying(read, image["path"]), "path": image["path"]}}
 
     def _log_reading(self) -> None:
         """Say what it costs to have fewer shards than readers, in rows that more than one of them reads."""
-        if isinstance(self.source, Table) or self.layout.world_size * self.layout.workers <= len(self.source.counts):
+        if isinstance(self.source, Table) or self.partition.world_size * self.partition.workers <= len(
+            self.source.counts
+        ):
             return
-        shares = self.layout.shares(self.layout.start, self.layout.start + self.places_per_pass)
-        bounds = [(share.start - self.layout.start) // self.preparation.repeats for share in shares if share]
+        shares = self.partition.shares(self.partition.start, self.partition.start + self.places_per_pass)
+        bounds = [(share.start - self.partition.start) // self.preparation.repeats for share in shares if share]
         again = self.source.read_twice(self.source.order(self.seed, 0), bounds)
         logger.warning(
             "The stream has %d shards for %d readers (ranks x workers): each reads its part of a shard, and %d of %d rows "
@@ -277,12 +281,12 @@ class StreamLoader(DataLoaderShard):
 
     def __len__(self) -> int:
         """Batches of each rank."""
-        return -(-len(self.dataset) // self.dataset.layout.step)
+        return -(-len(self.dataset) // self.dataset.partition.step)
 
     @property
     def total_batch_size(self) -> int:
         """Images in a batch of all ranks."""
-        return int(self.dataset.layout.step)
+        return int(self.dataset.partition.step)
 
 
 def outlive_sigterm(worker: int) -> None:

@@ -1,0 +1,1 @@
+"""The method of ScaleKD (arXiv 2411.06786), in torch alone."""

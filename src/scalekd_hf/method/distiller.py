@@ -1,4 +1,4 @@
-"""`ScaleKDModel`: student, frozen teacher and mimicking heads, from images to one weighted loss.
+"""Student, frozen teacher and mimicking heads, from images to one weighted loss.
 
 Source: ScaleKD (arXiv 2411.06786), section 3.4. With λ = `logit_weight`:
 
@@ -8,39 +8,20 @@ Source: ScaleKD (arXiv 2411.06786), section 3.4. With λ = `logit_weight`:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
-from ..models.loading import ImageSpec
-from ..models.students import Student
-from ..models.teachers import Teacher
+from ..images import Normaliser
 from .heads import FEATURE_TERMS, MimickingHeads
 from .losses import logit_distillation_loss, task_loss
+from .protocols import StudentModel, TeacherModel
 
 
-__all__ = ["LOSS_TERMS", "ScaleKDModel", "ScaleKDOutput", "feature_weights"]
+__all__ = ["LOSS_TERMS", "Distiller", "check_labels", "feature_weights"]
 
 LOSS_TERMS = ("task", "logit", *FEATURE_TERMS)
-
-
-@dataclass
-class ScaleKDOutput(ModelOutput):
-    """Output of `ScaleKDModel`.
-
-    Attributes:
-        loss: the weighted sum, a scalar; None in eval mode without labels.
-        logits: the student's, (B, K).
-        losses: the unweighted terms by the names in `LOSS_TERMS`, those that are in use.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
 
 
 def feature_weights(
@@ -60,38 +41,12 @@ def feature_weights(
     return {term: weights[term] for term in used if weights[term]}
 
 
-class PixelConverter(nn.Module):
-    """From images normalised and sized for the student to those for the teacher, on the device."""
-
-    def __init__(self, student: ImageSpec, teacher: ImageSpec):
-        super().__init__()
-        mean_s, std_s, mean_t, std_t = (
-            torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
-            for values in (student.mean, student.std, teacher.mean, teacher.std)
-        )
-        self.same_values = student.mean == teacher.mean and student.std == teacher.std
-        self.size = teacher.size if teacher.size != student.size else None
-        self.scale: Tensor
-        self.shift: Tensor
-        self.register_buffer("scale", std_s / std_t, persistent=False)
-        self.register_buffer("shift", (mean_s - mean_t) / std_t, persistent=False)
-
-    @torch.no_grad()
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, height, width) in the student's normalisation and size to the teacher's."""
-        if not self.same_values:
-            pixel_values = pixel_values * self.scale + self.shift
-        if self.size is not None:
-            pixel_values = F.interpolate(pixel_values, self.size, mode="bicubic", antialias=True, align_corners=False)
-        return pixel_values
-
-
-class ScaleKDModel(nn.Module):
+class Distiller(nn.Module):
     """Student, teacher and heads in one trainable module, so that DDP, FSDP and DeepSpeed see all that trains.
 
-    The teacher stays frozen and in eval mode (but for `teacher_drop_path`). It moves with the module but is no child of
-    it, so that it is in no optimiser, no saved file and no engine's checkpoint, and no wrapper broadcasts its buffers.
-    Without a teacher this is the student alone, trained with the task loss: the baseline.
+    The teacher stays frozen and in eval mode (but for stochastic depth, where that was asked for). It moves with the
+    module but is no child of it, so that it is in no optimiser, no saved file and no engine's checkpoint, and no wrapper
+    broadcasts its buffers. Without a teacher this is the student alone, trained with the task loss: the baseline.
     In eval mode only the student runs.
 
     Args:
@@ -105,16 +60,15 @@ class ScaleKDModel(nn.Module):
         temperature: T of the logit term.
         task_loss: "cross_entropy" or "binary_cross_entropy" over sigmoids.
         label_smoothing: of the task loss, in [0, 1).
-    """
 
-    main_input_name = "pixel_values"
-    accepts_loss_kwargs = False
-    _keys_to_ignore_on_save = None
+    Raises:
+        ValueError: heads that compute other terms than the weights ask for, or a teacher of logits with other classes.
+    """
 
     def __init__(
         self,
-        student: Student,
-        teacher: Teacher | None = None,
+        student: StudentModel,
+        teacher: TeacherModel | None = None,
         heads: MimickingHeads | None = None,
         *,
         spatial_weight: float = 0.08,
@@ -127,10 +81,12 @@ class ScaleKDModel(nn.Module):
         label_smoothing: float = 0.0,
     ):
         super().__init__()
-        self.student, self.heads = student, heads
-        self.teacher: Teacher | None
+        self.student: Any = student
+        self.teacher: Any
         self.__dict__["teacher"] = teacher  # past Module's bookkeeping, so that it is no child
+        self.heads = heads
         self.temperature, self.task_loss, self.label_smoothing = temperature, task_loss, label_smoothing
+        self.normaliser = Normaliser(student.spec, teacher.spec if teacher is not None else None)
         self.weights = {"task": 1.0}
         if teacher is not None:
             features = feature_weights(spatial_weight, frequency_weight, last_frequency_weight, teacher_perception)
@@ -142,23 +98,17 @@ class ScaleKDModel(nn.Module):
             self.weights = {"task": 1.0 - logit_weight, "logit": logit_weight, **features}
             if logit_weight:
                 check_labels("teacher", teacher.num_labels, teacher.labels, student.num_labels, student.labels)
-            self.convert = PixelConverter(student.spec, teacher.spec)
         if heads is not None:
             student.taps  # noqa: B018  taps are found and hooked before any wrapper sees the module
 
-    @property
-    def config(self) -> Any:
-        """The student's transformers configuration; None for a timm student."""
-        return getattr(self.student.model, "config", None)
-
-    def train(self, mode: bool = True) -> ScaleKDModel:
+    def train(self, mode: bool = True) -> Any:
         """See `Module.train`; of the teacher, only stochastic depth follows, where it was asked for."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.train(mode)
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> ScaleKDModel:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """The teacher goes where the module goes, and takes its precision; not to the meta device, from which a wrapper
         would not bring it back."""
         super()._apply(fn, recurse)
@@ -166,63 +116,47 @@ class ScaleKDModel(nn.Module):
             self.teacher._apply(fn, recurse)
         return self
 
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Compute the student's activations again in the backward pass instead of keeping them; called by the Trainer."""
-        if every_n_layers != 1 or offload:
-            raise ValueError(
-                "`activation_checkpointing_kwargs` of a student know neither `every_n_layers` nor `offload`."
-            )
-        self.student.checkpoint_activations(activation_checkpointing_kwargs)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """The same, by its former name."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
-
     def trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The children whose parameters train: student and, with a teacher, heads."""
         yield "student", self.student
         if self.heads is not None:
             yield "heads", self.heads
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ScaleKDOutput:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
         """Compute the weighted loss and its terms in training mode; logits and task loss in eval mode.
 
         Args:
-            pixel_values: (B, 3, height, width), normalised and sized for the student.
+            pixel_values: (B, 3, height, width), normalised and sized for the student, or as uint8.
             labels: (B,) class indices or (B, K) soft labels. Without them the task term is absent.
+
+        Returns:
+            The loss, a scalar or in eval mode without labels None; the student's logits (B, K); and, in training mode,
+            the unweighted terms by the names in `LOSS_TERMS`, those that are in use.
         """
+        pixel_values = self.normaliser.for_student(pixel_values)
         losses: dict[str, Tensor] = {}
         if self.training and self.teacher is not None:
-            logits = self._distil(self.teacher, pixel_values, losses)
+            logits = self._distil(pixel_values, losses)
         else:
             logits = self.student.classify(pixel_values)
         if labels is not None and (self.weights["task"] or not self.training):
             smoothing = self.label_smoothing if self.training else 0.0
             losses["task"] = task_loss(logits, labels, self.task_loss, smoothing)
+        if not self.training:
+            return losses.get("task"), logits, {}
         losses = {term: losses[term] for term in LOSS_TERMS if term in losses}
         if not losses:
-            if self.training:
-                raise ValueError("`labels` are missing: without a teacher there is no other loss than the task's.")
-            return ScaleKDOutput(logits=logits)
-        if not self.training:
-            return ScaleKDOutput(loss=losses["task"], logits=logits)
+            raise ValueError("`labels` are missing: without a teacher there is no other loss than the task's.")
         loss = torch.stack([self.weights[term] * value for term, value in losses.items()]).sum()
         if "task" not in losses and "logit" not in losses:
             loss = loss + 0.0 * logits.float().sum()  # DDP wants a gradient for the classifier, too
-        return ScaleKDOutput(loss=loss, logits=logits, losses=losses)
+        return loss, logits, losses
 
-    def _distil(self, teacher: Teacher, pixel_values: Tensor, losses: dict[str, Tensor]) -> Tensor:
-        teacher_last, teacher_logits = teacher(self.convert(pixel_values))
+    def _distil(self, pixel_values: Tensor, losses: dict[str, Tensor]) -> Tensor:
+        teacher_last, teacher_logits = self.teacher(self.normaliser.for_teacher(pixel_values))
         if self.heads is not None:
             penultimate, last, logits = self.student(pixel_values)
-            losses |= self.heads(penultimate, last, teacher_last, teacher.last_stage)
+            losses |= self.heads(penultimate, last, teacher_last, self.teacher.last_stage)
         else:
             logits = self.student.classify(pixel_values)
         if self.weights["logit"]:

@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..images import counted
+
 
 __all__ = [
+    "counted_in_loss",
     "frequency_mimicking_loss",
     "logit_distillation_loss",
     "mimicking_loss",
@@ -132,23 +135,33 @@ def task_loss(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label
 
     Args:
         logits: (B, K).
-        labels: (B,) class indices, -100 where an image does not count, or (B, K) soft labels.
+        labels: (B,) class indices or (B, K) soft labels; -100, or a row of it, where an image does not count.
         kind: "cross_entropy", or "binary_cross_entropy" over sigmoids: a sum over classes and a mean
             over images, as the published ResNet-50 runs use it.
         label_smoothing: in [0, 1), the share of the target spread evenly over the classes.
     """
+    if kind not in TASK_LOSSES:
+        raise ValueError(f"`task_loss` must be one of {TASK_LOSSES}, got {kind!r}.")
     context, (logits,) = _float32(logits)
     with context:
         if kind == "cross_entropy" and labels.ndim == 1:
             return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        counts = counted_in_loss(labels, kind)
         if kind == "cross_entropy":
-            counted = labels.any(dim=1).sum().clamp(min=1)
-            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum") / counted
-        if kind != "binary_cross_entropy":
-            raise ValueError(f"`task_loss` must be one of {TASK_LOSSES}, got {kind!r}.")
+            soft = labels.clamp(min=0)
+            return F.cross_entropy(
+                logits, soft, label_smoothing=label_smoothing, reduction="sum"
+            ) / counts.sum().clamp(min=1)
         num_classes = logits.shape[-1]
-        counted = labels >= 0 if labels.ndim == 1 else torch.ones_like(labels[:, 0], dtype=torch.bool)
-        target = F.one_hot(labels.clamp(min=0), num_classes).float() if labels.ndim == 1 else labels.float()
+        target = labels.clamp(min=0)
+        target = F.one_hot(target, num_classes).float() if labels.ndim == 1 else target.float()
         target = target * (1 - label_smoothing) + label_smoothing / num_classes
         losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
-        return (losses * counted).sum() / counted.sum()
+        return (losses * counts).sum() / counts.sum()
+
+
+def counted_in_loss(labels: Tensor, kind: str = "cross_entropy") -> Tensor:
+    """Over which images (B,) `task_loss` is a mean: not blanks, nor, in cross-entropy, soft labels without any class."""
+    if labels.ndim == 1:
+        return labels >= 0
+    return counted(labels) & labels.any(dim=1) if kind == "cross_entropy" else counted(labels)

@@ -1,0 +1,1 @@
+"""Students and teachers, of timm and of transformers."""

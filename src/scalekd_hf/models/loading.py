@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
+from timm.data import resolve_data_config
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -28,34 +28,17 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from ..training.gathering import whole_models
+from ..images import ImageSpec
+from .timm_internals import construction_arguments
+from .zero3 import whole_models
 
 
-__all__ = ["Classifier", "ImageSpec", "load_classifier"]
+__all__ = ["INTERPOLATIONS", "Classifier", "check_patches", "load_classifier", "patch_size"]
 
 logger = logging.getLogger(__name__)
 
 SIZE_OPTIONS = {"student": "image_size", "teacher": "teacher_image_size"}
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """The images that a model was made for: size (height, width) in pixels, normalisation, evaluation crop."""
-
-    size: tuple[int, int] = (224, 224)
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.875
-
-    def updated(self, **changes: Any) -> ImageSpec:
-        """A copy with the changes that are not None; an int `size` means a square."""
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if isinstance(changes.get("size"), int):
-            changes["size"] = (changes["size"], changes["size"])
-        tupled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-        return replace(self, **tupled)
 
 
 @dataclass
@@ -225,7 +208,7 @@ def _timm_classifier(
         labels = list(names.values()) if isinstance(names, dict) else list(names)
     if labels is not None and len(labels) != module.num_classes:
         labels = None
-    return Classifier(module, "timm", spec, name, labels, dict(getattr(module, "_model_args", {})))
+    return Classifier(module, "timm", spec, name, labels, construction_arguments(module))
 
 
 def _load_transformers(

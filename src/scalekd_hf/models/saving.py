@@ -1,17 +1,11 @@
-"""Student folders that transformers and timm load, and checkpoints that a run resumes from.
-
-A student folder holds `model.safetensors`, `config.json` and `preprocessor_config.json`. A checkpoint is
-a student folder plus the heads and the trainer's own files. The teacher is in neither.
-"""
+"""Student folders, which transformers and timm load: `model.safetensors`, `config.json`, and a preprocessor's."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +13,31 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
-from transformers import BitImageProcessor, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import BitImageProcessor
 
-from ..training.gathering import whole_models
 from .loading import INTERPOLATIONS
 from .students import Student
+from .timm_internals import write_config
+from .zero3 import whole_models
 
 
 __all__ = [
-    "check_output_dir",
-    "load_checkpoint",
+    "STUDENT_FILE",
+    "broken_file",
+    "check_rebuildable",
     "load_strictly",
     "load_student_weights",
+    "read_student",
     "read_tensors",
     "save_student",
     "save_tensors",
 ]
 
-logger = logging.getLogger(__name__)
+STUDENT_FILE = "model.safetensors"
+UNFINISHED = "_unfinished-"  # begins the name of a folder whose files are moved in place once they are whole
 
-STUDENT_FILE, HEADS_FILE, RUN_STATE_FILE = "model.safetensors", "mimicking_heads.safetensors", "scalekd_state.json"
-UNFINISHED_FOLDER = "_unfinished_checkpoint"  # holds a checkpoint until it is whole; `_` keeps it from the Hub
-REPLACED = "_replaced-"  # before the name of a checkpoint while another takes its place
-LEFT_BEHIND = "_unfinished-"
-INTERRUPTED_FILE = "_interrupted.json"  # the run was stopped by SIGTERM, with these settings
-RESULTS_FILE = "results.json"  # metrics by the name of a model
-NOT_OF_THE_RUN = ("output_dir", "resume_from_checkpoint", "allow_data_mismatch", "local_rank")
+logger = logging.getLogger(__name__)
 
 
 def check_rebuildable(student: Student) -> None:
@@ -94,9 +84,9 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = student.model.state_dict() if state_dict is None else state_dict
-    for left in folder.glob(f"{LEFT_BEHIND}*"):  # by a process that died here
+    for left in folder.glob(f"{UNFINISHED}*"):  # by a process that died here
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=LEFT_BEHIND) as name:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as name:
         unfinished = Path(name)
         if student.classifier.library == "timm":
             state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
@@ -111,20 +101,15 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
 
 def _save_timm_config(student: Student, folder: Path) -> None:
     spec = student.spec
+    data = {
+        "input_size": (3, *spec.size),
+        "mean": spec.mean,
+        "std": spec.std,
+        "interpolation": spec.interpolation,
+        "crop_pct": spec.crop_pct,
+    }
     config_file = folder / "config.json"
-    save_config_for_hf(
-        student.model,
-        str(config_file),
-        model_config={"label_names": student.labels} if student.labels else None,
-        model_args=student.classifier.model_args,
-        data_config={
-            "input_size": (3, *spec.size),
-            "mean": spec.mean,
-            "std": spec.std,
-            "interpolation": spec.interpolation,
-            "crop_pct": spec.crop_pct,
-        },
-    )
+    write_config(student.model, config_file, student.classifier.model_args, student.labels, data)
     config = json.loads(config_file.read_text())
     config.get("model_args", {}).pop("num_classes", None)  # transformers would pass it twice
     config_file.write_text(json.dumps(config, indent=2) + "\n")
@@ -180,111 +165,11 @@ def save_tensors(state_dict: dict[str, Tensor], file: str | Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, file)
 
 
-def load_checkpoint(student: Student, heads: nn.Module | None, folder: str | Path) -> None:
-    """Load student and heads of a checkpoint.
-
-    Raises:
-        ValueError: a checkpoint with a missing, unreadable or unsuitable file.
-    """
-    load_student_weights(student, folder)
-    if heads is not None:
-        load_strictly(heads, read_tensors(Path(folder), HEADS_FILE), Path(folder))
-
-
-def check_output_dir(folder: str | Path, overwrite: bool) -> list[Path]:
-    """Refuse an output folder that holds a run, before any work is done.
-
-    Returns:
-        The checkpoints and the student in it, which are to go when `overwrite` is true.
-
-    Raises:
-        ValueError: it holds a run and `overwrite` is false.
-    """
-    folder = Path(folder)
-    held = sorted(path for path in (*folder.glob("checkpoint-*"), folder / STUDENT_FILE) if path.exists())
-    if held and not overwrite:
-        raise ValueError(
-            f"`output_dir` {str(folder)!r} holds a run already ({', '.join(path.name for path in held)}). Resume it with "
-            "`resume_from_checkpoint=True`, delete it with `overwrite_output_dir=True`, or choose another."
-        )
-    return held
-
-
-def run_settings(args: TrainingArguments) -> dict[str, Any]:
-    """All settings but those that a resumed run may have otherwise, as JSON has them."""
-    settings = {name: value for name, value in args.to_dict().items() if name not in NOT_OF_THE_RUN}
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-    return plain
-
-
-def interrupted(folder: str | Path, settings: dict[str, Any]) -> bool:
-    """Whether a folder holds a run with these settings that SIGTERM stopped."""
-    try:
-        note = json.loads(Path(folder, INTERRUPTED_FILE).read_text())
-    except (OSError, ValueError):
-        return False
-    return bool(note["settings"] == settings and last_checkpoint(folder) is not None)
-
-
-def finished(folder: str | Path, max_steps: int) -> bool:
-    """Whether a folder holds a student that was trained to the end, whatever checkpoints lie beside it."""
-    try:
-        steps = json.loads(Path(folder, "trainer_state.json").read_text())["global_step"]
-    except (OSError, ValueError, KeyError):
-        steps = 0 if last_checkpoint(folder) else max_steps
-    return Path(folder, STUDENT_FILE).exists() and bool(steps >= max_steps)
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The last whole checkpoint in a folder, None where there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return None
-    for replaced in folder.glob(f"{REPLACED}checkpoint-*"):  # a process died between two renames
-        place = folder / replaced.name.removeprefix(REPLACED)
-        if not place.exists():
-            with contextlib.suppress(OSError):  # another process was first
-                replaced.rename(place)
-    found: str | None = get_last_checkpoint(str(folder))
-    return found
-
-
-def optimizer_in_parts(folder: str | Path) -> bool:
-    """Whether a checkpoint's optimiser is kept by DeepSpeed or FSDP, in files of their own."""
-    return any(any(Path(folder).glob(pattern)) for pattern in ("global_step*", "optimizer_0", "pytorch_model_fsdp*"))
-
-
-def check_checkpoint(folder: str | Path, sharded: bool) -> None:
-    """Refuse a checkpoint that training cannot go on from, before anything of it is loaded.
-
-    Args:
-        folder: the checkpoint.
-        sharded: its optimiser is not in files of the Trainer's.
-
-    Raises:
-        ValueError: a folder without readable trainer state, optimiser or scheduler.
-    """
-    folder = Path(folder)
-    for name in ("trainer_state.json", RUN_STATE_FILE):
-        try:
-            json.loads((folder / name).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(_broken(folder, name, error)) from error
-    for file in folder.glob("rng_state*.pth"):
-        if not zipfile.is_zipfile(file):
-            raise ValueError(_broken(folder, file.name, "not a file that torch wrote"))
-    for name in () if sharded else ("optimizer.pt", "scheduler.pt"):
-        try:
-            torch.load(folder / name, map_location="meta", weights_only=True)
-        except Exception as error:  # what torch raises depends on where the file was cut
-            raise ValueError(_broken(folder, name, error)) from error
-
-
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(folder / name)
     except (OSError, SafetensorError) as error:
-        raise ValueError(_broken(folder, name, error)) from error
+        raise ValueError(broken_file(folder, name, error)) from error
 
 
 def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], folder: Path) -> None:
@@ -301,7 +186,8 @@ def _unsuitable(module: nn.Module, folder: Path, reason: Any) -> str:
     )
 
 
-def _broken(folder: Path, name: str, error: Any) -> str:
+def broken_file(folder: Path, name: str, error: Any) -> str:
+    """What to say of a file of a checkpoint, or of a student's folder, that is missing or damaged."""
     others = sorted(path.name for path in folder.parent.glob("checkpoint-*") if path != folder)
     remedy = (
         f"Other checkpoints beside it: {', '.join(others)}." if others else "There is no other checkpoint beside it."

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .loading import Classifier, check_patches, load_classifier, patch_size
-from .students import first_tensor
+from .taps import first_tensor
 
 
 __all__ = ["Teacher", "load_teacher"]

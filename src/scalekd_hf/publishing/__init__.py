@@ -1,0 +1,1 @@
+"""Model cards, curves, and pushes to the Hub."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 
-__all__ = ["PushError", "create_repository", "push_command", "remote_card", "upload"]
+__all__ = ["PushError", "create_repository", "failures_in_log", "push_command", "remote_card", "upload"]
 
 PAUSES = (5.0, 30.0)  # seconds before the second and the third try; the client itself tries requests again, too
 LATER = (408, 409, 425, 429)  # statuses that another try may change; 409: somebody else has just committed
@@ -24,6 +25,15 @@ T = TypeVar("T")
 
 class PushError(RuntimeError):
     """Something could not be pushed to the Hub. What is on the disk is whole, and the message says how to push it."""
+
+
+@contextmanager
+def failures_in_log() -> Iterator[None]:
+    """A push that fails inside ends nothing else: the log says what failed, and how to push it later."""
+    try:
+        yield
+    except PushError as error:
+        logger.error("%s", error)
 
 
 def create_repository(name: str, token: str | None, private: bool | None, revision: str | None) -> str:

@@ -13,7 +13,7 @@ import datasets
 import torch
 from huggingface_hub import HfApi, metadata_load, try_to_load_from_cache
 
-from ..data.sources import origin
+from ..data.datasets_internals import files_of
 
 
 __all__ = ["Source", "citations", "data_source", "hardware", "model_source", "versions"]
@@ -80,8 +80,9 @@ def model_source(model: Any) -> Source:
     hub_id = name.removeprefix("hf-hub:").split("@")[0]
     if "/" not in hub_id:
         return Source(name, architecture=architecture)  # a module of the user's
-    revision = getattr(getattr(module, "config", None), "_commit_hash", None) or _cached_revision(hub_id)
-    return Source(hub_id, hub_id, revision, config.get("license") or _hub_license(hub_id), architecture)
+    return Source(
+        hub_id, hub_id, _cached_revision(hub_id), config.get("license") or _hub_license(hub_id), architecture
+    )
 
 
 def data_source(dataset: Any) -> Source | None:
@@ -89,7 +90,7 @@ def data_source(dataset: Any) -> Source | None:
     info = getattr(dataset, "info", None)
     places = [*(getattr(info, "download_checksums", None) or ())]
     if isinstance(dataset, datasets.IterableDataset):
-        places += [str(value) for value in origin(dataset)[0].values()]
+        places += [str(value) for value in files_of(dataset).values()]
     for place in places:
         if found := HUB_FILE.search(place):
             return Source(found[1], found[1], found[2], getattr(info, "license", None) or None)
@@ -98,7 +99,7 @@ def data_source(dataset: Any) -> Source | None:
 
 def citations(architecture: str | None) -> str:
     """BibTeX of the method, and of the teacher's architecture where it is known."""
-    text = (files("scalekd_hf") / "templates" / "citations.bib").read_text()
+    text = (files("scalekd_hf.publishing") / "templates" / "citations.bib").read_text()
     entries = {entry.split("{", 1)[1].split(",", 1)[0]: entry.strip() for entry in text.split("\n\n")}
     wanted = ["fan2024scalekd"]
     lowered = (architecture or "").lower()

@@ -1,4 +1,4 @@
-"""The part of the trainer that publishes: the student alone, with a card, from a finished run or while it runs."""
+"""What is published of a run: the student alone, with a card, from a finished run or while it goes on."""
 
 from __future__ import annotations
 
@@ -7,224 +7,172 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
+from concurrent.futures import Future
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import CommitInfo, HfApi
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
 
-from ..models.saving import RESULTS_FILE, STUDENT_FILE
-from ..training.checkpoints import CheckpointTrainer
-from ..training.config import ScaleKDConfig
 from .curves import draw_curves
-from .hub import PushError, create_repository, push_command, remote_card, upload
-from .model_card import ALONE, DISTILLED, MARK, CardFacts, make_card
-from .provenance import Source, hardware, model_source, versions
+from .hub import PushError, create_repository, failures_in_log, push_command, remote_card, upload
+from .model_card import MARK, CardFacts, make_card
+from .provenance import Source, model_source
 
 
-__all__ = ["PublishingTrainer"]
+__all__ = ["RESULTS_FILE", "Publisher"]
 
-WEIGHTS = ("config.json", "preprocessor_config.json", STUDENT_FILE)
+RESULTS_FILE = "results.json"  # metrics by the name of a model
+WEIGHTS = ("config.json", "preprocessor_config.json", "model.safetensors")
 ABOUT = ("README.md", "training_config.yaml", RESULTS_FILE, "curves.png")
 STAGING = "_publishing"  # `_` as in the parent: what is on its way to the Hub
-PARENT_SETTINGS = (
-    *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "bf16", "fp16"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "gradient_checkpointing", "torch_compile"),
-)
-NOT_OF_THE_METHOD = (
-    "overwrite_output_dir",
-    "allow_data_mismatch",
-    "channels_last",
-    "dataloader_num_workers",
-    "logging_steps",
-    "report_to",
-)
 
 logger = logging.getLogger(__name__)
 
 
-class PublishingTrainer(CheckpointTrainer):
+class Publisher:
     """Pushes what `from_pretrained` loads, and what describes it; never the teacher, a pickle or a token.
 
+    Args:
+        args: says where the student lies, and whether and where it is pushed.
+        student, teacher: the models, for their origins.
+
     Attributes:
-        results: metrics that the card's table shows beside the trainer's own, by the name of the row: "teacher",
-            "student alone".
-        data: the data set that the card names.
+        repo: the repository's id, once it is known to exist.
     """
 
-    results: dict[str, dict[str, float]]
-    data: Source | None
-    hub_model_id: Any
-    push_in_progress: Any
+    def __init__(self, args: TrainingArguments, student: Any, teacher: Any):
+        self.args = args
+        self._student, self._teacher = student, teacher
+        self.repo: str | None = None
+        self._in_progress: Future | None = None
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository, before any work, so that a token that may not write is known at once.
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @property
+    def name(self) -> str:
+        """What the student is called."""
+        return self.repo or self.args.hub_model_id or self.folder.resolve().name
+
+    @cached_property
+    def student_source(self) -> Source:
+        return model_source(self._student)  # may ask the Hub: once
+
+    @cached_property
+    def teacher_source(self) -> Source | None:
+        return model_source(self._teacher) if self._teacher is not None else None
+
+    def create(self, token: str | None = None, private: bool | None = None, revision: str | None = None) -> str:
+        """Make the repository, or the branch `revision` in it, where they do not exist; returns its id.
 
         Raises:
-            ValueError: a wrong name or token.
+            ValueError: a wrong name, or a token that may not write.
             PushError: a Hub that does not answer.
         """
-        if not self.is_world_process_zero():
-            return
-        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        name = self.repo or self.args.hub_model_id or self.folder.absolute().name
         private = self.args.hub_private_repo if private is None else private
-        self.hub_model_id = create_repository(name, token or self.args.hub_token, private, self.args.hub_revision)
-        self.push_in_progress = None
+        token, revision = token or self.args.hub_token, revision or self.args.hub_revision
+        self.repo = create_repository(name, token, private, revision)
+        return self.repo
 
-    def create_model_card(  # type: ignore[override]
-        self,
-        language: str | list[str] | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        dataset: str | None = None,
-    ) -> None:
-        """Write README.md, training_config.yaml, results.json and curves.png into `output_dir`.
+    # The card
+
+    def describe(self, facts: CardFacts, history: list[dict[str, Any]]) -> None:
+        """Write README.md, training_config.yaml, results.json and curves.png into the folder.
 
         A README.md that somebody has changed (whose first comment is gone) stays as it is.
 
         Args:
-            language, license, tags: for the card's metadata.
-            model_name: instead of the name of the repository.
-            dataset: id or name of the data set, where the data itself does not tell.
+            facts: of the run; `results` are added to those in the folder.
+            history: what was logged, for the curves.
         """
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        curves = draw_curves(self.state.log_history, folder / "curves.png")
-        results = self._write_results(folder / RESULTS_FILE)
-        student = self._student_source
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        facts = CardFacts(
-            repo=model_name or self.hub_model_id or self.args.hub_model_id or folder.resolve().name,
-            library=self.student.classifier.library,
-            student=student,
-            parameters=sum(
-                getattr(p, "ds_numel", p.numel()) for p in self.student.parameters()
-            ),  # ZeRO-3 empties them
-            num_labels=self.student.num_labels,
-            teacher=self._teacher_source,
-            data=self.data or (Source(dataset) if dataset else None),
-            student_pretrained=self.student.pretrained,
-            results=results,
-            facts=self._run_facts(dataset),
-            settings=self._changed_settings(),
-            curves=curves,
-            license=license,
-            language=language,
-            tags=tags,
-        )
-        models = {"student": student.name, "teacher": facts.teacher.name if facts.teacher else None}
-        (folder / "training_config.yaml").write_text(yaml.safe_dump({**models, **facts.settings}, sort_keys=False))
-        card = folder / "README.md"
+        results = self._add_results(facts.results)
+        facts = replace(facts, results=results, curves=draw_curves(history, self.folder / "curves.png"))
+        models = {"student": facts.student.name, "teacher": facts.teacher.name if facts.teacher else None}
+        settings = yaml.safe_dump({**models, **facts.settings}, sort_keys=False)
+        (self.folder / "training_config.yaml").write_text(settings)
+        card = self.folder / "README.md"
         if card.exists() and MARK not in card.read_text():
             logger.warning("%r was changed by somebody: it stays as it is.", str(card))
             return
         make_card(facts).save(card)
 
-    def push_to_hub(  # type: ignore[override]
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **card: Any,
+    def _add_results(self, results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        file = self.folder / RESULTS_FILE
+        results = (json.loads(file.read_text()) if file.exists() else {}) | results
+        if results:
+            file.write_text(json.dumps(results, indent=2) + "\n")
+        return results
+
+    # Pushing
+
+    def push(
+        self, message: str, blocking: bool = True, token: str | None = None, revision: str | None = None
     ) -> CommitInfo | None:
-        """Save the student, describe it, and push both; every process must call it.
-
-        A trainer that has trained nothing, over a folder that holds a student, pushes what the folder holds.
-
-        Args:
-            commit_message, token, revision, private: as `Trainer.push_to_hub` takes them.
-            blocking: wait for it; otherwise it goes on beside, and the log says where it fails.
-            **card: see `create_model_card`.
-
-        Returns:
-            The commit; None in other processes than the first, or if it is not waited for.
+        """Commit the student and what describes it; returns the commit if it is waited for.
 
         Raises:
-            PushError: it failed for good. What is on the disk is whole; the message has the command to push it later.
-            ValueError: a wrong name or token.
+            PushError: it failed for good; where it goes on beside, the log says so.
         """
-        folder = Path(str(self.args.output_dir))
-        as_it_is = self.state.global_step == 0 and (folder / STUDENT_FILE).exists()
-        self.accelerator.wait_for_everyone()  # everyone has looked before the first process writes
-        if not as_it_is:
-            self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        if revision not in (None, self.args.hub_revision):
-            create_repository(str(self.hub_model_id), token or self.args.hub_token, private, revision)
-        if not as_it_is:
-            self.create_model_card(**card)
-        self._finish_current_push()
-        files = _existing(folder, (*WEIGHTS, *ABOUT))
+        self.wait()
+        files = _existing(self.folder, (*WEIGHTS, *ABOUT))
         how: dict[str, Any] = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
         if blocking:
-            return self._push(files, str(commit_message), later=folder, **how)
-        self._push_beside([(files, str(commit_message), "")], folder, None, **how)
+            return self._commit(files, message, later=self.folder, **how)
+        self._push_beside([(files, message, "")], self.folder, None, **how)
         return None
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See `CheckpointTrainer.save_model`; with `push_to_hub` it is pushed, too. A push that fails is said in the log."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.push_to_hub and not _internal_call:
-            try:
-                self.push_to_hub(commit_message="Model save")
-            except PushError as error:
-                logger.error("%s", error)
+    def is_busy(self) -> bool:
+        """Whether a checkpoint would not be pushed now: `hub_strategy` is "end", or another push goes on and may."""
+        if self.args.hub_strategy == HubStrategy.END:
+            return True
+        return not self.args.hub_always_push and self._in_progress is not None and not self._in_progress.done()
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unfinished is not None or not self.is_world_process_zero():
-            return
-        strategy, running = self.args.hub_strategy, self.push_in_progress
-        if strategy == HubStrategy.END:
-            return
-        if running is not None and not running.is_done():
-            if not self.args.hub_always_push:
-                return
-            self._finish_current_push()
-        checkpoint, output_dir = Path(checkpoint_folder), Path(str(self.args.output_dir))
-        self.create_model_card()
-        staging = output_dir / STAGING
+    def push_checkpoint(self, checkpoint: Path, message: str) -> None:
+        """Push a checkpoint's student and, where `hub_strategy` asks for it, the checkpoint, while training goes on."""
+        self.wait()
+        staging = self.folder / STAGING
         shutil.rmtree(staging, ignore_errors=True)
-        student = _link(_existing(checkpoint, WEIGHTS) + _existing(output_dir, ABOUT), staging / "student")
-        message = f"Training in progress, step {self.state.global_step}"
+        student = _link(_existing(checkpoint, WEIGHTS) + _existing(self.folder, ABOUT), staging / "student")
         jobs = [(student, message, "")]
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
             rest = _link([file for file in checkpoint.iterdir() if file.is_file()], staging / "checkpoint")
             jobs.append((rest, f"{message}, checkpoint", f"{name}/"))
         self._push_beside(jobs, checkpoint, staging, token=self.args.hub_token, revision=self.args.hub_revision)
+
+    def wait(self) -> None:
+        """Until nothing is being pushed any more."""
+        if self._in_progress is not None:
+            if not self._in_progress.done():
+                logger.info("A push is still going on; waiting for its end.")
+            self._in_progress.result()
+            self._in_progress = None
 
     def _push_beside(self, jobs: list[tuple], later: Path, staging: Path | None, **how: Any) -> None:
         """Push while training goes on; the log says what fails."""
 
         def push_all() -> None:
             try:
-                for files, message, folder in jobs:
-                    self._push(files, message, later=later, folder=folder, **how)
-            except PushError as error:
-                logger.error("%s", error)
+                with failures_in_log():
+                    for files, message, folder in jobs:
+                        self._commit(files, message, later=later, folder=folder, **how)
             finally:
                 if staging is not None:
                     shutil.rmtree(staging, ignore_errors=True)
 
-        self.push_in_progress = PushInProgress([HfApi().run_as_future(push_all)])  # type: ignore[arg-type]
+        self._in_progress = HfApi().run_as_future(push_all)
 
-    def _push(
+    def _commit(
         self, files: list[Path], message: str, later: Path, token: str | None, revision: str | None, folder: str = ""
     ) -> CommitInfo:
-        repo = str(self.hub_model_id)
+        repo = str(self.repo)
         try:
             card = remote_card(repo, token, revision)
             if card is not None and MARK not in card:
@@ -237,79 +185,6 @@ class PublishingTrainer(CheckpointTrainer):
             raise PushError(
                 f"{error} Nothing is lost; {str(later)!r} is whole. Push it later with: {command}"
             ) from error
-
-    # What the card says
-
-    def _write_results(self, file: Path) -> dict[str, dict[str, float]]:
-        """The metrics of the weights that are saved, if they were evaluated, and those that were given or are in the file."""
-        name = DISTILLED if self._distiller().teacher is not None else ALONE
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        step = best if best is not None and self._started is None else self.state.global_step
-        evaluated = [entry for entry in self.state.log_history if entry["step"] == step and "eval_loss" in entry]
-        kept = ("top1", "top5", "loss")
-        own = {key: evaluated[-1][f"eval_{key}"] for key in kept if evaluated and f"eval_{key}" in evaluated[-1]}
-        results = json.loads(file.read_text()) if file.exists() else {}
-        results |= ({name: own} if own else {}) | self.results
-        if results:
-            file.write_text(json.dumps(results, indent=2) + "\n")
-        return results
-
-    @cached_property
-    def _student_source(self) -> Source:
-        return model_source(self.student)  # may ask the Hub: once
-
-    @cached_property
-    def _teacher_source(self) -> Source | None:
-        teacher = self._distiller().teacher
-        return model_source(teacher) if teacher is not None else None
-
-    def _run_facts(self, dataset: str | None) -> dict[str, Any]:
-        data, teacher = self.data, self._teacher_source
-        trained = self.state.global_step > 0
-        names = ", ".join(f"{name} {number}" for name, number in versions().items())
-        facts: dict[str, Any] = {
-            "student": self._student_source.name,
-            "its arguments": self._student_arguments(),
-            "teacher": _described(teacher),
-            "data": _described(data) or dataset,
-            "images seen": f"{self.loss_log.images_seen:,}" if trained else None,
-            "steps": f"{self.state.global_step:,}" if trained else None,
-            "global batch": self.get_total_train_batch_size(self.args) if trained else None,
-            "seed": self.args.seed,
-            "hardware": hardware(self.args.world_size, self.args.device) if trained else None,
-            "hours": f"{self._seconds() / 3600:.3g}" if trained else None,
-            "versions": names,
-        }
-        return facts
-
-    def _student_arguments(self) -> str | None:
-        known = {name: value for name, value in self.student.classifier.model_args.items() if name != "num_classes"}
-        return f"`{json.dumps(known, default=str)}`" if known else None
-
-    def _changed_settings(self) -> dict[str, Any]:
-        """Settings of the method and of the training that are not the defaults, as YAML holds them."""
-        own = [name for name in ScaleKDConfig.__annotations__ if name not in NOT_OF_THE_METHOD]
-        defaults = {f.name: _default(f) for f in fields(ScaleKDConfig)}
-        values = {name: getattr(self.args, name) for name in (*own, *PARENT_SETTINGS)}
-        return {
-            name: getattr(value, "value", value)
-            for name, value in values.items()
-            if value not in (None, defaults[name], defaults[name] or False)
-        }
-
-
-def _default(field: Any) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
-
-
-def _described(source: Source | None) -> str | None:
-    if source is None:
-        return None
-    known = [
-        f"revision `{source.revision}`" if source.revision else None,
-        f"license `{source.license}`" if source.license else None,
-    ]
-    return ", ".join(filter(None, [f"`{source.hub_id}`" if source.hub_id else source.name, *known]))
 
 
 def _existing(folder: Path, names: Iterable[str]) -> list[Path]:

@@ -1,0 +1,1 @@
+"""What looks at runs and at students: plans, evaluations, exports, pictures."""

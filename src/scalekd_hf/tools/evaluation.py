@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.dataset import dataset_labels
 from ..data.imagenet import BENCHMARKS, ReaL, benchmark, check_classes, label_places, read_real_labels
-from ..data.preparation import IGNORED_LABEL
+from ..data.loading import DataArguments, holds_classes, load_split
+from ..images import IGNORED_LABEL
 from ..models.students import Student, load_student
 from ..publishing.provenance import hardware
 from ..training.config import ScaleKDConfig
@@ -25,7 +26,7 @@ from ..training.feeding import prepare_images
 from ..training.metrics import TOP_K
 from ..training.trainer import ScaleKDTrainer
 from .plan import IMAGES, gflops_of
-from .recipe import DataArguments, holds_classes, load_split, mapping
+from .recipe import mapping
 
 
 __all__ = [
@@ -218,7 +219,7 @@ def evaluate_model(
     which = benchmark(benchmark_name) if benchmark_name else None
     per_image, real = PerImage(), None
     if which is not None:
-        check_classes(student)
+        check_classes(student.name, student.labels, student.num_labels)
     if which is not None and which.name != "imagenet-real":
         per_image = PerImage(label_places(dataset_labels(dataset, config.label_column), which), which.classes)
     student.spec = student.spec.updated(size=config.image_size, crop_pct=config.crop_pct)

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import Trainer, get_scheduler
 
-from ..data.dataset import Preparation, check_dataset, dataset_labels
-from ..method.distiller import ScaleKDModel
-from ..models.loading import ImageSpec
-from ..models.saving import check_output_dir
+from ..data.dataset import check_dataset, dataset_labels
+from ..data.loading import count_images, load_data
+from ..data.preparation import Preparation
+from ..images import ImageSpec
 from ..models.students import load_student
 from ..models.teachers import load_teacher
 from ..training.config import ScaleKDConfig
+from ..training.model import ScaleKDModel, build_model, class_names, num_heads
 from ..training.optimization import scaled_learning_rate, timm_optimizer
-from ..training.pair import build_model, class_names, num_heads
-from .recipe import DistillArguments, as_words, count_images, load_data, parse_config
+from ..training.run_folder import check_output_dir
+from .recipe import DistillArguments, as_words, parse_config
 from .scaling import communication, memory_by_launcher, scaling
 
 
@@ -201,7 +202,7 @@ def _count(result: Plan, model: ScaleKDModel, config: ScaleKDConfig) -> None:
     student, teacher, heads = model.student, model.teacher, model.heads
     assert teacher is not None
     pixel_values = torch.zeros(IMAGES, 3, *student.spec.size)
-    teacher_pixels = model.convert(pixel_values)
+    teacher_pixels = model.normaliser.for_teacher(pixel_values)
     parts = {"teacher forward": gflops_of(lambda: teacher(teacher_pixels))}
     result.models["teacher"]["gflops"] = parts["teacher forward"]
     with torch.no_grad():

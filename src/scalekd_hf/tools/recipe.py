@@ -1,80 +1,23 @@
-"""What the recipes share: settings from YAML and the command line, and data sets from names or files."""
+"""A run as a recipe describes it: the pair, its data and its settings, from a YAML file and the command line."""
 
 from __future__ import annotations
 
 import difflib
-import glob
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub
-import pyarrow.parquet
 import yaml
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers import HfArgumentParser
 
-from ..models.saving import finished, last_checkpoint
-from ..publishing.provenance import Source
+from ..data.loading import DataArguments
 from ..training.config import ScaleKDConfig
-from ..training.trainer import ScaleKDTrainer
 
 
-__all__ = [
-    "DataArguments",
-    "count_images",
-    "DistillArguments",
-    "TeacherArguments",
-    "holds_classes",
-    "load_data",
-    "load_split",
-    "mapping",
-    "parse_config",
-    "take_plan",
-    "train_and_save",
-    "write_config",
-]
-
-SPLIT = re.compile(r"(^|[^a-z])(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
-TABLES = (".csv", ".jsonl", ".parquet", ".arrow", ".tar", ".zip")
-FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
-
-
-@dataclass
-class DataArguments:
-    """Where the images come from.
-
-    Args:
-        dataset: data set on the Hub, or a local folder that `datasets.load_dataset` understands.
-        train_files, eval_files: glob patterns, or URLs, of Parquet, WebDataset or Arrow files, instead of `dataset`.
-        dataset_config, revision: configuration and revision (branch, tag or commit) of the data set.
-        cache_dir: where downloads are kept; by default the cache of `datasets`.
-        train_split, eval_split: its splits; `none` to evaluate on nothing.
-        streaming: read while training, without a download first; a local folder of images is never copied anyway.
-    """
-
-    dataset: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a local folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of the data set: branch, tag or commit."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads of the data set are kept."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
-    train_files: str | None = field(default=None, metadata={"help": "Files to train on, instead of `dataset`."})
-    eval_files: str | None = field(default=None, metadata={"help": "Files to evaluate on, instead of `dataset`."})
-    streaming: bool = field(default=True, metadata={"help": "Read while training, without a download first."})
-
-    @property
-    def source(self) -> Source:
-        """What the model card calls the data: the data set on the Hub, or the folder of the files."""
-        if self.dataset is None or Path(self.dataset).is_dir():
-            folder = Path(self.dataset) if self.dataset else Path(str(self.train_files)).parent
-            return Source(folder.resolve().name)
-        return Source(self.dataset, self.dataset, self.revision)
+__all__ = ["DistillArguments", "TeacherArguments", "as_words", "mapping", "parse_config", "write_config"]
 
 
 @dataclass
@@ -130,6 +73,11 @@ class TeacherArguments(DataArguments):
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:
+    """A setting that is a mapping, or JSON for one; empty for None.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -171,18 +119,6 @@ def parse_config(
     return arguments, config
 
 
-def take_plan(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Take `--plan` or `--plan json` out of the words: "table", "json" or None, and the rest."""
-    rest = list(words)
-    if "--plan" not in rest:
-        return None, rest
-    place = rest.index("--plan")
-    rest.pop(place)
-    if place < len(rest) and rest[place] in ("table", "json"):
-        return rest.pop(place), rest
-    return "table", rest
-
-
 def _check_known(name: str, known: set[str], shown: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -221,94 +157,3 @@ def write_config(arguments: Any, config: ScaleKDConfig, file: str | Path) -> Non
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(kept, sort_keys=True))
-
-
-def load_data(arguments: DataArguments) -> tuple[Any, Any]:
-    """The training and the evaluation data set.
-
-    Raises:
-        ValueError: no source, files that do not exist, or a data set that cannot be loaded.
-    """
-    if arguments.dataset is None and arguments.train_files is None:
-        raise ValueError("There is no data: set `dataset`, or `train_files` and `eval_files`.")
-    train = load_split(arguments, arguments.train_files, arguments.train_split)
-    evaluation = None
-    evaluate = arguments.eval_split.lower() != "none"
-    if arguments.eval_files is not None or (arguments.dataset is not None and evaluate):
-        evaluation = load_split(arguments, arguments.eval_files, arguments.eval_split)
-    return train, evaluation
-
-
-def train_and_save(trainer: ScaleKDTrainer) -> None:
-    """Train and save as the settings say: from a checkpoint where one is to be resumed and is there; not at all where the
-    run has finished."""
-    config = trainer.args
-    checkpoint = config.resume_from_checkpoint
-    if checkpoint is True:
-        if finished(config.output_dir, config.max_steps):
-            return
-        checkpoint = last_checkpoint(config.output_dir)  # none yet: the run was stopped before it began
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()  # with the evaluations on the way
-
-
-def count_images(arguments: DataArguments) -> int | None:
-    """Images in the training files, where they are Parquet and say so."""
-    files = sorted(glob.glob(arguments.train_files, recursive=True)) if arguments.train_files else []
-    if not files or any(Path(file).suffix != ".parquet" for file in files):
-        return None
-    return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
-
-
-def load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any:
-    options: dict[str, Any] = {"cache_dir": arguments.cache_dir, "streaming": arguments.streaming}
-    if options["streaming"] and "[" in split:
-        raise ValueError(f"The split {split!r} is a slice, which a stream does not know: set `streaming` to false.")
-    if pattern is not None:
-        files = [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
-        if not files:
-            raise ValueError(f"No file matches {pattern!r}, seen from {str(Path.cwd())!r}.")
-        suffix = Path(files[0]).suffix
-        if suffix not in FORMATS:
-            raise ValueError(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}.")
-        return datasets.load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
-    source = {"path": arguments.dataset, "name": arguments.dataset_config, "revision": arguments.revision}
-    try:
-        folder = Path(str(arguments.dataset))
-        if split == "train" and folder.is_dir() and holds_classes(folder):
-            # `datasets` would take a word such as "test" in a file's name for a split and leave the other images out.
-            every = {split: str(folder.resolve() / "*" / "*")}
-            return datasets.load_dataset("imagefolder", data_files=every, split=split, cache_dir=arguments.cache_dir)
-        if arguments.streaming and folder.is_dir():
-            # A stream of a folder knows no random access, which files on a disk allow.
-            options["streaming"] = not isinstance(datasets.load_dataset_builder(**source), ImageFolder)
-        return datasets.load_dataset(**source, split=split, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`dataset` {arguments.dataset!r} (configuration {arguments.dataset_config!r}, revision {arguments.revision!r}, "
-            f"split {split!r}) cannot be loaded: {error} {_access(str(arguments.dataset), error)}"
-        ) from error
-
-
-def _access(dataset: str, error: Exception) -> str:
-    """What to do about a data set that the Hub does not give out."""
-    if not isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        return ""
-    page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{dataset}"
-    account = "with an account that may read it: `hf auth login`, or its token in HF_TOKEN"
-    if "gated" in str(error):
-        return f"Accept its terms on {page}, then log in {account}."
-    return f"Check the name on {page}. If it is private or gated, log in {account}."
-
-
-def holds_classes(folder: Path) -> bool:
-    """Whether a folder holds one folder of images for each class, and neither splits nor tables."""
-    inside = list(folder.iterdir())
-    files = [path for path in folder.glob("*/*") if not path.name.startswith(".")]
-    return (
-        not any(SPLIT.search(path.name) for path in inside if path.is_dir())
-        and not any(path.suffix in TABLES for path in [*inside, *files])
-        and any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in files)
-        and not any(path.is_dir() for path in files)
-    )

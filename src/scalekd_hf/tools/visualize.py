@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.distiller import ScaleKDModel
 from ..method.heads import FEATURE_TERMS
 from ..method.losses import mimicking_target, unit_tokens
+from ..training.model import ScaleKDModel
 
 
 __all__ = ["agreement_maps", "cosine_map", "draw_agreement"]
@@ -69,7 +69,7 @@ def agreement_maps(model: ScaleKDModel, pixel_values: Tensor) -> dict[str, Tenso
     training = model.training
     try:
         model.eval()
-        teacher_last, _ = teacher(model.convert(pixel_values))
+        teacher_last, _ = teacher(model.normaliser.for_teacher(pixel_values))
         penultimate, last, _ = model.student(pixel_values)
         heads(penultimate, last, teacher_last, last_stage)
     finally:

@@ -1,0 +1,1 @@
+"""`ScaleKDTrainer` and the parts that it owns."""

@@ -13,14 +13,15 @@ from typing import Any
 import torch.distributed
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
+from torch import Tensor
 from transformers import TrainerCallback
 
 from ..models.saving import load_strictly, load_student_weights, read_student, read_tensors
 from ..models.students import Student
-from .gathering import full_state
+from .sharding import full_state
 
 
-__all__ = ["AveragedStudent"]
+__all__ = ["TRAINED_FILE", "AveragedStudent"]
 
 TRAINED_FILE = "trained_student.safetensors"  # the weights that training goes on with
 
@@ -36,19 +37,24 @@ class AveragedStudent(TrainerCallback):
         # timm's update asks for nothing but the state dict; that of a sharded student is gathered.
         self.average.update(SimpleNamespace(state_dict=partial(full_state, self.student.model)))
 
-    def synchronise(self, accelerator: Accelerator) -> None:
-        """Take the buffers of the first process everywhere: BatchNorm's statistics differ between processes."""
+    def state_dict(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """The average, with the first process's buffers: BatchNorm's statistics differ between processes. All must call it."""
         if accelerator.num_processes > 1:
             for buffer in self.average.module.buffers():
                 torch.distributed.broadcast(buffer, 0)
+        state: dict[str, Tensor] = self.average.module.state_dict()
+        return state
 
-    def restart(self) -> None:
+    def restart(self, device: torch.device) -> None:
         """Start again from the student as it is."""
         self.average.module.load_state_dict(full_state(self.student.model))
+        self.average.to(device)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self, accelerator: Accelerator) -> Iterator[None]:
         """The student is the averaged one inside of this context, a copy of it: evaluation may change its precision."""
+        self.average.to(accelerator.device)
+        self.state_dict(accelerator)  # the same on all processes
         trained, self.student.model = self.student.model, copy.deepcopy(self.average.module)
         try:
             yield
@@ -62,6 +68,6 @@ class AveragedStudent(TrainerCallback):
     def load(self, folder: Path, resume: bool) -> None:
         """Load the average of a checkpoint, and into the student what it trains on with, or the average itself."""
         load_student_weights(self.student, folder)
-        self.restart()
+        self.average.module.load_state_dict(full_state(self.student.model))
         if resume:
             load_strictly(self.student.model, read_tensors(folder, TRAINED_FILE), folder)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import timm.optim
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
 from ..method.losses import TASK_LOSSES
 from ..method.projector import STEM_NORMS, STEMS
-from .precision import keep_autocast, say_tf32_in_both_ways, use_one_gpu
+from .config_checks import LR_SCALINGS, SYNC_BATCHNORMS, check_settings
+from .precision import keep_autocast, say_tf32_in_both_ways
 
 
 __all__ = ["ScaleKDConfig"]
 
-LR_SCALINGS = ("linear", "sqrt")
-SYNC_BATCHNORMS = ("none", "student", "all")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -306,7 +303,12 @@ class ScaleKDConfig(TrainingArguments):
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         super().__post_init__()
-        use_one_gpu(self)
+        if super().n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible to this one process, which uses the first. `accelerate launch` (or `torchrun`) starts a "
+                "process for each; `CUDA_VISIBLE_DEVICES` chooses another.",
+                super().n_gpu,
+            )
         keep_autocast(self)
         if self.torch_compile or self.tf32 is not None:
             say_tf32_in_both_ways()
@@ -314,84 +316,14 @@ class ScaleKDConfig(TrainingArguments):
             self.ddp_static_graph = self.gradient_accumulation_steps == 1 and not self.torch_compile
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore[assignment]
-        for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):
-            self._check(name, "must be finite and not negative", lambda value: 0 <= value < math.inf)
-        self._check("label_smoothing_factor", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
-        shares = ("logit_weight", "hflip", "random_erasing", "teacher_drop_path", "max_bad_images")
-        for name in shares:
-            self._check(name, "must be between 0 and 1", lambda value: 0 <= value <= 1)
-        self._check("ema_decay", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
-        self._check("rand_augment", "must be between 0 and 10", lambda value: 0 <= value <= 10)
-        for name in ("mixup_alpha", "cutmix_alpha"):
-            self._check(name, "must not be negative", lambda value: value >= 0)
-        for name in ("temperature", "softmax_scale"):
-            self._check(name, "must be positive and finite", lambda value: 0 < value < math.inf)
-        sizes = ("penultimate_num_heads", "last_num_heads", "image_size", "teacher_image_size")
-        counts = ("repeated_augmentation", "base_batch_size", "images_per_epoch")
-        for name in (*sizes, *counts, "teacher_last_blocks", "shuffle_buffer_size"):
-            self._check(name, "must be a whole number of at least 1", lambda value: value == int(value) >= 1)
-        self._check("crop_pct", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
-        self._check(
-            "crop_scale",
-            "must be two shares of the area, 0 < smallest <= largest <= 1",
-            lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
-        )
-        self._check(
-            "lr_milestones",
-            "must be rising shares of the run between 0 and 1",
-            lambda value: list(value) == sorted(value) and all(0 < share < 1 for share in value),
-        )
-        self._check("lr_scaling", f"must be one of {LR_SCALINGS}", lambda value: value in LR_SCALINGS)
-        known = timm.optim.list_optimizers()
-        self._check("timm_optim", f"must be an optimiser of timm {known}", lambda value: value in known)
-        self._check("student_taps", "must be the names of two modules", lambda value: len(value) == 2)
-        self._check("sync_batchnorm", f"must be one of {SYNC_BATCHNORMS}", lambda value: value in SYNC_BATCHNORMS)
-        self._check("stem", f"must be one of {STEMS}", lambda value: value in STEMS)
-        self._check("stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
-        self._check("task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
-        self._check_combinations()
-        for name in ("remove_unused_columns", "logging_nan_inf_filter"):
-            self._check(name, f"must be False: {type(self).__dataclass_fields__[name].metadata['help']}", _is_off)
+        check_settings(self)
 
-    def _check_combinations(self) -> None:
-        mixing = self.mixup_alpha > 0 or self.cutmix_alpha > 0
-        if mixing and self.per_device_train_batch_size % 2:
-            raise ValueError(
-                "Mixup and CutMix mix pairs: `per_device_train_batch_size` must be even, got "
-                f"{self.per_device_train_batch_size}."
-            )
-        if mixing and not self.has_labels:
-            raise ValueError("Mixup and CutMix mix labels, too: they need a `label_column`, got 'none'.")
-        if self.load_best_model_at_end and not self.has_labels:
-            raise ValueError("`load_best_model_at_end` needs labels to tell the best: `label_column` is 'none'.")
-        if self.torch_compile_mode in ("reduce-overhead", "max-autotune") and self.gradient_accumulation_steps > 1:
-            raise ValueError(
-                f"`torch_compile_mode` {self.torch_compile_mode!r} uses CUDA graphs, whose gradients the next micro-step "
-                f"overwrites: `gradient_accumulation_steps` must be 1 with it, got {self.gradient_accumulation_steps}. Choose "
-                "'default' or 'max-autotune-no-cudagraphs'."
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "`auto_find_batch_size` is not supported: the order of the images and the learning rate depend on the batch. "
-                "`--plan` estimates the memory; set `per_device_train_batch_size` and `gradient_accumulation_steps`."
-            )
+    @property
+    def n_gpu(self) -> int:
+        """At most one for each process: the parent's `DataParallel` would copy the student without its teacher."""
+        return min(1, super().n_gpu)
 
     @property
     def has_labels(self) -> bool:
         """Whether the images have labels."""
         return self.label_column.lower() != "none"
-
-    def _check(self, name: str, requirement: str, holds: Callable[[Any], bool]) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        try:
-            valid = holds(value)
-        except TypeError as error:
-            raise ValueError(f"`{name}` {requirement}, got {value!r} ({type(value).__name__}).") from error
-        if not valid:
-            raise ValueError(f"`{name}` {requirement}, got {value!r}.")
-
-
-def _is_off(value: bool) -> bool:
-    return not value

@@ -1,225 +1,245 @@
-"""The part of the trainer that feeds it: raw images in, batches out, and what their order depends on."""
+"""What feeds a trainer: prepared data sets, their loaders, and batches as the model takes them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 import torch.nn.functional as F
+from accelerate import Accelerator
 from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.bad_images import BadImages, TooManyBadImagesError
-from ..data.dataset import ImageStream, Preparation, prepare_dataset
-from ..data.preparation import IGNORED_LABEL, normalise
-from ..data.sources import Shards, StreamReadError, Table
-from ..data.stream import Layout, outlive_sigterm
+from ..data.bad_images import BadImages
+from ..data.dataset import prepare_dataset
+from ..data.preparation import Preparation
+from ..data.sources import Shards, Table
+from ..data.stream import ImageStream, Partition, outlive_sigterm
+from ..images import Normaliser
 from ..models.students import Student
 from .config import ScaleKDConfig
-from .loss_log import LossLog
-from .stopping import Stopping
+from .metrics import CountedLoss
+from .position import RunPosition
 
 
-__all__ = ["STOPPING_FAILURES", "ImageTrainer", "Passes", "count_steps", "prepare_images"]
+__all__ = ["ImageFeed", "prepare_images"]
 
 BAD_IMAGES_FILE = "bad_images{}.jsonl"
-STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError)
+
+logger = logging.getLogger(__name__)
 
 
-class ImageTrainer(Trainer):
-    """A `Trainer` whose data sets hold images: map-style or streaming, mixed where the settings ask for it."""
+class ImageFeed:
+    """Loaders of the prepared data sets, batches on the device, and the account of undecodable images.
 
-    args: ScaleKDConfig
-    loss_log: LossLog
-    _epochs_were_counted = False
-    _images_seen_before = 0  # when the run was resumed
-    _layout_start = 0  # place from which on images are dealt out as they are now
-    _mixup: Mixup | None = None
-    _ahead: tuple[list, Any] | None = None  # the batches of the next step
-    _wanted: tuple = ()  # what they are got with
-    _evaluated: Tensor  # sum of the losses, and images that count
-    _evaluates_in_training = False
-    _normalisation: tuple[Tensor, Tensor] | None = None
+    Args:
+        args: of the run.
+        normaliser: scales the values of images for the model.
+        num_labels: K, classes of the student.
+        collator: samples to a batch.
 
-    def _feed(self) -> None:
-        """Set up what belongs to the images, once the parent is there."""
-        rank = f"_rank{self.args.process_index}" if self.args.world_size > 1 else ""
-        file = Path(str(self.args.output_dir), BAD_IMAGES_FILE.format(rank))
-        self.bad_images = {data: BadImages(file, self.args.max_bad_images) for data in ("training", "evaluation")}
-        self.passes: Passes | None = None
-        if isinstance(self.train_dataset, ImageStream):
-            self.passes = Passes(self, self.args.images_per_epoch or len(self.train_dataset.source))
-            self.callback_handler.callbacks.insert(0, self.passes)  # the others find the right epoch
-        self.stopping = Stopping(
-            self._fetch_next, STOPPING_FAILURES, lambda: bool(self.passes and self.passes.repeated)
-        )
-        self.add_callback(self.stopping)  # the last word on what is saved
-        self._mixup = self._make_mixup()
+    Attributes:
+        position: where the run goes on, and from where on its images are dealt out as they are now.
+        bad_images: undecodable ones in "training" and in "evaluation".
+    """
 
-    @property
-    def student(self) -> Student:
-        """The student, also while it is wrapped for distributed training."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).student
+    def __init__(self, args: ScaleKDConfig, normaliser: Normaliser, num_labels: int, collator: Any):
+        self.args, self.normaliser, self.num_labels, self.collator = args, normaliser, num_labels, collator
+        self.position = RunPosition()
+        rank = f"_rank{args.process_index}" if args.world_size > 1 else ""
+        file = Path(str(args.output_dir), BAD_IMAGES_FILE.format(rank))
+        self.bad_images = {data: BadImages(file, args.max_bad_images) for data in ("training", "evaluation")}
+        self._mixup: Mixup | None = None
+        if args.mixup_alpha or args.cutmix_alpha:
+            self._mixup = Mixup(args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0, num_classes=num_labels)
+        self._evaluation_loaders: dict[int, tuple[Any, DataLoader]] = {}  # with persistent workers, by data set
+        self._evaluated = CountedLoss(args.task_loss, args.device)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """The parent's for finished samples; raw images come from an endless stream that finds its place itself."""
-        self._ahead = None
-        if not isinstance(self.train_dataset, ImageStream):
-            return super().get_train_dataloader()
-        return self.train_dataset.training_loader(
-            self._layout(), self.args.process_index, self._images_seen_before, **self._loader_options()
-        )
+    def start_at(self, position: RunPosition) -> None:
+        """Have training go on from there."""
+        self.position = position
 
-    def _layout(self) -> Layout:
+    # Loaders
+
+    def training_loader(self, stream: ImageStream) -> DataLoader:
+        """Endless batches of this process, from the position of the run on."""
         workers = max(1, self.args.dataloader_num_workers or 0)
-        return Layout(self._train_batch_size or 1, self.args.world_size, workers, self._layout_start)
+        partition = Partition(self._batch_size, self.args.world_size, workers, self.position.layout_start)
+        images_seen = self.position.images_seen
+        return stream.training_loader(partition, self.args.process_index, images_seen, **self._loader_options())
+
+    def evaluation_loader(
+        self, dataset: Any, parents: Callable[[Any], DataLoader], is_kept: bool = False
+    ) -> DataLoader:
+        """One pass over a prepared data set, its images dealt out to processes and workers.
+
+        Args:
+            dataset: a stream, or a map-style data set.
+            parents: makes the loader of a map-style one.
+            is_kept: the trainer evaluates on it again: its workers may stay.
+        """
+        if is_kept and id(dataset) in self._evaluation_loaders:
+            return self._evaluation_loaders[id(dataset)][1]
+        loader: Any
+        if isinstance(dataset, ImageStream):
+            options = self._loader_options()
+            persistent = is_kept and self.args.dataloader_persistent_workers
+            batch_size, rank, processes = self.args.eval_batch_size, self.args.process_index, self.args.world_size
+            loader = dataset.evaluation_loader(batch_size, rank, processes, **options, persistent_workers=persistent)
+        else:
+            loader = parents(dataset)
+            own = getattr(loader, "base_dataloader", loader)
+            own.worker_init_fn = outlive_sigterm
+            own.generator = torch.Generator()  # so that training draws the same with an evaluation and without
+        if is_kept and self.args.dataloader_persistent_workers:
+            self._evaluation_loaders[id(dataset)] = dataset, loader
+        return loader
 
     def _loader_options(self) -> dict[str, Any]:
         return {
-            "collate_fn": self.data_collator,
+            "collate_fn": self.collator,
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory,
             "prefetch_factor": self.args.dataloader_prefetch_factor,
-            "multiprocessing_context": getattr(self.args, "dataloader_multiprocessing_context", None),
+            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
         }
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The parent's; of a stream they were fetched at the end of the step before, where a failure can stop the run."""
-        self._wanted = (epoch_iterator, num_batches, device)
-        if self._ahead is None:
-            self._fetch()
-        assert self._ahead is not None
-        batches, self._ahead = self._ahead, None
-        return batches
+    @property
+    def _batch_size(self) -> int:
+        return self.args.train_batch_size or 1
 
-    def _fetch(self) -> None:
-        with self.loss_log.waiting():
-            self._ahead = super().get_batch_samples(*self._wanted)
-        for batch in self._ahead[0]:
-            self.bad_images["training"].add("training", batch.pop("bad_images", []))
-        if isinstance(self.train_dataset, ImageStream):
-            self.bad_images["training"].check(len(self.train_dataset.source), self.args.world_size)
+    def warn_of_settings_without_effect(self, *data: Any) -> None:
+        """Name settings that shape `Trainer`'s own loaders, and that streams of images do not heed."""
+        every = [dataset for given in data for dataset in (given.values() if isinstance(given, dict) else [given])]
+        if not any(isinstance(dataset, ImageStream) for dataset in every):
+            return
+        accelerator: Any = self.args.accelerator_config
+        without_effect = {
+            "dataloader_drop_last": self.args.dataloader_drop_last,
+            "dataloader_in_order": not self.args.dataloader_in_order,
+            "train_sampling_strategy": self.args.train_sampling_strategy != "random",
+            "accelerator_config.split_batches": accelerator.split_batches,
+            "accelerator_config.dispatch_batches": accelerator.dispatch_batches,
+        }
+        for name in (name for name, is_set in without_effect.items() if is_set):
+            logger.warning(
+                "`%s` has no effect on streams of images: training is one endless sequence, shuffled anew in each pass and "
+                "dealt out in order, and an evaluation counts every image once.",
+                name,
+            )
 
-    def _fetch_next(self) -> None:
-        if isinstance(self.train_dataset, ImageStream):
-            self._fetch()
+    # Batches
 
-    def _release_data(self) -> None:
-        """Let go of the data loader's iterator, whose workers then end; the garbage collector would make it wait for them."""
-        self._ahead, self._wanted = None, ()
+    def training_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as the model trains on it: on the device, normalised, mixed where the settings ask for it.
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The parent's; images become float and are normalised on the device."""
-        self.bad_images["evaluation"].add("evaluation", inputs.pop("bad_images", []))
-        inputs = {
+        Raises:
+            ValueError: it has no labels, and the settings do not say so.
+        """
+        if self.args.has_labels and "labels" not in batch:
+            raise ValueError(
+                f"The training samples have no `labels`, only {sorted(batch)}. Name them so, or set `label_column` to "
+                "none to train without."
+            )
+        batch = self._on_device(batch)
+        return self._mix(self._mixup, batch) if self._mixup is not None and "labels" in batch else batch
+
+    def evaluation_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as the model is evaluated on it: on the device and normalised."""
+        self.bad_images["evaluation"].add("evaluation", batch.pop("bad_images", []))
+        return self._on_device(batch)
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = {
             name: value.to(self.args.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
+            for name, value in batch.items()
         }
-        inputs = super()._prepare_inputs(inputs)
-        pixel_values = inputs.get("pixel_values")
-        if isinstance(pixel_values, Tensor) and pixel_values.dtype == torch.uint8:
-            if self._normalisation is None:
-                spec = self.student.spec
-                mean, std = (torch.tensor(v, device=pixel_values.device).view(3, 1, 1) for v in (spec.mean, spec.std))
-                self._normalisation = (mean, std)
-            inputs["pixel_values"] = normalise(pixel_values, *self._normalisation)
-        return inputs
+        if isinstance(pixel_values := batch.get("pixel_values"), Tensor):
+            batch["pixel_values"] = self.normaliser.for_student(pixel_values)
+            if self.args.channels_last and pixel_values.ndim == 4:
+                batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return batch
 
-    def _make_mixup(self) -> Mixup | None:
-        if not (self.args.mixup_alpha or self.args.cutmix_alpha):
-            return None
-        classes = self.student.num_labels
-        return Mixup(self.args.mixup_alpha, self.args.cutmix_alpha, label_smoothing=0.0, num_classes=classes)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The parent's; a raw data set is prepared first, and a stream is dealt out to ranks and workers."""
-        named: Any = self.eval_dataset
-        if isinstance(eval_dataset, str):
-            eval_dataset = named[eval_dataset]
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = prepare_images(dataset, "eval_dataset", self.student, self.args)
-        if not isinstance(dataset, ImageStream):
-            # Without a key, so that no loader of another data set is taken for this one's.
-            batch_size, sampler = self.args.eval_batch_size, cast(Any, self._get_eval_sampler)
-            loader = self._get_dataloader(dataset, "Evaluation", batch_size, sampler_fn=sampler)
-            own: Any = getattr(loader, "base_dataloader", loader)
-            own.worker_init_fn = outlive_sigterm
-            own.generator = torch.Generator()  # so that training draws the same with an evaluation and without
-            return loader
-        options = self._loader_options()
-        return dataset.evaluation_loader(
-            self.args.eval_batch_size, self.args.process_index, self.args.world_size, **options
-        )
-
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
-        """The parent's; predictions on a stream come back in the order of its rows, and undecodable images are told."""
-        bad = self.bad_images["evaluation"]
-        bad.restart()
-        self._evaluated = torch.zeros(2, device=self.args.device)
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
-        images = dataloader.dataset
-        total, counted = self.accelerator.reduce(self._evaluated, "sum").tolist()
-        metrics = cast(dict[str, float], output.metrics)
-        for name in metrics:
-            if name.endswith("_loss") and counted:
-                metrics[name] = total / counted  # the parent's mean is over blanks, too
-        bad.check(len(images) if hasattr(images, "__len__") else 0, self.args.world_size)
-        self._stop_evaluation_if_asked()
-        if not isinstance(images, ImageStream):
-            return output
-        order = images.row_order()
-        return output._replace(
-            predictions=_in_row_order(output.predictions, order), label_ids=_in_row_order(output.label_ids, order)
-        )
-
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """The parent's; adds the loss up over the images that count."""
-        self._stop_evaluation_if_asked()
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        if loss is not None and isinstance(labels, Tensor):
-            images = (labels.any(dim=1) if labels.ndim == 2 else labels != IGNORED_LABEL).sum()
-            self._evaluated += torch.stack([torch.where(images > 0, loss * images, 0.0), images])
-        return loss, logits, labels
-
-    def _stop_evaluation_if_asked(self) -> None:
-        if self._evaluates_in_training:
-            self.stopping.check_evaluation(self.args.world_size)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """That of an evaluation; labels may be missing."""
-        data = prepare_images(test_dataset, "test_dataset", self.student, self.args, labels_optional=True)
-        return self.get_eval_dataloader(data)
-
-    def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _mix(self, mixup: Mixup, batch: dict[str, Any]) -> dict[str, Any]:
         """Mixup or CutMix of a batch, labels (B,) to (B, K); of an odd batch the last image stays as it is."""
-        assert self._mixup is not None
-        pixel_values, labels = inputs["pixel_values"], inputs["labels"]
+        pixel_values, labels = batch["pixel_values"], batch["labels"]
         if labels.ndim != 1:
             raise ValueError(f"Mixup and CutMix need class indices (B,) as labels, got {tuple(labels.shape)}.")
         even = len(labels) // 2 * 2
-        rest = F.one_hot(labels[even:], self.student.num_labels).float()
+        rest = F.one_hot(labels[even:], self.num_labels).float()
         if even:
-            mixed, soft = self._mixup(pixel_values[:even].clone(), labels[:even])
+            mixed, soft = mixup(pixel_values[:even].clone(), labels[:even])
             pixel_values, rest = torch.cat([mixed, pixel_values[even:]]), torch.cat([soft, rest])
-        return {**inputs, "pixel_values": pixel_values, "labels": rest}
+        return {**batch, "pixel_values": pixel_values, "labels": rest}
 
-    def _data_settings(self) -> dict[str, Any]:
-        """What the order of the images depends on."""
+    # Evaluation
+
+    def begin_evaluation(self) -> None:
+        """Count anew: losses and undecodable images."""
+        self._evaluated = CountedLoss(self.args.task_loss, self.args.device)
+        self.bad_images["evaluation"].restart()
+
+    def add_evaluated(self, loss: Tensor | None, labels: Any) -> None:
+        """Take in the mean loss of a batch and its labels, where it has any."""
+        if loss is not None and isinstance(labels, Tensor):
+            self._evaluated.add(loss, labels)
+
+    def end_evaluation(self, output: EvalLoopOutput, images: Any, accelerator: Accelerator) -> EvalLoopOutput:
+        """The output with the loss over the images that count; of a stream, in the order of its rows.
+
+        Raises:
+            TooManyBadImagesError: more than `max_bad_images` allows.
+        """
+        loss, metrics = self._evaluated.mean(accelerator), output.metrics or {}
+        if loss is not None:  # the parent's mean is over blanks, too
+            metrics.update({name: loss for name in metrics if name.endswith("_loss")})
+        count = len(images) if hasattr(images, "__len__") else 0
+        self.bad_images["evaluation"].check(count, self.args.world_size)
+        if not isinstance(images, ImageStream):
+            return output
+        order = images.row_order()
+        predictions, labels = (_in_row_order(values, order) for values in (output.predictions, output.label_ids))
+        return output._replace(predictions=predictions, label_ids=labels)
+
+    # Undecodable images
+
+    def take_bad_images(self, batches: list[dict[str, Any]], dataset: Any) -> None:
+        """Take what training batches say of undecodable images out of them.
+
+        Raises:
+            TooManyBadImagesError: the stream has more than `max_bad_images` allows.
+        """
+        bad = self.bad_images["training"]
+        for batch in batches:
+            bad.add("training", batch.pop("bad_images", []))
+        if isinstance(dataset, ImageStream):
+            bad.check(len(dataset.source), self.args.world_size)
+
+    def report_bad_images(self) -> None:
+        """Say how many there were, and where they are listed."""
+        for data, bad in self.bad_images.items():
+            if bad.kinds:
+                logger.warning(
+                    "Undecodable images met in %s: %s. They are listed in %r.", data, bad.summary(), str(bad.file)
+                )
+
+    def order_settings(self, dataset: Any) -> dict[str, Any]:
+        """What the order of a training set's images depends on, by the names of settings."""
         settings: dict[str, Any] = {"seed": self.args.seed, "repeated_augmentation": self.args.repeated_augmentation}
-        batch, accumulated = self._train_batch_size, self.args.gradient_accumulation_steps
-        data = self.train_dataset
-        if isinstance(data, ImageStream):
-            settings["images"] = len(data.source)
-            if isinstance(data.source, Table):  # any reader can fetch any row
+        batch, accumulated = self._batch_size, self.args.gradient_accumulation_steps
+        if isinstance(dataset, ImageStream):
+            settings["images"] = len(dataset.source)
+            if isinstance(dataset.source, Table):  # any reader can fetch any row
                 step = batch * accumulated * self.args.world_size
                 return settings | {"images per step": step, "processes": self.args.world_size}
-            settings |= {"files": data.source.name, "shuffle_buffer_size": self.args.shuffle_buffer_size}
+            settings |= {"files": dataset.source.name, "shuffle_buffer_size": self.args.shuffle_buffer_size}
         return settings | {
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": accumulated,
@@ -228,21 +248,19 @@ class ImageTrainer(Trainer):
         }
 
 
-def _in_row_order(values: Any, order: np.ndarray) -> Any:
-    """Arrays, or a tuple of them, whose first axis is in the order of the batches, in that of the rows."""
-    if isinstance(values, (tuple, list)):
-        return type(values)(_in_row_order(value, order) for value in values)
-    if not isinstance(values, np.ndarray) or len(values) != len(order):
-        return values
-    sorted_values = np.empty_like(values)
-    sorted_values[order] = values
-    return sorted_values
-
-
 def prepare_images(
     dataset: Any, name: str, student: Student, args: ScaleKDConfig, labels_optional: bool = False
 ) -> Any:
-    """A data set, or a dict of several, with the transforms that the settings and the student ask for."""
+    """A data set, or a dict of several, with the transforms that the settings and the student ask for.
+
+    Args:
+        dataset: a `datasets` object, whose images are then decoded and augmented; any other stays as it is.
+        name: the argument that errors name; "train_dataset" is augmented.
+        labels_optional: a missing label column means images without labels.
+
+    Raises:
+        ValueError: see `prepare_dataset`; or files that are in another order on each process.
+    """
     if dataset is None:
         return None
     if isinstance(dataset, dict):
@@ -250,7 +268,6 @@ def prepare_images(
             key: prepare_images(value, f"{name}[{key!r}]", student, args, labels_optional)
             for key, value in dataset.items()
         }
-
     preparation = Preparation(
         student.spec,
         name == "train_dataset",
@@ -277,41 +294,12 @@ def prepare_images(
     return prepared
 
 
-class Passes(TrainerCallback):
-    """Epochs of a stream, which the parent takes for a single endless one: after so many images, one ends."""
-
-    def __init__(self, trainer: ImageTrainer, images_per_epoch: int):
-        self.trainer, self.images_per_epoch = trainer, images_per_epoch
-        self.repeated = False  # the parent ends an epoch that has been ended
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.ended = -1
-        left = (state.max_steps - state.global_step) * self._images_per_step(args)
-        epochs = (self.trainer.loss_log.images_seen + left) / self.images_per_epoch
-        state.num_train_epochs = math.ceil(args.num_train_epochs if self.trainer._epochs_were_counted else epochs)
-        state.epoch = self.trainer.loss_log.images_seen / self.images_per_epoch
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        seen = self.trainer.loss_log.images_seen
-        before = seen - self._images_per_step(args)
-        state.epoch = seen / self.images_per_epoch
-        if seen // self.images_per_epoch > before // self.images_per_epoch and state.global_step < state.max_steps:
-            # The parent ends the last one. What callbacks do at the end of an epoch they do here, too.
-            self.trainer.callback_handler.on_epoch_end(args, state, control)
-            self.trainer.callback_handler.on_epoch_begin(args, state, control)
-            self.ended = state.global_step
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.repeated = self.ended == state.global_step
-
-    def _images_per_step(self, args: Any) -> int:
-        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def count_steps(stream: ImageStream, args: ScaleKDConfig, images_seen: int = 0) -> int:
-    """Steps for what is left of `num_train_epochs`."""
-    if args.num_train_epochs <= 0:
-        raise ValueError(f"`num_train_epochs` must be positive, got {args.num_train_epochs}.")
-    images = args.images_per_epoch or len(stream.source)
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return math.ceil((args.num_train_epochs * images - images_seen) / batch)
+def _in_row_order(values: Any, order: np.ndarray) -> Any:
+    """Arrays, or a tuple of them, whose first axis is in the order of the batches, in that of the rows."""
+    if isinstance(values, (tuple, list)):
+        return type(values)(_in_row_order(value, order) for value in values)
+    if not isinstance(values, np.ndarray) or len(values) != len(order):
+        return values
+    sorted_values = np.empty_like(values)
+    sorted_values[order] = values
+    return sorted_values

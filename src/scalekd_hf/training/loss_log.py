@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .run_folder import last_checkpoint
+
 
 __all__ = ["LossLog", "NonFiniteLossError"]
 
@@ -83,8 +85,11 @@ class LossLog:
         averages = dict(zip(self._names, means, strict=True))
         return averages | speed | {"images_seen": self.images_seen}
 
-    def stop_if_not_finite(self, accelerator: Accelerator, last_checkpoint: str | None) -> None:
+    def stop_if_not_finite(self, accelerator: Accelerator, output_dir: str | None) -> None:
         """Stop on every process if a loss on any was not finite.
+
+        Args:
+            output_dir: of the run, whose last checkpoint the error names.
 
         Raises:
             NonFiniteLossError: with the first such step and its terms.
@@ -96,6 +101,6 @@ class LossLog:
                 values = ", ".join(f"{name}={value:.4g}" for name, value in zip(self._names, terms, strict=True))
                 raise NonFiniteLossError(
                     f"The loss is not finite at step {int(step)}: {values}. Nothing was saved since; the last checkpoint "
-                    f"is kept: {last_checkpoint or 'there is none'}. A lower `learning_rate`, `max_grad_norm`, a longer "
+                    f"is kept: {last_checkpoint(str(output_dir)) or 'there is none'}. A lower `learning_rate`, `max_grad_norm`, a longer "
                     "warm-up, or `bf16` instead of `fp16` may help."
                 )

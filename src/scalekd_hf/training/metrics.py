@@ -8,13 +8,15 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..data.preparation import IGNORED_LABEL
+from ..images import counted
+from ..method.losses import counted_in_loss
 
 
-__all__ = ["TopKAccuracy", "compute_accuracy", "keep_top5"]
+__all__ = ["CountedLoss", "TOP_K", "TopKAccuracy", "compute_accuracy", "keep_top5"]
 
 TOP_K = 5
 
@@ -51,7 +53,25 @@ def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
         np.concatenate(values) if isinstance(values, list) else np.asarray(values)  # batches, if they were kept apart
         for values in (prediction.predictions, prediction.label_ids)
     )
-    counts = references != IGNORED_LABEL
+    counts = counted(references)
     if references.ndim == 2:  # soft labels
-        counts, references = references.any(axis=1), references.argmax(axis=1)
+        counts, references = counts & references.any(axis=1), references.argmax(axis=1)
     return TopKAccuracy(keep_in_memory=True).compute(predictions=predictions[counts], references=references[counts])
+
+
+class CountedLoss:
+    """The mean loss of an evaluation over the images that count, on all processes; the parent's is over blanks, too."""
+
+    def __init__(self, task_loss: str, device: torch.device):
+        self.task_loss = task_loss
+        self._sums = torch.zeros(2, device=device)  # of the losses, and of the images
+
+    def add(self, loss: Tensor, labels: Tensor) -> None:
+        """Take in a batch: its mean loss, and its labels (B,) or (B, K)."""
+        images = counted_in_loss(labels, self.task_loss).sum()
+        self._sums += torch.stack([torch.where(images > 0, loss * images, 0.0), images])
+
+    def mean(self, accelerator: Accelerator) -> float | None:
+        """Over all processes, which must all ask; None where no image counted."""
+        total, images = accelerator.reduce(self._sums, "sum").tolist()
+        return total / images if images else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from .config import ScaleKDConfig
 
 
-__all__ = ["decayed_parameters", "scaled_learning_rate", "step_schedule", "timm_optimizer"]
+__all__ = ["decayed_parameters", "scale_learning_rate", "scaled_learning_rate", "step_schedule", "timm_optimizer"]
+
+logger = logging.getLogger(__name__)
 
 # Position embeddings, tables of relative positions, class and register tokens, and learned queries, by their names.
 UNDECAYED = ("pos_embed", "position_embedding", "relative_position", "rel_pos", "cls_token", "reg_token", "queries")
@@ -29,6 +32,23 @@ def decayed_parameters(model: nn.Module, decay_all: bool) -> list[str]:
         if decay_all or not excluded:
             names.append(name)
     return names
+
+
+def scale_learning_rate(optimizer: Optimizer, args: ScaleKDConfig, global_batch_size: int) -> None:
+    """Give an optimiser the rate for the run's global batch, and say so where that is another."""
+    rate = scaled_learning_rate(args, global_batch_size)
+    if rate == args.learning_rate:
+        return
+    logger.warning(
+        "The global batch is %d, the learning rate %g is for %s: it is scaled to %g (%s).",
+        global_batch_size,
+        args.learning_rate,
+        args.base_batch_size,
+        rate,
+        args.lr_scaling,
+    )
+    for group in (*optimizer.param_groups, optimizer.defaults):
+        group["lr"] = rate
 
 
 def scaled_learning_rate(args: ScaleKDConfig, global_batch_size: int) -> float:

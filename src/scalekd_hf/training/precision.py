@@ -1,28 +1,16 @@
-"""Devices of one process, TF32, and precision under DeepSpeed and FSDP."""
+"""TF32, and bf16 under DeepSpeed and FSDP: autocast around parameters in float32."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 
-__all__ = ["keep_autocast", "say_tf32_in_both_ways", "use_one_gpu"]
-
-logger = logging.getLogger(__name__)
-
-
-def use_one_gpu(args: TrainingArguments) -> None:
-    """Train on one GPU where one process sees several: the parent's `DataParallel` would copy the student without its teacher."""
-    if args.n_gpu > 1:
-        logger.warning(
-            "%d GPUs are visible to this one process, which uses the first. `accelerate launch` (or `torchrun`) starts a "
-            "process for each; `CUDA_VISIBLE_DEVICES` chooses another.",
-            args.n_gpu,
-        )
-        args._n_gpu = 1
+__all__ = ["autocast", "keep_autocast", "say_tf32_in_both_ways", "without_bf16"]
 
 
 def say_tf32_in_both_ways() -> None:
@@ -57,4 +45,25 @@ def keep_autocast(args: TrainingArguments) -> None:
     if deepspeed is not None and (args.bf16 or args.bf16_full_eval):
         deepspeed.deepspeed_config.pop("bf16", None)
         deepspeed.hf_ds_config.config.pop("bf16", None)
-        deepspeed.hf_ds_config._dtype = torch.float32  # what the parent casts inputs to
+        with without_bf16(args):  # so that the parent casts inputs to float32
+            deepspeed.hf_ds_config.trainer_config_process(args)
+
+
+@contextmanager
+def without_bf16(args: TrainingArguments) -> Iterator[None]:
+    """Inside, DeepSpeed's configuration is read as if `bf16` were off: the parent would ask for DeepSpeed's own."""
+    kept = {name: getattr(args, name) for name in ("bf16", "bf16_full_eval")}
+    if args.deepspeed_plugin is not None:
+        args.bf16 = args.bf16_full_eval = False
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
+
+
+def autocast(args: TrainingArguments, cache_enabled: bool | None = True) -> AbstractContextManager:
+    """That of `bf16` under DeepSpeed and FSDP; elsewhere Accelerate casts."""
+    if args.bf16 and args.mixed_precision == "no":
+        return torch.autocast(args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
+    return nullcontext()

@@ -1,21 +1,28 @@
-"""Ends a run after a step, or within an evaluation, with a checkpoint, on all processes at the same place."""
+"""Ends a run before a step, or within an evaluation, with a checkpoint, on all processes at the same place."""
 
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed
+from accelerate import Accelerator
 from transformers import TrainerCallback
 
+from ..data.bad_images import TooManyBadImagesError
+from ..data.sources import StreamReadError
 
-__all__ = ["EvaluationStopped", "RunInterrupted", "Stopping"]
+
+__all__ = ["STOPPING_FAILURES", "EvaluationStopped", "RunInterrupted", "Stopping"]
+
+STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError)  # the images have ended
+TRY_AGAIN_LATER = 75  # exit status, EX_TEMPFAIL of sysexits.h
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +31,7 @@ class RunInterrupted(SystemExit):
     """Raised by `train()` after SIGTERM and a checkpoint; uncaught, the process exits with 75 ("try again later")."""
 
     def __init__(self) -> None:
-        super().__init__(os.EX_TEMPFAIL)
+        super().__init__(TRY_AGAIN_LATER)
 
 
 class EvaluationStopped(Exception):  # noqa: N818
@@ -32,32 +39,33 @@ class EvaluationStopped(Exception):  # noqa: N818
 
 
 class Stopping(TrainerCallback):
-    """Asks all processes at the end of each step whether one of them must stop: for SIGTERM, or for want of images.
+    """Has all processes stop where one of them must: for SIGTERM, or for want of images.
 
-    Before each batch of an evaluation, too, which may take longer than a scheduler waits.
-
-    The answer travels between the processes' CPUs; no device is waited for.
+    They ask each other before each step, before each batch of an evaluation, which may take longer than a scheduler
+    waits, and after the last step. The answer travels between the processes' CPUs; no device is waited for.
 
     Args:
-        fetch_next: gets the images of the next step; what it raises as one of `failures` stops the run.
-        failures: the errors after which the run stops with a checkpoint.
-        epoch_has_ended: whether the epoch that ends has been ended before.
+        epoch_has_been_told: whether callbacks have heard of the end of the epoch before.
+
+    Attributes:
+        failure: of this process, which then must stop.
+        terminated: this process got SIGTERM.
+        stopped: the run ends, on all processes.
+        saved_step: of the last checkpoint that the run can go on from.
     """
 
-    def __init__(
-        self,
-        fetch_next: Callable[[], None],
-        failures: tuple[type[Exception], ...],
-        epoch_has_ended: Callable[[], bool],
-    ):
-        self.fetch_next, self.failures, self.epoch_has_ended = fetch_next, failures, epoch_has_ended
+    def __init__(self, epoch_has_been_told: Callable[[], bool]):
+        self.epoch_has_been_told = epoch_has_been_told
         self.failure: Exception | None = None
         self.terminated = self.stopped = False
+        self.saved_step = 0
+        self._watches = False  # an evaluation in training
         self._handler: Any = None
         self._group: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.failure, self.terminated, self.stopped = None, False, False
+        self.saved_step = state.global_step
         if args.world_size > 1 and self._group is None:
             timeout = timedelta(seconds=args.ddp_timeout)
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
@@ -65,50 +73,58 @@ class Stopping(TrainerCallback):
             self._handler = signal.signal(signal.SIGTERM, self._terminate)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step < state.max_steps:
-            try:
-                self.fetch_next()
-            except self.failures as error:
-                self.failure = error
-        if not self.agreed(args.world_size):
-            return
-        self.stopped = True
-        logger.warning("The run stops at step %d and saves a checkpoint.", state.global_step)
-        control.should_training_stop = control.should_save = True
-        control.should_evaluate = False
+        if state.global_step >= state.max_steps:  # no other step will ask
+            self.stop_if_asked(args.world_size, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped or self.epoch_has_ended():  # all is saved; there may be no time for more
-            control.should_log = control.should_evaluate = control.should_save = False
+        if self.stopped or self.epoch_has_been_told():  # there may be no time for more
+            control.should_log = control.should_evaluate = False
+            control.should_save = self.stopped and state.global_step != self.saved_step
 
-    def release(self) -> None:
-        """Give SIGTERM its former meaning back."""
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped or not args.save_only_model:
+            self.saved_step = state.global_step
 
-    def raise_reason(self) -> None:
-        """Raise what stopped the run, if anything did.
-
-        Raises:
-            RunInterrupted: SIGTERM, to this process or another.
-            Exception: the failure of this process.
-        """
-        if self.failure is not None:
-            raise self.failure
-        if self.stopped:
-            raise RunInterrupted
-
-    def _terminate(self, *_: Any) -> None:
-        self.terminated = True
-
-    def check_evaluation(self, world_size: int) -> None:
-        """Leave an evaluation, where one of the processes must stop.
-
-        Raises:
-            EvaluationStopped: on all of them.
-        """
+    def stop_if_asked(self, world_size: int, control: Any) -> bool:
+        """Whether the run stops here; its checkpoint is saved as its epoch ends. Every process must ask."""
         if self.agreed(world_size):
+            self.stopped = True
+            control.should_training_stop, control.should_evaluate = True, False
+            logger.warning("The run stops, with a checkpoint.")
+        return self.stopped
+
+    @contextmanager
+    def within_evaluation(
+        self, accelerator: Accelerator, is_training: bool, save: Callable[[], None]
+    ) -> Iterator[None]:
+        """An evaluation; in training it ends where a process must stop, the run is saved, and the reason raised.
+
+        Raises:
+            RunInterrupted, StreamReadError, TooManyBadImagesError: in training, after `save` has run on all processes.
+        """
+        was_watched, self._watches = self._watches, is_training
+        try:
+            yield
+            return
+        except (*STOPPING_FAILURES, EvaluationStopped) as error:
+            if not is_training or self.stopped:
+                raise
+            if not isinstance(error, EvaluationStopped):
+                self.failure = error
+                self.agreed(accelerator.num_processes)  # answers what the others ask before their next batch
+        finally:
+            self._watches = was_watched
+        self.stopped = True
+        save()
+        self.raise_reason(accelerator)
+
+    def leave_evaluation_if_asked(self, world_size: int) -> None:
+        """Asked before each batch by every process, within an evaluation in training.
+
+        Raises:
+            EvaluationStopped: on all of them, where one must stop.
+        """
+        if self._watches and self.agreed(world_size):
             raise EvaluationStopped
 
     def agreed(self, world_size: int) -> bool:
@@ -119,3 +135,32 @@ class Stopping(TrainerCallback):
         wanted = torch.tensor([int(stops)])
         torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(wanted.item())
+
+    @contextmanager
+    def within_training(self, note: Callable[[], None]) -> Iterator[None]:
+        """After the training inside, SIGTERM has its former meaning again, and `note` is called where the run stopped."""
+        try:
+            yield
+        finally:
+            if self._handler is not None:
+                signal.signal(signal.SIGTERM, self._handler)
+                self._handler = None
+            if self.stopped:
+                note()
+
+    def raise_reason(self, accelerator: Accelerator) -> None:
+        """Raise what stopped the run, if anything did, on all processes.
+
+        Raises:
+            RunInterrupted: SIGTERM, to this process or another.
+            Exception: the failure of this process.
+        """
+        if not self.stopped:
+            return
+        accelerator.wait_for_everyone()  # a process that leaves early has its launcher end the others
+        if self.failure is not None:
+            raise self.failure
+        raise RunInterrupted
+
+    def _terminate(self, *_: Any) -> None:
+        self.terminated = True

@@ -1,54 +1,47 @@
-"""`ScaleKDTrainer`: the Hugging Face `Trainer` for ScaleKD, with the fewest hooks."""
+"""`ScaleKDTrainer`: the Hugging Face `Trainer` for ScaleKD. Its hooks are short and hand over to its parts."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import set_seed
+from huggingface_hub import CommitInfo
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from ..data.dataset import Collator, ImageStream, collate, dataset_labels
-from ..method.distiller import check_labels
-from ..models.saving import (
-    check_checkpoint,
-    check_rebuildable,
-    interrupted,
-    last_checkpoint,
-    optimizer_in_parts,
-    run_settings,
-)
+from ..data.stream import ImageStream
+from ..models.saving import STUDENT_FILE, save_student
 from ..models.students import Student
 from ..models.teachers import Teacher
-from ..publishing.provenance import data_source
-from ..publishing.publisher import PublishingTrainer
+from ..publishing.hub import failures_in_log
+from ..publishing.publisher import Publisher
 from .averaging import AveragedStudent
+from .checkpoints import Checkpoints, RestoredSchedule, optimizer_in_parts
 from .config import ScaleKDConfig
 from .console import use_readable_log
-from .feeding import count_steps, prepare_images
+from .epochs import count_epochs
+from .facts import PushedCheckpoints, card_facts
+from .feeding import ImageFeed, prepare_images
 from .loss_log import LossLog
-from .metrics import compute_accuracy, keep_top5
-from .optimization import decayed_parameters, scaled_learning_rate, step_schedule, timm_optimizer
-from .pair import build_model, convert_batchnorms
-from .sharding import shard_fsdp2, shard_zero3
+from .model import ScaleKDModel
+from .optimization import decayed_parameters, scale_learning_rate, step_schedule
+from .precision import autocast, without_bf16
+from .run_folder import RunFolder, run_settings
+from .setup import set_up
+from .sharding import check_engine, check_untrained, engine_runs, full_state, place_teacher
+from .stopping import STOPPING_FAILURES, Stopping
+from .stopwatch import Stopwatch
 
 
 __all__ = ["ScaleKDTrainer"]
 
-PER_TENSOR_OPTIMIZERS = ("lamb", "lars", "larc", "adafactor", "muon", "nlamb", "nlars", "fused")
 
-logger = logging.getLogger(__name__)
-
-
-class ScaleKDTrainer(PublishingTrainer):
+class ScaleKDTrainer(Trainer):
     """Distils a frozen teacher into a student with ScaleKD (NeurIPS 2024, arXiv 2411.06786).
 
     ```python
@@ -71,10 +64,17 @@ class ScaleKDTrainer(PublishingTrainer):
         **kwargs: what `Trainer` takes besides; `data_collator`, `compute_metrics` (top-1 and top-5 by default) and
             `preprocess_logits_for_metrics` replace the trainer's own.
 
+    Attributes:
+        results: metrics for the card's table beside the trainer's own, by its rows: "teacher", "student alone".
+        data: the data set that the card names.
+        feed, checkpoints, run_folder, publisher: its parts: what feeds it, what keeps the run, and what publishes it.
+
     Raises:
         ValueError: models, images or labels that do not fit each other.
     """
 
+    args: ScaleKDConfig
+    hub_model_id: Any
     loss_is_scaled_for_ga = False  # every loss is a mean over its own batch
 
     def __init__(
@@ -86,58 +86,38 @@ class ScaleKDTrainer(PublishingTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        args = args if args is not None else ScaleKDConfig(output_dir="scalekd_output")
-        if not isinstance(args, ScaleKDConfig):
-            raise ValueError(f"`args` must be a `ScaleKDConfig`, got a `{type(args).__name__}`.")
-        self.settings = run_settings(args)
-        # The caller's may be for other runs, too; each needs a DeepSpeed plugin of its own.
-        args = copy.copy(args) if args.deepspeed_plugin is None else dataclasses.replace(args)
-        args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
-        set_seed(args.seed)
-        labels = dataset_labels(train_dataset if train_dataset is not None else eval_dataset, args.label_column)
-        distiller = build_model(model, teacher, args, labels)
-        if args.channels_last:
-            distiller.to(memory_format=torch.channels_last)
-        check_rebuildable(distiller.student)
-        evaluations = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        for name, dataset in (
-            ("train_dataset", train_dataset),
-            *(("eval_dataset" + f"[{key!r}]" * bool(key), value) for key, value in evaluations.items()),
-        ):
-            if names := dataset_labels(dataset, args.label_column):
-                student = distiller.student
-                check_labels(f"`{name}`", len(names), names, student.num_labels, student.labels)
-                student.name_labels(names)
-        if kwargs.get("compute_metrics") is None and kwargs.get("preprocess_logits_for_metrics") is None:
-            kwargs["compute_metrics"] = compute_accuracy
-            kwargs["preprocess_logits_for_metrics"] = keep_top5
-        kwargs["data_collator"] = Collator(kwargs.get("data_collator") or collate)
-        if args.timm_optim is not None:
-            kwargs.setdefault("optimizer_cls_and_kwargs", timm_optimizer(args, args.learning_rate))
-        if args.sync_batchnorm != "none" and args.world_size > 1:
-            if args.device.type != "cuda":
-                raise ValueError("`sync_batchnorm` needs GPUs: torch has no synchronised BatchNorm on the CPU.")
-            convert_batchnorms(distiller, args.sync_batchnorm)
-        self.loss_log = LossLog()
-        self.results = {}
-        self.data = data_source(train_dataset if train_dataset is not None else eval_dataset)
-        train_dataset = prepare_images(train_dataset, "train_dataset", distiller.student, args)
-        self._epochs_were_counted = isinstance(train_dataset, ImageStream) and args.max_steps <= 0
-        if self._epochs_were_counted:
-            args.max_steps = count_steps(train_dataset, args)
-        super().__init__(
-            model=distiller,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=prepare_images(eval_dataset, "eval_dataset", distiller.student, args),
-            **kwargs,
-        )
-        self._check_engine()
+        given = args if args is not None else ScaleKDConfig(output_dir="scalekd_output")
+        setup = set_up(model, teacher, given, train_dataset, eval_dataset, kwargs)
+        args, student, settings = setup.args, setup.model.student, run_settings(given)
+        self.results: dict[str, dict[str, float]] = {}
+        self.data, self.epochs = setup.data, setup.epochs
+        self.loss_log, self.stopwatch = LossLog(), Stopwatch()
+        self.publisher = Publisher(args, student, setup.model.teacher)
+        self.feed = ImageFeed(args, setup.model.normaliser, student.num_labels, setup.options["data_collator"])
+        super().__init__(setup.model, args, **setup.data_sets, **setup.options)
+        check_engine(self.accelerator, args)
+        self.run_folder = RunFolder(args, settings, self.accelerator)
+        self.averaged = AveragedStudent(student, args.ema_decay) if args.ema_decay else None
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self.checkpoints = Checkpoints(args, self.feed, self.loss_log, self.stopwatch, self.averaged, is_sharded)
+        self.stopping = Stopping(count_epochs(self, self.epochs, self.loss_log))
+        self._schedule_was_given = self.lr_scheduler is not None
         use_readable_log(self)
-        self.averaged = AveragedStudent(self.student, args.ema_decay) if args.ema_decay else None
         if self.averaged is not None:
             self.add_callback(self.averaged)
-        self._feed()
+        self.add_callback(PushedCheckpoints(self.publisher, self.create_model_card))
+        self.add_callback(self.stopping)  # the last word on what is saved
+        self.feed.warn_of_settings_without_effect(self.train_dataset, self.eval_dataset)
+
+    @property
+    def distiller(self) -> ScaleKDModel:
+        """Student, teacher and heads, also while they are wrapped for distributed training."""
+        return cast(ScaleKDModel, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    @property
+    def student(self) -> Student:
+        """The student, also while it is wrapped for distributed training."""
+        return cast(Student, self.distiller.student)
 
     # Training
 
@@ -154,101 +134,84 @@ class ScaleKDTrainer(PublishingTrainer):
                 resumes the run.
             StreamReadError, TooManyBadImagesError: the images ended; a checkpoint is saved.
         """
-        with self._alone():
-            return self._train(resume_from_checkpoint or None, **kwargs)
+        check_untrained(self)
+        with self.run_folder.locked():
+            checkpoint = self.run_folder.checkpoint_to_resume(resume_from_checkpoint)
+            self._make_way(checkpoint)
+            position = self.checkpoints.start(checkpoint, self.train_dataset, self.epochs)
+            if checkpoint is not None and 0 < self.args.max_steps <= position.step:  # the parent would train one more
+                result = self._load_finished(checkpoint)
+            else:
+                place_teacher(self.distiller.teacher, self.accelerator, self.args)
+                with self.stopwatch.running(position.seconds), self.stopping.within_training(self._note_interruption):
+                    result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)
+                self.feed.report_bad_images()
+                self.stopping.raise_reason(self.accelerator)
+            self.run_folder.forget_interruption()
+            return result
 
-    def _train(self, checkpoint: Any, **kwargs: Any) -> TrainOutput:
-        if self.deepspeed is not None:
-            raise ValueError(
-                "DeepSpeed trains a trainer's model once: make a new trainer, and resume from its checkpoint."
-            )
-        if checkpoint is None and interrupted(str(self.args.output_dir), self.settings):
-            logger.warning("The run in %r was stopped before its end: it is resumed.", str(self.args.output_dir))
-            checkpoint = True
-        if checkpoint is True:
-            checkpoint = last_checkpoint(str(self.args.output_dir))
-            if checkpoint is None:
-                raise ValueError(f"There is no checkpoint to resume from in `output_dir` {self.args.output_dir!r}.")
-        self._images_seen_before = self._layout_start = 0
-        self._seconds_before = 0.0
-        self.loss_log.reset()
-        if self.averaged is not None:
-            self.averaged.restart()
+    def _make_way(self, checkpoint: str | None) -> None:
+        """Clear the folder for a new run, or have the parent find its way into a checkpoint."""
+        self.remove_callback(RestoredSchedule)  # of an earlier call
         if checkpoint is None:
-            self._clear_output_dir()
-        else:
-            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            check_checkpoint(checkpoint, sharded or (self.args.allow_data_mismatch and optimizer_in_parts(checkpoint)))
-            step = self._read_run_state(Path(checkpoint))
-            if self.averaged is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-                self.averaged.restore(Path(checkpoint))
-            if 0 < self.args.max_steps <= step:  # the parent would train one step more
-                self._forget_interruption()
-                return self._load_finished(checkpoint, step)
+            self.run_folder.clear()
+        elif optimizer_in_parts(checkpoint) and not self.checkpoints.is_sharded:
+            self.add_callback(RestoredSchedule(checkpoint))
+        self.args.ignore_data_skip |= isinstance(self.train_dataset, ImageStream)  # it finds its place itself
+
+    def _note_interruption(self) -> None:
+        self.run_folder.note_interruption(self.state.global_step)
+
+    def _load_finished(self, checkpoint: str) -> TrainOutput:
+        """A run that needs no more steps: load what it ended with."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if self.args.load_best_model_at_end and Path(self.state.best_model_checkpoint or "", STUDENT_FILE).exists():
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, float("nan"), {})
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The parent's for finished samples; of raw images an endless sequence that finds its place itself."""
         if isinstance(self.train_dataset, ImageStream):
-            self.args.ignore_data_skip = True  # it starts where the checkpoint stands
-        teacher = self._distiller().teacher
-        if teacher is not None:  # engines that place the parameters do not know of it
-            teacher.to(self.args.device)
-            if self.args.shard_teacher and not teacher.is_sharded:
-                self._shard(teacher)
-        if self.averaged is not None:
-            self.averaged.average.to(self.args.device)
-        self._started = time.monotonic()
+            return self.feed.training_loader(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The parent's; none where one of the processes must stop, which ends the run before this step."""
+        batches: list = []
+        count: Any = None
         try:
-            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        finally:
-            self._seconds_before, self._started = self._seconds(), None
-            self.stopping.release()
-            self._release_data()
-            if self.stopping.stopped:
-                self._note_interruption()
-        self._stop_if_not_finite()
-        self._report_bad_images()
-        if self.stopping.stopped:
-            self.accelerator.wait_for_everyone()
-            self.stopping.raise_reason()
-        self._forget_interruption()
-        return result
+            if not self.stopping.terminated:
+                with self.loss_log.waiting():
+                    batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+                self.feed.take_bad_images(batches, self.train_dataset)
+        except STOPPING_FAILURES as error:
+            self.stopping.failure = error
+        return ([], None) if self.stopping.stop_if_asked(self.args.world_size, self.control) else (batches, count)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The parent's, of images that are normalised and mixed on the device."""
+        return super().training_step(model, self.feed.training_inputs(inputs), *args, **kwargs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted loss in training, whose terms it adds up; the student's task loss in evaluation."""
-        training = self._distiller().training  # an engine around it may say otherwise
-        if training and self._mixup is not None and "labels" in inputs:
-            inputs = self._mix(inputs)
-        if training and self.args.has_labels and "labels" not in inputs:
-            raise ValueError(
-                f"The training samples have no `labels`, only {sorted(inputs)}. Name them so, or set `label_column` to "
-                "none to train without."
-            )
         outputs = model(**inputs)
-        if training:
+        if self.distiller.training:  # an engine around it may say otherwise
             images = len(inputs["pixel_values"]) * self.args.world_size
             self.loss_log.add(self.state.global_step + 1, outputs.loss, outputs.losses, images)
         return (outputs.loss, {"loss": outputs.loss, "logits": outputs.logits}) if return_outputs else outputs.loss
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The parent's, which does not see `bf16` under DeepSpeed: it would ask for DeepSpeed's own."""
-        kept = {name: getattr(self.args, name) for name in ("bf16", "bf16_full_eval")}
-        if self.args.deepspeed_plugin is not None:
-            self.args.bf16 = self.args.bf16_full_eval = False
-        try:
+        """The parent's, with bf16 under DeepSpeed as `ScaleKDConfig` has it."""
+        with without_bf16(self.args):
             super().create_accelerator_and_postprocess()
-        finally:
-            for name, value in kept.items():
-                setattr(self.args, name, value)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
-        """bf16 under DeepSpeed and FSDP, see `ScaleKDConfig`; elsewhere Accelerate casts."""
-        if self.args.bf16 and self.args.mixed_precision == "no":
-            return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
-        return contextlib.nullcontext()
+        """That of `bf16` under DeepSpeed and FSDP."""
+        return autocast(self.args, cache_enabled)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay, see `decay_all`."""
@@ -256,49 +219,75 @@ class ScaleKDTrainer(PublishingTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's, with the rate scaled to the global batch."""
-        given = self.optimizer is not None
-        optimizer = super().create_optimizer(*(() if model is None else (model,)))  # transformers 5.0 takes none
-        batch = self.get_total_train_batch_size(self.args)
-        rate = scaled_learning_rate(self.args, batch)
-        if not given and rate != self.args.learning_rate:
-            logger.warning(
-                "The global batch is %d, the learning rate %g is for %s: it is scaled to %g (%s).",
-                batch,
-                self.args.learning_rate,
-                self.args.base_batch_size,
-                rate,
-                self.args.lr_scaling,
-            )
-            for group in (*optimizer.param_groups, optimizer.defaults):
-                group["lr"] = rate
+        was_given, optimizer = self.optimizer is not None, super().create_optimizer(model)
+        if not was_given:
+            scale_learning_rate(optimizer, self.args, self.get_total_train_batch_size(self.args))
         return optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
         """The parent's, or steps at `lr_milestones`."""
         optimizer = optimizer or self.optimizer
-        if self.lr_scheduler is None and self.args.lr_milestones and optimizer is not None:
+        if self.args.lr_milestones and not self._schedule_was_given and optimizer is not None:
             warmup = self.args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = step_schedule(optimizer, self.args.lr_milestones, num_training_steps, warmup)
-            self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's, with the averaged student where there is one."""
-        averaged: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.averaged is not None:
-            self.averaged.average.to(self.args.device)
-            self.averaged.synchronise(self.accelerator)
-            averaged = self.averaged.in_place()
-        with averaged, self._without_engine(), self.loss_log.paused():
-            return super().evaluation_loop(*args, **kwargs)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each loss term averaged since the last log, images per second and images seen."""
+        if "loss" in logs:
+            self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)
+            logs.update(self.loss_log.averages(self.accelerator))
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The parent's; a raw data set is prepared first, and a stream is dealt out to processes and workers."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            dataset = prepare_images(eval_dataset, "eval_dataset", self.student, self.args)
+            return self.feed.evaluation_loader(dataset, super().get_test_dataloader)
+        own: Any = self.eval_dataset
+        own = own if eval_dataset is None else own[eval_dataset]
+        return self.feed.evaluation_loader(own, super().get_test_dataloader, is_kept=True)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """That of an evaluation; labels may be missing."""
+        dataset = prepare_images(test_dataset, "test_dataset", self.student, self.args, labels_optional=True)
+        return self.feed.evaluation_loader(dataset, super().get_test_dataloader)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The parent's; in training, SIGTERM or images that end stop it on all processes, and the run with it."""
+        with self.stopping.within_evaluation(self.accelerator, self.stopwatch.is_running, self._save_stopped_run):
+            return super().evaluate(*args, **kwargs)
+
+    def _save_stopped_run(self) -> None:
+        if self.stopping.saved_step != self.state.global_step:
+            self._save_checkpoint(cast(nn.Module, self.model), None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self._note_interruption()
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, of the averaged student where there is one; predictions come in the order of the rows."""
+        averaged = self.averaged.in_place(self.accelerator) if self.averaged is not None else contextlib.nullcontext()
+        with averaged, self._without_idle_engine(), self.loss_log.paused():
+            self.feed.begin_evaluation()
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+            output = self.feed.end_evaluation(output, dataloader.dataset, self.accelerator)
+            self.stopping.leave_evaluation_if_asked(self.args.world_size)
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """The parent's, of images that are normalised on the device."""
+        self.stopping.leave_evaluation_if_asked(self.args.world_size)
+        loss, logits, labels = super().prediction_step(model, self.feed.evaluation_inputs(inputs), *args, **kwargs)
+        self.feed.add_evaluated(loss, labels)
+        return loss, logits, labels
 
     @contextlib.contextmanager
-    def _without_engine(self) -> Iterator[None]:
+    def _without_idle_engine(self) -> Iterator[None]:
         """A model that was not trained is evaluated as it is: engines want an optimiser, too."""
         engines = self.is_deepspeed_enabled, self.is_fsdp_enabled
-        if any(engines) and not self._engine_runs():
+        if any(engines) and not engine_runs(self):
             self.is_deepspeed_enabled = self.is_fsdp_enabled = False
             cast(nn.Module, self.model).to(self.args.device)
         try:
@@ -306,39 +295,84 @@ class ScaleKDTrainer(PublishingTrainer):
         finally:
             self.is_deepspeed_enabled, self.is_fsdp_enabled = engines
 
-    def _check_engine(self) -> None:
-        """Refuse what would fail, or be another method, under DeepSpeed or FSDP."""
-        state = self.accelerator.state
-        if self.args.shard_teacher and not (
-            (self.is_deepspeed_enabled and state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3)
-            or (self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 2)
-        ):
-            raise ValueError(
-                "`shard_teacher` needs FSDP2 or DeepSpeed ZeRO-3: launch with one of them, or leave it out."
-            )
-        if self.is_deepspeed_enabled and str(self.args.timm_optim).startswith(PER_TENSOR_OPTIMIZERS):
-            raise ValueError(
-                f"`timm_optim` {self.args.timm_optim!r} scales steps tensor by tensor, but DeepSpeed gives it flat parts: it "
-                "would be another optimiser. Use DDP, or another optimiser."
-            )
+    # Keeping the run
 
-    def _shard(self, teacher: Teacher) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student as `from_pretrained` loads it, whole and in full precision; every process must call it.
+
+        With `push_to_hub` it is pushed, too; a push that fails is said in the log.
+        """
+        averaged = self.averaged
+        state = averaged.state_dict(self.accelerator) if averaged is not None else full_state(self.student.model)
+        if self.args.should_save:
+            save_student(self.student, output_dir or str(self.args.output_dir), state)
+        if self.args.push_to_hub and not _internal_call:
+            with failures_in_log():
+                self.push_to_hub(commit_message="Model save")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The parent's, beside the others; it takes its place once it is whole."""
+        self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)  # before a good one is rotated away
+        self.store_flos()
+        parent, is_last = Path(self._get_output_dir(trial)), self.stopping.stopped
+        with self.loss_log.paused(), self.run_folder.new_checkpoint(parent, self.state, is_last) as folder:
+            super()._save_checkpoint(model, folder.parent)
+            self.checkpoints.write_beside_student(folder, self.distiller, self.state.global_step, self.train_dataset)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(trial) if isinstance(trial, Path) else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: it is not whole yet. See `PushedCheckpoints`."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
-            shard_fsdp2(teacher, self.args.device)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            shard_zero3(teacher, self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
-        teacher.is_sharded = True
+            self.checkpoints.load(Path(resume_from_checkpoint), self.distiller, resume=True)
 
-    def _report_bad_images(self) -> None:
-        for data, bad in self.bad_images.items():
-            if bad.kinds:
-                logger.warning(
-                    "Undecodable images met in %s: %s. They are listed in %r.", data, bad.summary(), str(bad.file)
-                )
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if engine_runs(self):
+            super()._load_best_model()
+            self.checkpoints.restore_average(best)
+        else:
+            self.checkpoints.load(best, self.distiller, resume=False)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each loss term averaged since the last log, images per second and images seen."""
-        if "loss" in logs:
-            self._stop_if_not_finite()
-            logs.update(self.loss_log.averages(self.accelerator))
-        super().log(logs, start_time)
+    # Publishing
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository, before any work, so that a token that may not write is known at once."""
+        if self.is_world_process_zero():
+            self.hub_model_id = self.publisher.create(token, private)
+
+    def create_model_card(self, **card: Any) -> None:  # type: ignore[override]
+        """Write README.md, training_config.yaml, results.json and curves.png into `output_dir`; see `card_facts`."""
+        if self.is_world_process_zero():
+            self.publisher.describe(card_facts(self, **card), self.state.log_history)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        **card: Any,
+    ) -> CommitInfo | None:
+        """Save the student, describe it, and push both, see `Publisher.push`; every process must call it.
+
+        A trainer that has trained nothing, over a folder that holds a student, pushes what the folder holds. `card` is for
+        `create_model_card`, but for `revision` and `private` as `Trainer.push_to_hub` takes them.
+        """
+        revision, private = card.pop("revision", None), card.pop("private", None)
+        is_saved = self.state.global_step == 0 and (self.publisher.folder / STUDENT_FILE).exists()
+        self.accelerator.wait_for_everyone()  # everyone has looked before the first process writes
+        if not is_saved:
+            self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None or revision not in (None, self.args.hub_revision):
+            self.hub_model_id = self.publisher.create(token, private, revision)
+        if not is_saved:
+            self.create_model_card(**card)
+        return self.publisher.push(str(commit_message), blocking, token, revision)

@@ -1,0 +1,155 @@
+"""Distil a teacher into a student: alone first where that is asked for, then with the teacher, saved and evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForImageClassification, set_seed
+
+from ..data.dataset import dataset_labels
+from ..data.loading import DataArguments, load_data
+from ..models.students import load_student
+from ..models.teachers import Teacher, load_teacher
+from ..models.zero3 import whole_models
+from ..publishing.provenance import Source
+from ..tools.plan import plan_words
+from ..tools.recipe import DistillArguments, mapping, parse_config, write_config
+from ..training.config import ScaleKDConfig
+from ..training.model import class_names
+from ..training.trainer import ScaleKDTrainer
+from .runs import resume_or_refuse, train_and_save
+
+
+__all__ = ["load_teacher_of", "main", "take_plan"]
+
+
+def run(
+    arguments: DistillArguments, config: ScaleKDConfig, data: tuple, distil: bool
+) -> tuple[dict[str, float], ScaleKDTrainer]:
+    """Train one student, with a teacher or alone, save it, and evaluate what was saved."""
+    train, evaluation = data
+    labels = dataset_labels(train, config.label_column)
+    teacher = load_teacher_of(arguments, config) if distil or labels is None else None
+    set_seed(config.seed)  # alone and distilled start from the same weights
+    student = load_student(
+        arguments.student,
+        pretrained=arguments.student_pretrained,
+        labels=labels or class_names(teacher),
+        image_size=config.image_size,
+        **mapping(arguments.student_args, "student_args"),
+    )
+    trainer = ScaleKDTrainer(student, teacher if distil else None, config, train, evaluation)
+    train_and_save(trainer)
+    trainer.accelerator.wait_for_everyone()
+    if evaluation is None or not config.has_labels:
+        return {}, trainer
+    # What was saved is evaluated, loaded as its users load it.
+    with whole_models():
+        student = AutoModelForImageClassification.from_pretrained(str(config.output_dir))
+    return evaluate(student, config, evaluation), trainer
+
+
+def load_teacher_of(arguments: DistillArguments, config: ScaleKDConfig) -> Teacher:
+    """The teacher that the settings name."""
+    return load_teacher(
+        arguments.teacher,
+        last_blocks=config.teacher_last_blocks,
+        drop_path=config.teacher_drop_path,
+        image_size=config.teacher_image_size,
+        **mapping(arguments.teacher_args, "teacher_args"),
+    )
+
+
+def evaluate(model: Any, config: ScaleKDConfig, evaluation: Any) -> dict[str, float]:
+    """Accuracy of a classifier, with its own image size and evaluation crop."""
+    config = dataclasses.replace(config, image_size=None, crop_pct=None, push_to_hub=False, report_to="none")
+    metrics = ScaleKDTrainer(model, None, config, eval_dataset=evaluation).evaluate()
+    return {key.removeprefix("eval_"): value for key, value in metrics.items()}
+
+
+def main(default_config: Path | None = None, words: Sequence[str] | None = None) -> None:
+    """Distil as the words say, or plan it.
+
+    Args:
+        default_config: the configuration where the words name none.
+        words: of the command line; those of this process by default.
+    """
+    plan_format, words = take_plan(sys.argv[1:] if words is None else words)
+    if plan_format is not None:
+        raise SystemExit(print_plan(words, plan_format, default_config))
+    arguments, config = parse_config(DistillArguments, words, default_config)
+    folder = str(Path(str(config.output_dir), "alone"))
+    resume_or_refuse(config, folder)
+    data = load_data(arguments)
+    if config.process_index == 0:
+        write_config(arguments, config, Path(str(config.output_dir)) / "config_resolved.yaml")
+    results = {}
+    if arguments.baseline:
+        resume: Any = True if config.resume_from_checkpoint else None  # a named checkpoint is the distilled student's
+        alone = dataclasses.replace(config, output_dir=folder, resume_from_checkpoint=resume, push_to_hub=False)
+        results["student alone"], _ = run(arguments, alone, data, distil=False)
+    results["student distilled"], trainer = run(arguments, config, data, distil=True)
+    if data[1] is not None and config.logit_weight and config.has_labels:  # then its labels are the data's
+        teacher = load_student(
+            arguments.teacher,
+            pretrained=True,
+            image_size=config.teacher_image_size,
+            **mapping(arguments.teacher_args, "teacher_args"),
+        )
+        results = {"teacher": evaluate(teacher, config, data[1]), **results}
+    trainer.results = results
+    if config.process_index == 0:
+        report(results, Path(str(config.output_dir)))
+    describe(trainer, arguments, config)
+
+
+def describe(trainer: ScaleKDTrainer, arguments: DistillArguments, config: ScaleKDConfig) -> None:
+    """Write the model card, and push it with the student where that was asked for."""
+    trainer.data = trainer.data or source_of(arguments)
+    if trainer.state.global_step:  # else an earlier call has trained and described it
+        trainer.create_model_card(license=arguments.license)
+    if config.push_to_hub:
+        trainer.push_to_hub(license=arguments.license)
+
+
+def source_of(arguments: DataArguments) -> Source:
+    """What the model card calls the data: the data set on the Hub, or the folder of the files."""
+    if arguments.dataset is None or Path(arguments.dataset).is_dir():
+        folder = Path(arguments.dataset) if arguments.dataset else Path(str(arguments.train_files)).parent
+        return Source(folder.resolve().name)
+    return Source(arguments.dataset, arguments.dataset, arguments.revision)
+
+
+def print_plan(words: list[str], plan_format: str, default_config: Path | None) -> int:
+    """Print what the run would do; 1 if it would fail."""
+    plan = plan_words(words, default_config)
+    print(json.dumps(plan.to_dict(), indent=2) if plan_format == "json" else plan.to_text())
+    return int(plan.error is not None)
+
+
+def report(results: dict[str, dict[str, float]], folder: Path) -> None:
+    """Print the table of accuracies and write them to results.json."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    rows = {name: metrics for name, metrics in results.items() if "top1" in metrics}
+    if rows:
+        print(f"\n{'':<20}{'top-1':>8}{'top-5':>8}")
+    for name, metrics in rows.items():
+        print(f"{name:<20}{metrics['top1']:>8.2%}{metrics['top5']:>8.2%}")
+    print(f"\nThe student is in {folder}: AutoModelForImageClassification.from_pretrained({str(folder)!r})")
+
+
+def take_plan(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take `--plan` or `--plan json` out of the words: "table", "json" or None, and the rest."""
+    rest = list(words)
+    if "--plan" not in rest:
+        return None, rest
+    place = rest.index("--plan")
+    rest.pop(place)
+    if place < len(rest) and rest[place] in ("table", "json"):
+        return rest.pop(place), rest
+    return "table", rest

@@ -1,0 +1,183 @@
+"""Evaluate a classifier on labelled images, and keep the result in a table and in its card."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..models.students import Student
+from ..publishing.model_card import update_evaluation
+from ..publishing.provenance import data_source, model_source, versions
+from ..tools.evaluation import EvaluateArguments, evaluate_model, load_data, load_model, measure_model
+from ..tools.recipe import parse_config
+from ..training.config import ScaleKDConfig
+
+
+__all__ = ["main"]
+
+HEADINGS = ["model", "data", "images", "top-1", "top-5", "NLL", "ECE", "M params", "GFLOP", "images/s"]
+IDENTITY = ("model", "dataset", "source", "config", "split")  # a row with the same takes the place of another
+UNSET = "trainer_output"  # what transformers makes of no `output_dir`
+
+
+def parse(words: Sequence[str]) -> tuple[EvaluateArguments, ScaleKDConfig]:
+    """The arguments and settings; a first word that is no YAML file is the model."""
+    named = bool(words) and not words[0].startswith("-") and Path(words[0]).suffix not in (".yaml", ".yml")
+    arguments, config = parse_config(EvaluateArguments, ["--model", *words] if named else words)
+    if config.output_dir in (None, UNSET):
+        config.output_dir = str(Path("evaluation", arguments.model.rstrip("/").split("/")[-1].split(":")[-1]))
+    return arguments, config
+
+
+def command(words: Sequence[str], processes: int) -> str:
+    """The command line of this run, without tokens."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    nodes = ["--nnodes", str(processes // here)] if processes > here else []
+    launcher = ["python"] if processes == 1 else ["torchrun", *nodes, "--nproc_per_node", str(here)]
+    line = shlex.join([*launcher, "recipes/evaluate.py", *words])
+    return re.sub(r"(--[\w-]*token[ =])\S+", r"\1...", line)
+
+
+def describe(arguments: EvaluateArguments, config: ScaleKDConfig, student: Student, dataset: Any) -> dict[str, Any]:
+    """What an evaluation was of, and how: model, data, settings, versions."""
+    hub, spec = data_source(dataset), student.spec
+    place = Path(arguments.dataset or str(Path(str(arguments.eval_files)).parent))
+    local = hub is None and (arguments.dataset is None or place.is_dir())
+    source = hub.name if hub else place.resolve().name if local else arguments.dataset
+    return {
+        "model": arguments.model,
+        "model_revision": model_source(student).revision,
+        "dataset": arguments.benchmark or source,
+        "source": source,
+        "revision": hub.revision if hub else arguments.revision,
+        "config": arguments.dataset_config,
+        "split": arguments.eval_split or Path(str(arguments.eval_files)).name,
+        "settings": {
+            "image_size": list(spec.size),
+            "crop_pct": spec.crop_pct,
+            "interpolation": spec.interpolation,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "processes": config.world_size,
+        },
+        "versions": versions(),
+    }
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations in a folder's `evaluation.json`; none without one.
+
+    Raises:
+        ValueError: a file that is no list of evaluations.
+    """
+    file = folder / "evaluation.json"
+    if not file.exists():
+        return []
+    try:
+        rows = json.loads(file.read_text())
+        if not all("dataset" in row for row in rows):
+            raise ValueError("it is not a list of evaluations")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(file)!r} cannot be added to: {error}. Move it away, or set `output_dir`.") from error
+    return list(rows)
+
+
+def write_rows(folder: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add a row to `evaluation.json` and `evaluation.md`, in the place of one of the same model and data.
+
+    Returns:
+        All rows.
+    """
+    rows = {tuple(old.get(key) for key in IDENTITY): old for old in read_rows(folder)}
+    rows[tuple(row.get(key) for key in IDENTITY)] = row
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"evaluation.json": json.dumps(list(rows.values()), indent=2) + "\n"}
+    texts["evaluation.md"] = _markdown(list(rows.values()))
+    for name, text in texts.items():
+        unfinished = folder / f"{name}.part"
+        unfinished.write_text(text)
+        unfinished.replace(folder / name)
+    return list(rows.values())
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def shown(key: str, form: str, unit: float = 1) -> str:
+        return format(row[key] / unit, form) if row.get(key) is not None else ""
+
+    data = "/".join(str(row[key]) for key in ("dataset", "config", "split") if row.get(key))
+    accuracies = [shown(key, ".2%") for key in ("top1", "top5")]
+    errors = [shown("nll", ".4f"), shown("ece", ".2%")]
+    size = [shown("parameters", ".2f", 1e6), shown("gflops", ".2f"), shown("images_per_second", ",.0f")]
+    return [row["model"], data, shown("images", ",.0f"), *accuracies, *errors, *size]
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Evaluations as a table for the screen; NLL in nats, images per second of the forward pass alone."""
+    lines = [HEADINGS, *map(_cells, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    padded = [
+        [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(line) + " |" for line in (HEADINGS, ["---"] * len(HEADINGS), *map(_cells, rows))]
+    lines.insert(0, "# Evaluation\n")
+    lines.append("\nNLL in nats; ECE over 15 bins; images/s of the forward pass alone.\n")
+    for row in rows:
+        settings = row["settings"]
+        height, width = settings["image_size"]
+        lines.append(
+            f"- {row['model']} on {row['dataset']} (from {row['source']}, revision {row['revision'] or 'unknown'}): {height}x{width} "
+            f"px, crop {settings['crop_pct']:g}, {row['dtype']}, {settings['processes']} process(es); speed with batches of "
+            f"{row['batch_size']} on {row['device']}; "
+            f"{', '.join(f'{name} {version}' for name, version in row['versions'].items())}.\n  `{row['command']}`"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def card_of(model: str) -> str:
+    """The folder, or the Hub id, whose card belongs to a model.
+
+    Raises:
+        ValueError: a model without one, such as an architecture of timm.
+    """
+    name = model.removeprefix("local-dir:").removeprefix("hf-hub:")
+    if Path(name).is_dir():
+        if not Path(name, "README.md").is_file():
+            raise ValueError(f"`update_card` is on, but `model` {model!r} has no README.md. Write a card first.")
+        return name
+    if model.startswith("timm/") or name.count("/") != 1 or "@" in name:
+        raise ValueError(
+            f"`update_card` is on, but `model` {model!r} has no card of yours: it must be a folder with a README.md, or the "
+            "id of a repository on the Hub (`team/model`)."
+        )
+    return name
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Evaluate as the words say; those of this process by default."""
+    words = list(sys.argv[1:] if words is None else words)
+    arguments, config = parse(words)
+    folder = Path(str(config.output_dir))
+    read_rows(folder)  # what cannot be added to is refused now
+    card = card_of(arguments.model) if arguments.update_card else None
+    dataset = load_data(arguments)
+    student = load_model(arguments, config)
+    metrics = evaluate_model(student, dataset, config, arguments.benchmark, arguments.real_labels)
+    if config.process_index:
+        return
+    row = describe(arguments, config, student, dataset) | metrics | measure_model(student, config)
+    rows = write_rows(folder, row | {"command": command(words, config.world_size)})
+    print(f"\n{table_of(rows)}\n\nNLL in nats; images/s of the forward pass alone, in batches of {row['batch_size']},")
+    print(f"{row['dtype']}, on {row['device']}. All of it is in {folder}/evaluation.json and evaluation.md.")
+    if card is not None:
+        print(f"The card of {update_evaluation(card, [row], token=config.hub_token)} has it, too.")

@@ -1,0 +1,42 @@
+"""What the recipes that train have in common: beginning or going on, and saving."""
+
+from __future__ import annotations
+
+from ..training.config import ScaleKDConfig
+from ..training.run_folder import check_output_dir, finished, interrupted, last_checkpoint, run_settings
+from ..training.trainer import ScaleKDTrainer
+
+
+__all__ = ["resume_or_refuse", "train_and_save"]
+
+
+def resume_or_refuse(config: ScaleKDConfig, *beside: str) -> None:
+    """Have a run that was stopped resumed; refuse a folder that holds another, before any work is done.
+
+    Args:
+        config: of the run; `resume_from_checkpoint` is set where it was stopped.
+        beside: other folders that the run writes into.
+
+    Raises:
+        ValueError: `output_dir` holds a run, and neither resuming nor overwriting was asked for.
+    """
+    folder = str(config.output_dir)
+    if any(interrupted(place, run_settings(config)) for place in (folder, *beside)):
+        print(f"The run in {folder} was stopped before its end: it is resumed.")
+        config.resume_from_checkpoint = True  # type: ignore[assignment]
+    if not config.resume_from_checkpoint:
+        check_output_dir(folder, config.overwrite_output_dir)
+
+
+def train_and_save(trainer: ScaleKDTrainer) -> None:
+    """Train and save as the settings say: from a checkpoint where one is to be resumed and is there; not at all where the
+    run has finished."""
+    config = trainer.args
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint is True:
+        if finished(config.output_dir, config.max_steps):
+            return
+        checkpoint = last_checkpoint(config.output_dir)  # none yet: the run was stopped before it began
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()  # with the evaluations on the way

@@ -1,0 +1,44 @@
+"""Fine-tune an image classifier, so that it can teach: it then knows the data's labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import set_seed
+
+from ..data.dataset import dataset_labels
+from ..data.loading import load_data
+from ..models.saving import load_student_weights
+from ..models.students import load_student
+from ..tools.recipe import TeacherArguments, mapping, parse_config, write_config
+from ..training.trainer import ScaleKDTrainer
+from .runs import resume_or_refuse, train_and_save
+
+
+__all__ = ["main"]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Train the classifier that the words name; those of this process by default."""
+    arguments, config = parse_config(TeacherArguments, words)
+    resume_or_refuse(config)
+    train, evaluation = load_data(arguments)
+    set_seed(config.seed)
+    model = load_student(
+        arguments.model,
+        pretrained=arguments.pretrained,
+        labels=dataset_labels(train, config.label_column),
+        image_size=config.image_size,
+        **mapping(arguments.model_args, "model_args"),
+    )
+    trainer = ScaleKDTrainer(model, None, config, train, evaluation)
+    if config.process_index == 0:
+        write_config(arguments, config, f"{config.output_dir}/config_resolved.yaml")
+    train_and_save(trainer)
+    if evaluation is not None:
+        if not trainer.state.global_step:  # an earlier call has trained it
+            load_student_weights(trainer.student, str(config.output_dir))
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        if trainer.is_world_process_zero():
+            print(f"top-1 {metrics['eval_top1']:.2%}, saved in {config.output_dir}")

@@ -1,0 +1,93 @@
+"""All that this package borrows of `datasets` that is not public there; `tests/test_private_names.py` tells what it is for.
+
+A stream does not tell publicly which files it reads, nor whether it shuffles. What it is made of is a chain of iterables, each
+around the one before, of which the innermost knows the files.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import datasets
+
+
+__all__ = ["files_of", "has_rows_in_shard_order", "parquet_row_groups", "parts_of", "token_of", "unshuffled"]
+
+# Kinds of iterables, by the names that `state_dict()` has for them, whose shards, one after the other, are their rows in
+# their order. That is not so after `take`, `skip`, `shuffle` or interleaving.
+IN_SHARD_ORDER = {
+    "ArrowExamplesIterable",
+    "ExamplesIterable",
+    "FilteredExamplesIterable",
+    "FormattedExamplesIterable",
+    "MappedExamplesIterable",
+    "RebatchedArrowExamplesIterable",
+    "VerticallyConcatenatedMultiSourcesExamplesIterable",
+}
+SHUFFLED = {"BufferShuffledExamplesIterable", "InterleavedShardsExamplesIterable"}
+PASSED_ON = {"RebatchedArrowExamplesIterable", "SelectColumnsIterable"}  # rows as they are
+
+logger = logging.getLogger(__name__)
+
+
+def parts_of(stream: datasets.IterableDataset) -> Any:
+    """What a stream is made of: the outermost of its iterables."""
+    return stream._ex_iterable
+
+
+def has_rows_in_shard_order(stream: datasets.IterableDataset) -> bool:
+    """Whether the shards of a stream, one after the other, are its rows in their order."""
+    return _kinds(stream.state_dict()["examples_iterable"]) <= IN_SHARD_ORDER
+
+
+def _kinds(state: Any) -> set[str]:
+    """The kinds of all iterables in a part of `state_dict()`."""
+    if isinstance(state, list):
+        return set().union(*map(_kinds, state))
+    if not isinstance(state, dict):
+        return set()
+    return {state["type"]}.union(*map(_kinds, state.values())) if "type" in state else set()
+
+
+def unshuffled(stream: datasets.IterableDataset) -> datasets.IterableDataset:
+    """A stream without a shuffle of its own, which the trainer does, for every pass anew and so that it can resume."""
+    examples = parts_of(stream)
+    if type(examples).__name__ != "BufferShuffledExamplesIterable":
+        return stream
+    while type(examples).__name__ in SHUFFLED:
+        examples = examples.ex_iterable
+    logger.warning("The stream's own `shuffle()` is left out: the trainer shuffles each pass (`shuffle_buffer_size`).")
+    stream = copy.copy(stream)
+    stream._ex_iterable = examples
+    return stream
+
+
+def files_of(stream: datasets.IterableDataset) -> dict[str, Any]:
+    """What a stream that passes rows on as they are reads, by the names of its builder's arguments, such as `files`."""
+    return getattr(_innermost(stream), "kwargs", {})
+
+
+def parquet_row_groups(stream: datasets.IterableDataset) -> list[tuple[str, tuple[int, ...] | None]] | None:
+    """The files of a plain Parquet stream, and which row groups of each it reads, None for all; None for other streams."""
+    builder, files = _builder(stream), files_of(stream)
+    if getattr(builder, "name", None) != "parquet" or builder.config.filters is not None or "files" not in files:
+        return None
+    return list(zip(files["files"], files["row_groups_list"], strict=True))
+
+
+def token_of(stream: datasets.IterableDataset) -> str | bool | None:
+    """The token for the Hub that a stream was opened with."""
+    return getattr(_builder(stream), "token", None)
+
+
+def _innermost(stream: datasets.IterableDataset) -> Any:
+    examples = parts_of(stream)
+    while type(examples).__name__ in PASSED_ON:
+        examples = examples.ex_iterable
+    return examples
+
+
+def _builder(stream: datasets.IterableDataset) -> Any:
+    return getattr(getattr(_innermost(stream), "generate_tables_fn", None), "__self__", None)

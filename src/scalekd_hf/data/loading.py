@@ -1,0 +1,135 @@
+"""Data sets from names, folders and files."""
+
+from __future__ import annotations
+
+import glob
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pyarrow.parquet
+from PIL import Image
+
+
+__all__ = ["DataArguments", "count_images", "holds_classes", "load_data", "load_split"]
+
+SPLIT = re.compile(r"(^|[^a-z])(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
+TABLES = (".csv", ".jsonl", ".parquet", ".arrow", ".tar", ".zip")
+FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+
+
+@dataclass
+class DataArguments:
+    """Where the images come from.
+
+    Args:
+        dataset: data set on the Hub, or a local folder that `datasets.load_dataset` understands.
+        train_files, eval_files: glob patterns, or URLs, of Parquet, WebDataset or Arrow files, instead of `dataset`.
+        dataset_config, revision: configuration and revision (branch, tag or commit) of the data set.
+        cache_dir: where downloads are kept; by default the cache of `datasets`.
+        train_split, eval_split: its splits; `none` to evaluate on nothing.
+        streaming: read while training, without a download first; a local folder of images is never copied anyway.
+    """
+
+    dataset: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a local folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the data set: branch, tag or commit."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads of the data set are kept."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    train_files: str | None = field(default=None, metadata={"help": "Files to train on, instead of `dataset`."})
+    eval_files: str | None = field(default=None, metadata={"help": "Files to evaluate on, instead of `dataset`."})
+    streaming: bool = field(default=True, metadata={"help": "Read while training, without a download first."})
+
+
+def load_data(arguments: DataArguments) -> tuple[Any, Any]:
+    """The training and the evaluation data set.
+
+    Raises:
+        ValueError: no source, files that do not exist, or a data set that cannot be loaded.
+    """
+    if arguments.dataset is None and arguments.train_files is None:
+        raise ValueError("There is no data: set `dataset`, or `train_files` and `eval_files`.")
+    train = load_split(arguments, arguments.train_files, arguments.train_split)
+    evaluation = None
+    evaluate = arguments.eval_split.lower() != "none"
+    if arguments.eval_files is not None or (arguments.dataset is not None and evaluate):
+        evaluation = load_split(arguments, arguments.eval_files, arguments.eval_split)
+    return train, evaluation
+
+
+def count_images(arguments: DataArguments) -> int | None:
+    """Images in the training files, where they are Parquet and say so."""
+    files = sorted(glob.glob(arguments.train_files, recursive=True)) if arguments.train_files else []
+    if not files or any(Path(file).suffix != ".parquet" for file in files):
+        return None
+    return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+
+
+def load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any:
+    """One split: of the files that a pattern matches, else of the data set that the arguments name.
+
+    Raises:
+        ValueError: see `load_data`.
+    """
+    options: dict[str, Any] = {"cache_dir": arguments.cache_dir, "streaming": arguments.streaming}
+    if options["streaming"] and "[" in split:
+        raise ValueError(f"The split {split!r} is a slice, which a stream does not know: set `streaming` to false.")
+    if pattern is not None:
+        files = [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
+        if not files:
+            raise ValueError(f"No file matches {pattern!r}, seen from {str(Path.cwd())!r}.")
+        suffix = Path(files[0]).suffix
+        if suffix not in FORMATS:
+            raise ValueError(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}.")
+        return datasets.load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
+    source = {"path": arguments.dataset, "name": arguments.dataset_config, "revision": arguments.revision}
+    try:
+        folder = Path(str(arguments.dataset))
+        if split == "train" and folder.is_dir() and holds_classes(folder):
+            # `datasets` would take a word such as "test" in a file's name for a split and leave the other images out.
+            every = {split: str(folder.resolve() / "*" / "*")}
+            return datasets.load_dataset("imagefolder", data_files=every, split=split, cache_dir=arguments.cache_dir)
+        if arguments.streaming and folder.is_dir():
+            # A stream of a folder knows no random access, which files on a disk allow.
+            options["streaming"] = datasets.load_dataset_builder(**source).name != "imagefolder"
+        return datasets.load_dataset(**source, split=split, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`dataset` {arguments.dataset!r} (configuration {arguments.dataset_config!r}, revision {arguments.revision!r}, "
+            f"split {split!r}) cannot be loaded: {error} {_access(str(arguments.dataset), error)}"
+        ) from error
+
+
+def _access(dataset: str, error: Exception) -> str:
+    """What to do about a data set that the Hub does not give out."""
+    if not isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return ""
+    page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{dataset}"
+    account = "with an account that may read it: `hf auth login`, or its token in HF_TOKEN"
+    if "gated" in str(error):
+        return f"Accept its terms on {page}, then log in {account}."
+    return f"Check the name on {page}. If it is private or gated, log in {account}."
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether a folder holds one folder of images for each class, and neither splits nor tables."""
+    inside = list(folder.iterdir())
+    files = [path for path in folder.glob("*/*") if not path.name.startswith(".")]
+    return (
+        not any(SPLIT.search(path.name) for path in inside if path.is_dir())
+        and not any(path.suffix in TABLES for path in [*inside, *files])
+        and any(path.suffix.lower() in _image_extensions() for path in files)
+        and not any(path.is_dir() for path in files)
+    )
+
+
+@cache
+def _image_extensions() -> set[str]:
+    """Endings of the files that Pillow can open."""
+    endings = Image.registered_extensions()
+    return {ending for ending, kind in endings.items() if kind in Image.OPEN}

@@ -1,0 +1,26 @@
+"""Models that are built and looked at whole, also where DeepSpeed's ZeRO-3 is configured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.integrations import deepspeed as hf_deepspeed
+
+
+__all__ = ["whole_models"]
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Models that transformers builds inside have whole parameters, also when ZeRO-3 is configured.
+
+    The dry runs that look at a model need them; the engine partitions what trains when training starts.
+    """
+    kept: Any = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = kept

@@ -1,0 +1,109 @@
+"""Which values the settings may have, alone and together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import timm.optim
+
+from ..method.losses import TASK_LOSSES
+from ..method.projector import STEM_NORMS, STEMS
+
+
+__all__ = ["LR_SCALINGS", "SYNC_BATCHNORMS", "check_settings"]
+
+LR_SCALINGS = ("linear", "sqrt")
+SYNC_BATCHNORMS = ("none", "student", "all")
+
+
+def check_settings(config: Any) -> None:
+    """Refuse settings that no run can have.
+
+    Args:
+        config: a `ScaleKDConfig`.
+
+    Raises:
+        ValueError: with the setting, its value, and what it may be.
+    """
+    for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):
+        _check(config, name, "must be finite and not negative", lambda value: 0 <= value < math.inf)
+    _check(config, "label_smoothing_factor", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
+    shares = ("logit_weight", "hflip", "random_erasing", "teacher_drop_path", "max_bad_images")
+    for name in shares:
+        _check(config, name, "must be between 0 and 1", lambda value: 0 <= value <= 1)
+    _check(config, "ema_decay", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
+    _check(config, "rand_augment", "must be between 0 and 10", lambda value: 0 <= value <= 10)
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        _check(config, name, "must not be negative", lambda value: value >= 0)
+    for name in ("temperature", "softmax_scale"):
+        _check(config, name, "must be positive and finite", lambda value: 0 < value < math.inf)
+    sizes = ("penultimate_num_heads", "last_num_heads", "image_size", "teacher_image_size")
+    counts = ("repeated_augmentation", "base_batch_size", "images_per_epoch")
+    for name in (*sizes, *counts, "teacher_last_blocks", "shuffle_buffer_size"):
+        _check(config, name, "must be a whole number of at least 1", lambda value: value == int(value) >= 1)
+    _check(config, "crop_pct", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
+    _check(
+        config,
+        "crop_scale",
+        "must be two shares of the area, 0 < smallest <= largest <= 1",
+        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+    )
+    _check(
+        config,
+        "lr_milestones",
+        "must be rising shares of the run between 0 and 1",
+        lambda value: list(value) == sorted(value) and all(0 < share < 1 for share in value),
+    )
+    _check(config, "lr_scaling", f"must be one of {LR_SCALINGS}", lambda value: value in LR_SCALINGS)
+    known = timm.optim.list_optimizers()
+    _check(config, "timm_optim", f"must be an optimiser of timm {known}", lambda value: value in known)
+    _check(config, "student_taps", "must be the names of two modules", lambda value: len(value) == 2)
+    _check(config, "sync_batchnorm", f"must be one of {SYNC_BATCHNORMS}", lambda value: value in SYNC_BATCHNORMS)
+    _check(config, "stem", f"must be one of {STEMS}", lambda value: value in STEMS)
+    _check(config, "stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
+    _check(config, "task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
+    _check_combinations(config)
+    for name in ("remove_unused_columns", "logging_nan_inf_filter"):
+        _check(config, name, f"must be False: {type(config).__dataclass_fields__[name].metadata['help']}", _is_off)
+
+
+def _check_combinations(config: Any) -> None:
+    mixing = config.mixup_alpha > 0 or config.cutmix_alpha > 0
+    if mixing and config.per_device_train_batch_size % 2:
+        raise ValueError(
+            "Mixup and CutMix mix pairs: `per_device_train_batch_size` must be even, got "
+            f"{config.per_device_train_batch_size}."
+        )
+    if mixing and not config.has_labels:
+        raise ValueError("Mixup and CutMix mix labels, too: they need a `label_column`, got 'none'.")
+    if config.load_best_model_at_end and not config.has_labels:
+        raise ValueError("`load_best_model_at_end` needs labels to tell the best: `label_column` is 'none'.")
+    if config.torch_compile_mode in ("reduce-overhead", "max-autotune") and config.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"`torch_compile_mode` {config.torch_compile_mode!r} uses CUDA graphs, whose gradients the next micro-step "
+            f"overwrites: `gradient_accumulation_steps` must be 1 with it, got {config.gradient_accumulation_steps}. Choose "
+            "'default' or 'max-autotune-no-cudagraphs'."
+        )
+    if config.auto_find_batch_size:
+        raise ValueError(
+            "`auto_find_batch_size` is not supported: the order of the images and the learning rate depend on the batch. "
+            "`--plan` estimates the memory; set `per_device_train_batch_size` and `gradient_accumulation_steps`."
+        )
+
+
+def _check(config: Any, name: str, requirement: str, holds: Callable[[Any], bool]) -> None:
+    value = getattr(config, name)
+    if value is None:
+        return
+    try:
+        valid = holds(value)
+    except TypeError as error:
+        raise ValueError(f"`{name}` {requirement}, got {value!r} ({type(value).__name__}).") from error
+    if not valid:
+        raise ValueError(f"`{name}` {requirement}, got {value!r}.")
+
+
+def _is_off(value: bool) -> bool:
+    return not value

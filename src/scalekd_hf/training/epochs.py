@@ -1,0 +1,87 @@
+"""Epochs of an endless stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import CallbackHandler
+
+from ..data.stream import ImageStream
+from .config import ScaleKDConfig
+from .loss_log import LossLog
+
+
+__all__ = ["EpochCounter", "count_epochs", "count_steps", "images_per_step"]
+
+
+class EpochCounter(TrainerCallback):
+    """Tells the parent, which takes a stream for a single endless epoch, where one ends: after so many images.
+
+    Args:
+        images_per_epoch: that count as one.
+        epochs: to train for; None where the steps are given instead.
+        progress: knows the images seen.
+        callbacks: hear of each end and each beginning.
+    """
+
+    def __init__(self, images_per_epoch: int, epochs: float | None, progress: LossLog, callbacks: CallbackHandler):
+        self.images_per_epoch, self.epochs = images_per_epoch, epochs
+        self.progress, self.callbacks = progress, callbacks
+        self._ended_at = -1  # step of the last end that this has told
+        self.has_been_told = False  # of the end that the parent tells now
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._ended_at = -1
+        left = (state.max_steps - state.global_step) * images_per_step(args)
+        epochs = (self.progress.images_seen + left) / self.images_per_epoch if self.epochs is None else self.epochs
+        state.num_train_epochs = math.ceil(epochs)
+        state.epoch = self.progress.images_seen / self.images_per_epoch
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        seen = self.progress.images_seen
+        before = seen - images_per_step(args)
+        state.epoch = seen / self.images_per_epoch
+        if seen // self.images_per_epoch > before // self.images_per_epoch and state.global_step < state.max_steps:
+            # The parent ends the last one. What callbacks do at the end of an epoch they do here, too.
+            self.callbacks.on_epoch_end(args, state, control)
+            self.callbacks.on_epoch_begin(args, state, control)
+            self._ended_at = state.global_step
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.has_been_told = self._ended_at == state.global_step
+
+
+def count_epochs(trainer: Trainer, epochs: float | None, progress: LossLog) -> Callable[[], bool]:
+    """Have a trainer's callbacks hear of epochs of a stream; returns whether they have heard of the end that is told.
+
+    Args:
+        trainer: with its training set.
+        epochs, progress: see `EpochCounter`.
+    """
+    stream, args = trainer.train_dataset, trainer.args
+    if not isinstance(stream, ImageStream):
+        return lambda: False
+    images = getattr(args, "images_per_epoch", None) or len(stream.source)
+    counter = EpochCounter(images, epochs, progress, trainer.callback_handler)
+    trainer.callback_handler.callbacks.insert(0, counter)  # the others find the right epoch
+    return lambda: counter.has_been_told
+
+
+def count_steps(stream: ImageStream, args: ScaleKDConfig, images_seen: int = 0) -> int:
+    """Steps for what is left of `num_train_epochs`.
+
+    Raises:
+        ValueError: epochs that are not positive.
+    """
+    if args.num_train_epochs <= 0:
+        raise ValueError(f"`num_train_epochs` must be positive, got {args.num_train_epochs}.")
+    images = args.images_per_epoch or len(stream.source)
+    return math.ceil((args.num_train_epochs * images - images_seen) / images_per_step(args))
+
+
+def images_per_step(args: Any) -> int:
+    """Images of an optimiser step on all processes."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)

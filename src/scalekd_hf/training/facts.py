@@ -1,0 +1,137 @@
+"""What a card says of a run, gathered from it; and the push of its checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+
+from ..publishing.model_card import ALONE, DISTILLED, CardFacts
+from ..publishing.provenance import Source, hardware, versions
+from ..publishing.publisher import Publisher
+from .config import ScaleKDConfig
+from .epochs import images_per_step
+
+
+__all__ = ["PushedCheckpoints", "card_facts"]
+
+PARENT_SETTINGS = (
+    *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "bf16", "fp16"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "gradient_checkpointing", "torch_compile"),
+)
+NOT_OF_THE_METHOD = (
+    "overwrite_output_dir",
+    "allow_data_mismatch",
+    "channels_last",
+    "dataloader_num_workers",
+    "logging_steps",
+    "report_to",
+)
+
+
+class PushedCheckpoints(TrainerCallback):
+    """Pushes each checkpoint once it is whole, while training goes on, and waits for the last at the end.
+
+    Args:
+        publisher: pushes.
+        describe: writes the card.
+    """
+
+    def __init__(self, publisher: Publisher, describe: Callable[[], None]):
+        self.publisher, self.describe = publisher, describe
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not args.push_to_hub or not state.is_world_process_zero or self.publisher.is_busy():
+            return
+        self.describe()
+        checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        self.publisher.push_checkpoint(checkpoint, f"Training in progress, step {state.global_step}")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.publisher.wait()
+
+
+def card_facts(trainer: Any, **card: Any) -> CardFacts:
+    """What is known of a trainer's run.
+
+    Args:
+        trainer: a `ScaleKDTrainer`.
+        **card: `language`, `license` and `tags` for the metadata; `model_name` instead of that of the repository;
+            `dataset`, its id or name where the data itself does not tell.
+    """
+    args, publisher, data = trainer.args, trainer.publisher, trainer.data
+    step, images_seen, seconds = trainer.state.global_step, trainer.loss_log.images_seen, trainer.stopwatch.seconds
+    student, dataset, tags = trainer.student, card.get("dataset"), card.get("tags")
+    teacher = publisher.teacher_source
+    known = {name: value for name, value in student.classifier.model_args.items() if name != "num_classes"}
+    facts: dict[str, Any] = {
+        "student": publisher.student_source.name,
+        "its arguments": f"`{json.dumps(known, default=str)}`" if known else None,
+        "teacher": _described(teacher),
+        "data": _described(data) or dataset,
+        "images seen": f"{images_seen:,}" if step else None,
+        "steps": f"{step:,}" if step else None,
+        "global batch": images_per_step(args) if step else None,
+        "seed": args.seed,
+        "hardware": hardware(args.world_size, args.device) if step else None,
+        "hours": f"{seconds / 3600:.3g}" if step else None,
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+    }
+    return CardFacts(
+        repo=card.get("model_name") or publisher.name,
+        library=student.classifier.library,
+        student=publisher.student_source,
+        parameters=sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters()),  # ZeRO-3 empties them
+        num_labels=student.num_labels,
+        teacher=teacher,
+        data=data or (Source(dataset) if dataset else None),
+        student_pretrained=student.pretrained,
+        results=_own_results(trainer) | trainer.results,
+        facts=facts,
+        settings=_changed_settings(args),
+        license=card.get("license"),
+        language=card.get("language"),
+        tags=[tags] if isinstance(tags, str) else list(tags or []),
+    )
+
+
+def _own_results(trainer: Any) -> dict[str, dict[str, float]]:
+    """The metrics of the weights that are saved, by the name of their row, if they were evaluated."""
+    state = trainer.state
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
+    step = best if best is not None and not trainer.stopwatch.is_running else state.global_step
+    evaluated = [entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry]
+    kept = [key for key in ("top1", "top5", "loss") if evaluated and f"eval_{key}" in evaluated[-1]]
+    own = {key: evaluated[-1][f"eval_{key}"] for key in kept}
+    return {DISTILLED if trainer.distiller.teacher is not None else ALONE: own} if own else {}
+
+
+def _changed_settings(args: ScaleKDConfig) -> dict[str, Any]:
+    """Settings of the method and of the training that are not the defaults, as YAML holds them."""
+    own = [name for name in ScaleKDConfig.__annotations__ if name not in NOT_OF_THE_METHOD]
+    defaults = {f.name: _default(f) for f in fields(ScaleKDConfig)}
+    values = {name: getattr(args, name) for name in (*own, *PARENT_SETTINGS)}
+    return {
+        name: getattr(value, "value", value)
+        for name, value in values.items()
+        if value not in (None, defaults[name], defaults[name] or False)
+    }
+
+
+def _default(field: Any) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _described(source: Source | None) -> str | None:
+    if source is None:
+        return None
+    known = [
+        f"revision `{source.revision}`" if source.revision else None,
+        f"license `{source.license}`" if source.license else None,
+    ]
+    return ", ".join(filter(None, [f"`{source.hub_id}`" if source.hub_id else source.name, *known]))

@@ -1,0 +1,190 @@
+"""What the trainer trains: student, teacher and heads as one model, made from settings."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..method.distiller import Distiller, feature_weights
+from ..method.heads import MimickingHeads
+from ..models.students import Student, load_student
+from ..models.teachers import Teacher, load_teacher
+from .config import ScaleKDConfig
+
+
+__all__ = ["ScaleKDModel", "ScaleKDOutput", "build_model", "class_names", "num_heads"]
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_HEADS = (16, 24)  # Swin-L: penultimate and last projectors
+
+
+@dataclass
+class ScaleKDOutput(ModelOutput):
+    """Output of `ScaleKDModel`.
+
+    Attributes:
+        loss: the weighted sum, a scalar; None in eval mode without labels.
+        logits: the student's, (B, K).
+        losses: in training mode the unweighted terms by the names in `LOSS_TERMS`, those that are in use.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+class ScaleKDModel(Distiller):
+    """A `Distiller` as `Trainer` knows models. Arguments are those of `Distiller`."""
+
+    main_input_name = "pixel_values"
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_save = None
+
+    @property
+    def config(self) -> Any:
+        """The student's transformers configuration; None for a timm student."""
+        return getattr(self.student.model, "config", None)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ScaleKDOutput:
+        """See `Distiller.forward`."""
+        loss, logits, losses = super().forward(pixel_values, labels)
+        return ScaleKDOutput(loss=loss, logits=logits, losses=losses or None)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Compute the student's activations again in the backward pass instead of keeping them; called by the Trainer."""
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                "`activation_checkpointing_kwargs` of a student know neither `every_n_layers` nor `offload`."
+            )
+        self.student.checkpoint_activations(activation_checkpointing_kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The same, by its former name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def synchronise_batchnorms(self, which: str) -> None:
+        """Make the BatchNorms of the "student", or of "all" that trains, synchronised ones."""
+        if which in ("student", "all"):
+            self.student.synchronise_batchnorms()
+        if which == "all" and self.heads is not None:
+            convert_sync_batchnorm(self.heads)
+
+
+def build_model(
+    student: str | nn.Module | Student,
+    teacher: str | nn.Module | Teacher | None,
+    args: ScaleKDConfig,
+    labels: list[str] | None = None,
+) -> ScaleKDModel:
+    """Student, teacher and heads as the settings describe them.
+
+    Args:
+        student, teacher, args: see `ScaleKDTrainer`.
+        labels: class names of the data set, for a student that is built by name; without them the teacher's.
+    """
+    if teacher is not None:
+        teacher = _build_teacher(teacher, args)
+        labels = labels or class_names(teacher)
+    student = _build_student(student, args, labels)
+    settings: dict[str, Any] = {"task_loss": args.task_loss, "label_smoothing": args.label_smoothing_factor}
+    if teacher is not None:
+        settings |= {
+            "spatial_weight": args.spatial_weight,
+            "frequency_weight": args.frequency_weight,
+            "last_frequency_weight": args.last_frequency_weight,
+            "teacher_perception": args.teacher_perception,
+            "logit_weight": args.logit_weight,
+            "temperature": args.temperature,
+        }
+    heads = _build_heads(student, teacher, args) if teacher is not None else None
+    model = ScaleKDModel(student, teacher, heads, **settings)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _build_teacher(teacher: str | nn.Module | Teacher, args: ScaleKDConfig) -> Teacher:
+    if not isinstance(teacher, str):
+        _check_built_size("teacher_image_size", args.teacher_image_size, teacher)
+    size: dict[str, Any] = {"image_size": args.teacher_image_size} if isinstance(teacher, str) else {}
+    return load_teacher(teacher, last_blocks=args.teacher_last_blocks, drop_path=args.teacher_drop_path, **size)
+
+
+def _build_student(student: str | nn.Module | Student, args: ScaleKDConfig, labels: list[str] | None) -> Student:
+    options: dict[str, Any] = {"labels": labels, "image_size": args.image_size} if isinstance(student, str) else {}
+    student = load_student(student, **options)
+    if "taps" in vars(student):
+        _check_built_size("image_size", args.image_size, student)
+    student.spec = student.spec.updated(size=args.image_size, crop_pct=args.crop_pct)
+    if args.student_taps:
+        if "taps" in vars(student) and [tap.module for tap in student.taps] != list(args.student_taps):
+            raise ValueError(
+                f"`student_taps` are {args.student_taps}, but the student is tapped already at "
+                f"{[tap.module for tap in student.taps]}. Give them to `load_student` as `taps`."
+            )
+        student.tap_names = (args.student_taps[0], args.student_taps[1])
+    if unused := student.freeze_unused():
+        logger.info("No logit depends on %s of the student: frozen.", unused)
+    return student
+
+
+def _check_built_size(option: str, asked: int | None, model: Any) -> None:
+    size = getattr(getattr(model, "spec", None), "size", None)
+    if asked is not None and size != (asked, asked):
+        raise ValueError(
+            f"`{option}` is {asked}, but the model is a {type(model).__name__} that was made for "
+            f"{f'{size[0]}x{size[1]} px' if size else 'a size of its own'}. Give its name, or leave `{option}` out."
+        )
+
+
+def _build_heads(student: Student, teacher: Teacher, args: ScaleKDConfig) -> MimickingHeads | None:
+    weights = (args.spatial_weight, args.frequency_weight, args.last_frequency_weight)
+    terms = tuple(feature_weights(*weights, args.teacher_perception))
+    if not terms:
+        return None
+    return MimickingHeads(
+        student.dims,
+        student.grids,
+        (teacher.penultimate_dim, teacher.dim),
+        (teacher.penultimate_grid, teacher.grid),
+        num_heads(teacher, args),
+        softmax_scale=args.softmax_scale,
+        stem_norm=args.stem_norm,
+        learned_last_queries=args.learned_last_queries or not args.teacher_perception,
+        remove_direct_component=args.remove_direct_component,
+        stem=args.stem,
+        terms=terms,
+    )
+
+
+def class_names(teacher: Teacher | None) -> list[str] | None:
+    """The teacher's class names, numbers where it has no names; None without a head or a teacher."""
+    if teacher is None:
+        return None
+    return teacher.labels or [str(index) for index in range(teacher.num_labels)] or None
+
+
+def num_heads(teacher: Teacher, args: ScaleKDConfig) -> tuple[int, int]:
+    """Heads of the penultimate and the last projectors: as asked, else the largest divisors up to those of Swin-L."""
+    return (
+        args.penultimate_num_heads or _largest_divisor(teacher.penultimate_dim, PUBLISHED_HEADS[0]),
+        args.last_num_heads or _largest_divisor(teacher.dim, PUBLISHED_HEADS[1]),
+    )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)

@@ -1,0 +1,49 @@
+"""Where a run stands, as its checkpoints keep it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+__all__ = ["RUN_STATE_FILE", "RunPosition"]
+
+RUN_STATE_FILE = "scalekd_state.json"
+
+
+@dataclass
+class RunPosition:
+    """Where a run stands.
+
+    Attributes:
+        step: optimiser steps.
+        images_seen: of the endless sequence, by all processes.
+        seconds: of training so far.
+        layout_start: the image from which on the sequence is dealt out as it is now.
+        data: settings that the order of the images depends on.
+    """
+
+    step: int = 0
+    images_seen: int = 0
+    seconds: float = 0.0
+    layout_start: int = 0
+    data: dict[str, Any] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Into a checkpoint."""
+        state = {name: value for name, value in vars(self).items() if name != "step"}
+        (folder / RUN_STATE_FILE).write_text(json.dumps(state, indent=2))
+
+    @classmethod
+    def read(cls, folder: Path) -> RunPosition:
+        """Of a checkpoint that `check_checkpoint` has passed."""
+        state = json.loads((folder / RUN_STATE_FILE).read_text())
+        step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        return cls(step, state["images_seen"], state.get("seconds", 0.0), state.get("layout_start", 0), state["data"])
+
+    def changes(self, data: dict[str, Any]) -> list[str]:
+        """What is otherwise in the settings of the data now, in words."""
+        then = self.data or {}
+        return [f"{name} {then.get(name)} to {data[name]}" for name in data if data[name] != then.get(name)]

@@ -1,0 +1,255 @@
+"""The output folder of a run: who writes into it, what it holds, and checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from ..models.saving import STUDENT_FILE
+from ..publishing.publisher import RESULTS_FILE
+
+
+__all__ = ["RunFolder", "check_output_dir", "finished", "interrupted", "last_checkpoint", "run_settings"]
+
+# Names that begin with `_` are never pushed to the Hub.
+LOCK_FILE = "_lock"
+UNFINISHED_FOLDER = "_unfinished_checkpoint"  # holds a checkpoint until it is whole
+REPLACED = "_replaced-"  # before the name of a checkpoint while another takes its place
+INTERRUPTED_FILE = "_interrupted.json"  # the run was stopped by SIGTERM, with these settings
+NOT_OF_THE_RUN = ("output_dir", "resume_from_checkpoint", "allow_data_mismatch", "local_rank")
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """`output_dir`, on every process of a run.
+
+    Args:
+        args: of the run.
+        settings: see `run_settings`, as they were asked for.
+        accelerator: of the trainer.
+    """
+
+    def __init__(self, args: TrainingArguments, settings: dict[str, Any], accelerator: Accelerator):
+        self.args, self.settings, self.accelerator = args, settings, accelerator
+
+    @property
+    def path(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
+        """The checkpoint that a run goes on from: the named one, the last where `asked` is true or where the same run was
+        stopped here by SIGTERM, else None.
+
+        Raises:
+            ValueError: the last is asked for, and there is none.
+        """
+        if not asked and interrupted(self.path, self.settings):
+            logger.warning("The run in %r was stopped before its end: it is resumed.", str(self.path))
+            asked = True
+        if asked is not True:
+            return asked or None
+        checkpoint = last_checkpoint(self.path)
+        if checkpoint is None:
+            raise ValueError(f"There is no checkpoint to resume from in `output_dir` {str(self.path)!r}.")
+        return checkpoint
+
+    def clear(self) -> None:
+        """Make room for a new run.
+
+        Raises:
+            ValueError: the folder holds a run, and `overwrite_output_dir` is off.
+        """
+        held = check_output_dir(self.path, bool(getattr(self.args, "overwrite_output_dir", False)))
+        self.accelerator.wait_for_everyone()  # everyone has looked before anything goes
+        if self.args.should_save:
+            for path in held:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if held:
+                (self.path / RESULTS_FILE).unlink(missing_ok=True)  # the former run's
+            self.forget_interruption()
+        self.accelerator.wait_for_everyone()
+
+    def note_interruption(self, step: int) -> None:
+        """Leave word that the same command is to resume this run."""
+        if self.args.should_save:
+            file = self.path / INTERRUPTED_FILE
+            unfinished = file.with_suffix(".part")
+            unfinished.write_text(json.dumps({"step": step, "settings": self.settings}, indent=2))
+            unfinished.replace(file)
+
+    def forget_interruption(self) -> None:
+        """The run has ended, or another begins."""
+        if self.args.should_save:
+            (self.path / INTERRUPTED_FILE).unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else trains into the folder inside of this context. The lock goes with the process, however it ends.
+
+        Raises:
+            ValueError: somebody does.
+        """
+        lock, free = None, [True]
+        if self.args.should_save:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / LOCK_FILE)  # the file stays: unlinked, it could be locked twice
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                free = [False]
+            except (OSError, NotImplementedError) as error:  # a file system without locks
+                logger.warning("Nothing keeps another run out of %r: it cannot be locked (%s).", str(self.path), error)
+        try:
+            if self.args.world_size > 1:
+                torch.distributed.broadcast_object_list(free, 0)
+            if not free[0]:
+                raise ValueError(
+                    f"`output_dir` {str(self.path)!r} is being written by another run. Wait for it, or choose another folder."
+                )
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+    @contextmanager
+    def new_checkpoint(self, parent: Path, state: TrainerState, is_last: bool) -> Iterator[Path]:
+        """A folder to write a checkpoint into, on every process; it takes its place in `parent` once it is whole.
+
+        Args:
+            parent: holds the checkpoints.
+            state: of the trainer: it says which step this is, and which checkpoint is the best.
+            is_last: of a run that stops: it goes on from here, even if it saves only models otherwise.
+
+        Raises:
+            OSError: it cannot be written. What was written of it is removed.
+        """
+        self._remove_unfinished(parent)
+        name = f"checkpoint-{state.global_step}"
+        unfinished, place = parent / UNFINISHED_FOLDER / name, parent / name
+        only_model, self.args.save_only_model = self.args.save_only_model, self.args.save_only_model and not is_last
+        try:
+            yield unfinished
+            if state.best_model_checkpoint == str(unfinished):
+                state.best_model_checkpoint = str(place)
+                if self.args.should_save:
+                    state.save_to_json(str(unfinished / "trainer_state.json"))
+            self.put_in_place(unfinished, place)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is one or the other
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+            raise OSError(
+                f"Writing {name!r} into {str(parent)!r} failed ({error}). What was written of it is removed; the last whole "
+                f"checkpoint is {last_checkpoint(parent) or 'none'}. Make room, and resume from it."
+            ) from error
+        finally:
+            self.args.save_only_model = only_model
+        if self.args.should_save:
+            rotate_checkpoints(str(parent), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+
+    def put_in_place(self, unfinished: Path, place: Path) -> None:
+        """Move a checkpoint in place, once every process has written its part."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            _flush(unfinished)
+            _move(unfinished, place)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process and unfinished.exists():  # a node with a disk of its own
+            _move(unfinished, place)
+
+    def _remove_unfinished(self, parent: Path) -> None:
+        """Remove what a process that died while saving has left."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process:
+            last_checkpoint(parent)  # puts back what was being replaced
+            for left in (parent / UNFINISHED_FOLDER, *parent.glob(f"{REPLACED}*")):
+                shutil.rmtree(left, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+
+def check_output_dir(folder: str | Path, overwrite: bool) -> list[Path]:
+    """Refuse an output folder that holds a run, before any work is done.
+
+    Returns:
+        The checkpoints and the student in it, which are to go when `overwrite` is true.
+
+    Raises:
+        ValueError: it holds a run and `overwrite` is false.
+    """
+    folder = Path(folder)
+    held = sorted(path for path in (*folder.glob("checkpoint-*"), folder / STUDENT_FILE) if path.exists())
+    if held and not overwrite:
+        raise ValueError(
+            f"`output_dir` {str(folder)!r} holds a run already ({', '.join(path.name for path in held)}). Resume it with "
+            "`resume_from_checkpoint=True`, delete it with `overwrite_output_dir=True`, or choose another."
+        )
+    return held
+
+
+def run_settings(args: TrainingArguments) -> dict[str, Any]:
+    """All settings but those that a resumed run may have otherwise, as JSON has them."""
+    settings = {name: value for name, value in args.to_dict().items() if name not in NOT_OF_THE_RUN}
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
+
+
+def interrupted(folder: str | Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder holds a run with these settings that SIGTERM stopped."""
+    try:
+        note = json.loads(Path(folder, INTERRUPTED_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(note["settings"] == settings and last_checkpoint(folder) is not None)
+
+
+def finished(folder: str | Path, max_steps: int) -> bool:
+    """Whether a folder holds a student that was trained to the end, whatever checkpoints lie beside it."""
+    try:
+        steps = json.loads(Path(folder, "trainer_state.json").read_text())["global_step"]
+    except (OSError, ValueError, KeyError):
+        steps = 0 if last_checkpoint(folder) else max_steps
+    return Path(folder, STUDENT_FILE).exists() and bool(steps >= max_steps)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last whole checkpoint in a folder, None where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    for replaced in folder.glob(f"{REPLACED}checkpoint-*"):  # a process died between two renames
+        place = folder / replaced.name.removeprefix(REPLACED)
+        if not place.exists():
+            with contextlib.suppress(OSError):  # another process was first
+                replaced.rename(place)
+    found: str | None = get_last_checkpoint(str(folder))
+    return found
+
+
+def _flush(folder: Path) -> None:
+    """Have the files of a folder on the disk, so that a machine that loses power does not lose them."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as opened:  # Windows flushes only what may be written
+                os.fsync(opened.fileno())
+
+
+def _move(unfinished: Path, place: Path) -> None:
+    replaced = place.with_name(REPLACED + place.name)
+    if place.exists():  # the same step once more, after a resume from before it
+        place.rename(replaced)
+    unfinished.rename(place)
+    for left in (replaced, unfinished.parent):
+        shutil.rmtree(left, ignore_errors=True)

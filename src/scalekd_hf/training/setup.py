@@ -1,0 +1,112 @@
+"""What `ScaleKDTrainer` is made of before `Trainer` sees it: models, settings and data sets that fit each other."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+from ..data.dataset import dataset_labels
+from ..data.preparation import Collator, collate
+from ..data.stream import ImageStream
+from ..method.distiller import check_labels
+from ..models.saving import check_rebuildable
+from ..models.students import Student
+from ..models.teachers import Teacher
+from ..publishing.provenance import Source, data_source
+from .config import ScaleKDConfig
+from .epochs import count_steps
+from .feeding import prepare_images
+from .metrics import compute_accuracy, keep_top5
+from .model import ScaleKDModel, build_model
+from .optimization import timm_optimizer
+
+
+__all__ = ["Setup", "set_up"]
+
+
+@dataclass
+class Setup:
+    """The arguments of a trainer, checked and prepared.
+
+    Attributes:
+        args: a copy of the caller's.
+        model: student, teacher and heads.
+        data_sets: `train_dataset` and `eval_dataset`, prepared.
+        options: the other arguments of `Trainer`.
+        epochs: to train a stream for, where `max_steps` was counted from them.
+        data: where the images come from, if that is known.
+    """
+
+    args: ScaleKDConfig
+    model: ScaleKDModel
+    data_sets: dict[str, Any]
+    options: dict[str, Any]
+    epochs: float | None
+    data: Source | None
+
+
+def set_up(
+    model: str | nn.Module | Student,
+    teacher: str | nn.Module | Teacher | None,
+    args: ScaleKDConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    options: dict[str, Any],
+) -> Setup:
+    """Build the models, and prepare the data sets for them. Arguments are those of `ScaleKDTrainer`.
+
+    Raises:
+        ValueError: models, images or labels that do not fit each other.
+    """
+    if not isinstance(args, ScaleKDConfig):
+        raise ValueError(f"`args` must be a `ScaleKDConfig`, got a `{type(args).__name__}`.")
+    # The caller's may be for other runs, too; each needs a DeepSpeed plugin of its own.
+    args = copy.copy(args) if args.deepspeed_plugin is None else dataclasses.replace(args)
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+    set_seed(args.seed)
+    data = _by_name(train_dataset, eval_dataset)
+    labels = (dataset_labels(dataset, args.label_column) for dataset in data.values())
+    distiller = build_model(model, teacher, args, next((names for names in labels if names), None))
+    student = distiller.student
+    check_rebuildable(student)
+    for name, dataset in data.items():
+        if names := dataset_labels(dataset, args.label_column):
+            check_labels(f"`{name}`", len(names), names, student.num_labels, student.labels)
+            student.name_labels(names)
+    if args.sync_batchnorm != "none" and args.world_size > 1:
+        if args.device.type != "cuda":
+            raise ValueError("`sync_batchnorm` needs GPUs: torch has no synchronised BatchNorm on the CPU.")
+        distiller.synchronise_batchnorms(args.sync_batchnorm)
+    options = _options(args, options)
+    train_dataset = prepare_images(train_dataset, "train_dataset", student, args)
+    epochs = None
+    if isinstance(train_dataset, ImageStream) and args.max_steps <= 0:
+        epochs, args.max_steps = args.num_train_epochs, count_steps(train_dataset, args)
+    eval_dataset = prepare_images(eval_dataset, "eval_dataset", student, args)
+    source = next(filter(None, map(data_source, data.values())), None)
+    data_sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    return Setup(args, distiller, data_sets, options, epochs, source)
+
+
+def _by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The data sets by the argument that errors name, that to train on first."""
+    evaluations = {"eval_dataset": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        evaluations = {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+    return {"train_dataset": train_dataset, **evaluations}
+
+
+def _options(args: ScaleKDConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `Trainer`, with what takes the place of those that were not given."""
+    options = dict(options)
+    if options.get("compute_metrics") is None and options.get("preprocess_logits_for_metrics") is None:
+        options |= {"compute_metrics": compute_accuracy, "preprocess_logits_for_metrics": keep_top5}
+    options["data_collator"] = Collator(options.get("data_collator") or collate)
+    if args.timm_optim is not None:
+        options.setdefault("optimizer_cls_and_kwargs", timm_optimizer(args, args.learning_rate))
+    return options

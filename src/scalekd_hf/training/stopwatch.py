@@ -1,0 +1,36 @@
+"""The time that a run has trained for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+__all__ = ["Stopwatch"]
+
+
+class Stopwatch:
+    """Seconds of training, over all calls of `train` that went on from one another."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._started: float | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether training goes on."""
+        return self._started is not None
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.monotonic() - self._started if self._started is not None else 0.0)
+
+    @contextmanager
+    def running(self, before: float) -> Iterator[None]:
+        """Count what happens inside, on top of the seconds before."""
+        self._before, self._started = before, time.monotonic()
+        try:
+            yield
+        finally:
+            self._before, self._started = self.seconds, None
