@@ -1,7 +1,6 @@
 """Evaluation: its numbers against plain arithmetic, ImageNet's sets by their names, and the recipe as a command."""
 
 import json
-import runpy
 import shutil
 import time
 
@@ -17,6 +16,7 @@ from timm.data import create_transform, resolve_data_config
 from transformers import pipeline
 
 from scalekd_hf import load_student
+from scalekd_hf.cli.evaluate import card_of, parse
 from scalekd_hf.data.imagenet import INFO, benchmark, check_classes, class_places, label_places, read_real_labels
 from scalekd_hf.images import IGNORED_LABEL
 from scalekd_hf.tools.evaluation import (
@@ -400,21 +400,20 @@ def test_speed_is_that_of_a_whole_batch(tmp_path):
 
 
 def test_names_of_models_become_folders_and_cards(tmp_path):
-    recipe = runpy.run_path(RECIPE, run_name="recipe")
     for model, name in (
         ("team/model", "model"),
         ("timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
         (f"{TEACHER}/", TEACHER.name),
     ):
-        given, config = recipe["parse"]([model, "--dataset", "x", "--use_cpu"])
+        given, config = parse([model, "--dataset", "x", "--use_cpu"])
         assert (given.model, config.output_dir) == (model, f"evaluation/{name}")
     (tmp_path / "settings.yaml").write_text(f"model: team/model\ndataset: x\noutput_dir: {tmp_path}\n")
-    given, config = recipe["parse"]([str(tmp_path / "settings.yaml"), "--use_cpu"])
+    given, config = parse([str(tmp_path / "settings.yaml"), "--use_cpu"])
     assert (given.model, config.output_dir) == ("team/model", str(tmp_path))
-    assert [recipe["card_of"](name) for name in ("team/model", "hf-hub:team/model")] == ["team/model"] * 2
+    assert [card_of(name) for name in ("team/model", "hf-hub:team/model")] == ["team/model"] * 2
     for name in ("timm/resnet18", "team/model@v1", "resnet18"):
         with pytest.raises(ValueError, match="has no card of yours"):
-            recipe["card_of"](name)
+            card_of(name)
 
 
 def test_recipe_writes_merges_and_updates_the_card(tmp_path):

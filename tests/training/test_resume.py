@@ -347,7 +347,7 @@ def test_a_checkpoint_that_is_being_replaced_is_not_lost(tmp_path, shards):
     assert not (tmp_path / "run" / "checkpoint-3").exists()
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
     train(tmp_path / "run", shards, resume=True, max_steps=4)
-    assert not list((tmp_path / "run").glob("_*"))
+    assert [path.name for path in (tmp_path / "run").glob("_*")] == ["_lock"]
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, shards):
@@ -364,7 +364,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, shards):
 
     outcome = in_child(tmp_path, lambda: full(tmp_path / "run"))
     assert outcome.status == 1 and re.search(r"Writing 'checkpoint-3'.*checkpoint-2.*Make room", outcome.text), outcome
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["_lock", "checkpoint-1", "checkpoint-2"]
 
 
 def test_another_run_in_the_folder_is_not_taken_for_the_interrupted_one(tmp_path, shards):
