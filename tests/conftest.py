@@ -16,12 +16,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datasets
 import pytest
 import torch
-from helpers import DIGITS
+from helpers import DIGITS, ROOT
 from hub_server import HubServer
 from huggingface_hub import constants
 
 
 datasets.disable_progress_bars()
+os.chdir(ROOT)  # recipes name their data from there
 
 
 torch.set_num_threads(1)

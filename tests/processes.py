@@ -57,7 +57,7 @@ def in_child(folder, function, *arguments):
 
 
 def run_script(script, *words):
-    """Run a script from the repository's root as a command would; returns the finished process with its text."""
+    """Run a script of the repository as a command would, in this folder; returns the finished process with its text."""
     with tempfile.TemporaryDirectory() as folder:
         started = Started(folder, _as_main, script, [str(word) for word in words], Path(folder, "errors.txt"))
         (outcome,) = started.wait()
@@ -68,10 +68,9 @@ def run_script(script, *words):
 def _as_main(script, words, errors):
     output = os.open(errors, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 2)
-    os.chdir(ROOT)
     sys.argv = [script, *words]
-    sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
+    sys.path.insert(0, str((ROOT / script).parent))
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def _child(rank, processes, port, file, function, arguments):

@@ -48,6 +48,15 @@ MORE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _in_a_clean_checkout(tmp_path, monkeypatch):
+    """Recipes alone: a plan looks at `output_dir`, which an earlier run in this checkout may have filled."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(checkout)
+
+
 def test_every_published_pair_has_a_recipe():
     assert set(RECIPES) == set(PARAMETERS)
 
@@ -106,8 +115,7 @@ def quickstart(**changes):
         ({"softmax_scale": 0}, "`softmax_scale` must be positive"),
     ],
 )
-def test_what_would_fail_is_said(monkeypatch, changes, message):
-    monkeypatch.chdir(ROOT)
+def test_what_would_fail_is_said(changes, message):
     plan = scalekd_hf.plan(quickstart(**changes))
     assert plan.error is not None and re.search(message, plan.error), plan.error
 
@@ -131,8 +139,7 @@ def test_the_images_of_a_slice_of_a_local_data_set_are_counted():
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_steps_of_a_stream_and_of_a_table_are_counted_as_the_run_counts_them(monkeypatch, streaming):
-    monkeypatch.chdir(ROOT)
+def test_steps_of_a_stream_and_of_a_table_are_counted_as_the_run_counts_them(streaming):
     settings = quickstart(max_steps=-1, num_train_epochs=3, per_device_train_batch_size=1000, streaming=streaming)
     assert scalekd_hf.plan(settings).schedule["steps"] == 5  # of 1437 images, three times
 
