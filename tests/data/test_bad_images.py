@@ -14,7 +14,7 @@ from PIL import Image
 from processes import in_processes
 
 from scalekd_hf import ScaleKDTrainer
-from scalekd_hf.data.bad_images import TooManyBadImagesError
+from scalekd_hf.data.bad_images import BadImages, TooManyBadImagesError
 from scalekd_hf.data.sources import StreamReadError
 from scalekd_hf.images import IGNORED_LABEL
 
@@ -169,3 +169,35 @@ def test_bad_images_do_not_count_in_an_evaluation(tmp_path, files, kind, workers
     trainer.feed.bad_images["evaluation"].share = 0.01
     with pytest.raises(TooManyBadImagesError):
         trainer.evaluate()
+
+
+def test_none_is_forgotten_where_two_passes_mingle(tmp_path):
+    bad = BadImages(tmp_path / "bad.jsonl", share=0.05)
+    for row in range(6):  # the readers of two workers, of which one is in the next pass already
+        for number in (0, 1):
+            bad.add("training", [{"row": row, "pass": number, "kind": "truncated", "reason": "it ends"}])
+    with pytest.raises(TooManyBadImagesError, match="6 images cannot be decoded"):
+        bad.check(images=100, processes=1)
+    bad.add("training", [{"row": 7, "pass": 3, "kind": "truncated", "reason": "it ends"}])
+    bad.check(images=100, processes=1)  # those passes have ended
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+@pytest.mark.parametrize("task_loss", ["cross_entropy", "binary_cross_entropy"])
+def test_soft_labels_of_undecodable_images_do_not_count(tmp_path, kind, task_loss):
+    soft = torch.rand(12, 10, generator=torch.Generator().manual_seed(0)).tolist()
+    soft[3] = [0.0] * 10  # of no class: it counts in binary cross-entropy
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Sequence(datasets.Value("float32"))})
+    losses = []
+    for name, bad in (("whole", ()), ("bad", (1, 7, 8))):
+        contents = [b"no image" if row in bad else encoded(row) for row in range(12)]
+        good = [row for row in range(12) if bad or row not in (1, 7, 8)]
+        rows = {"image": [{"bytes": contents[row], "path": None} for row in good], "label": [soft[r] for r in good]}
+        file = tmp_path / f"{name}.parquet"
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+        data = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=kind == "stream")
+        torch.manual_seed(0)
+        args = settings(tmp_path / name, task_loss=task_loss, max_bad_images=0.5, per_device_eval_batch_size=5)
+        losses.append(ScaleKDTrainer(small_student(), None, args, eval_dataset=data).evaluate())
+    for metric in ("eval_loss", "eval_top1"):
+        assert losses[0][metric] == pytest.approx(losses[1][metric], rel=1e-5), metric

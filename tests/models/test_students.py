@@ -410,3 +410,28 @@ def test_an_image_size_the_student_cannot_take_is_refused():
     student.spec = student.spec.updated(size=40)
     with pytest.raises(ValueError, match="does not run on images of 40x40 px"):
         _ = student.taps
+
+
+SWEEP = [  # whose last map, or the one before, a norm puts out; then some where none does
+    *("efficientnet_b0", "mobilenetv2_050", "densenet121", "resnetv2_50", "mnasnet_small", "mixnet_s"),
+    *("resnet18", "regnetx_002", "ghostnet_100", "hrnet_w18_small", "repvgg_a0", "levit_128s", "fastvit_t8"),
+]
+
+
+@pytest.mark.parametrize("name", some_slow(SWEEP, 4))
+def test_synchronised_batchnorms_leave_the_maps_where_they_were(name):
+    student = load_student(f"timm/{name}", num_classes=10, image_size=64).eval()
+    with torch.no_grad():
+        before = student(images(size=64))
+        student.synchronise_batchnorms()
+        after = student.eval()(images(size=64))
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in student.modules())
+    assert all(torch.equal(first, second) for first, second in zip(before, after, strict=True))
+
+
+def test_a_part_that_was_replaced_after_tapping_is_named():
+    student = load_student("timm/resnet18", num_classes=10, image_size=64, channels=(8, 16, 24, 32))
+    assert student.taps[1].module == "layer4"
+    student.model.layer4 = torch.nn.Sequential(torch.nn.Conv2d(24, 32, 1))
+    with pytest.raises(RuntimeError, match="gave no map at layer4: .*another module has taken its place"):
+        student(images(size=64))

@@ -466,3 +466,48 @@ def test_only_a_scalekd_config_is_taken(tmp_path):
     with pytest.raises(ValueError, match="`args` must be a `ScaleKDConfig`, got a `TrainingArguments`"):
         ScaleKDTrainer(small_student(), None, TrainingArguments(output_dir=str(tmp_path)))
     assert isinstance(ScaleKDConfig(output_dir=str(tmp_path)), TrainingArguments)
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_channels_last_takes_pixels_too(tmp_path, digits, digits_stream, kind):
+    data = digits if kind == "map" else digits_stream
+    trainer = trainer_for(tmp_path, data, digits, channels_last=True, max_steps=1, mixup_alpha=0.5)
+    seen = []
+    trainer.student.model.register_forward_pre_hook(lambda _, args: seen.append((trainer.distiller.training, args[0])))
+    trainer.train()
+    trainer.evaluate()
+    assert {training for training, _ in seen} == {True, False}
+    assert all(pixels.is_contiguous(memory_format=torch.channels_last) for _, pixels in seen)
+
+
+def test_an_evaluation_set_in_a_dict_tells_a_student_its_classes(tmp_path, digits):
+    options = {"image_size": 32, "max_steps": 1}
+    trainer = ScaleKDTrainer("timm/resnet10t", None, settings(tmp_path, **options), eval_dataset={"digits": digits})
+    assert trainer.student.labels == list("0123456789") and trainer.student.num_labels == 10
+
+
+def test_workers_of_an_evaluation_stay_where_they_are_asked_to(tmp_path, digits_stream):
+    def evaluate():
+        options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+        trainer = trainer_for(tmp_path, evaluation={"a": digits_stream, "b": digits_stream.take(40)}, **options)
+        loaders = {name: trainer.get_eval_dataloader(name) for name in "ab"}
+        first = {name: next(iter(loader)) for name, loader in loaders.items()}
+        assert all(loader.persistent_workers for loader in loaders.values())
+        assert all(trainer.get_eval_dataloader(name) is loader for name, loader in loaders.items())
+        assert loaders["a"] is not loaders["b"] and len(loaders["a"].dataset) != len(loaders["b"].dataset)
+        again = next(iter(trainer.get_eval_dataloader("a")))
+        assert torch.equal(first["a"]["pixel_values"], again["pixel_values"])
+        assert trainer.evaluate()["eval_b_top1"] == trainer.evaluate()["eval_b_top1"]
+
+    outcome = in_child(tmp_path, evaluate)  # its workers end with it
+    assert outcome.status == 0, outcome.text[-3000:]
+
+
+@pytest.mark.parametrize("setting", ["dataloader_drop_last", "train_sampling_strategy", "accelerator_config"])
+def test_settings_that_streams_do_not_heed_are_named(tmp_path, digits, digits_stream, caplog, setting):
+    value = {"train_sampling_strategy": "sequential", "accelerator_config": {"split_batches": True}}.get(setting, True)
+    trainer_for(tmp_path, digits_stream, **{setting: value})
+    assert f"`{setting}" in caplog.text and "no effect on streams of images" in caplog.text
+    caplog.clear()
+    trainer_for(tmp_path, evaluation=digits, **{setting: value})
+    assert "no effect" not in caplog.text

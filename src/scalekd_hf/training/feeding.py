@@ -148,23 +148,29 @@ class ImageFeed:
                 f"The training samples have no `labels`, only {sorted(batch)}. Name them so, or set `label_column` to "
                 "none to train without."
             )
-        batch = self._on_device(batch)
-        return self._mix(self._mixup, batch) if self._mixup is not None and "labels" in batch else batch
+        batch = self._normalised(batch)
+        if self._mixup is not None and "labels" in batch:
+            batch = self._mix(self._mixup, batch)
+        return self._laid_out(batch)
 
     def evaluation_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch as the model is evaluated on it: on the device and normalised."""
         self.bad_images["evaluation"].add("evaluation", batch.pop("bad_images", []))
-        return self._on_device(batch)
+        return self._laid_out(self._normalised(batch))
 
-    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _normalised(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch = {
             name: value.to(self.args.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
         if isinstance(pixel_values := batch.get("pixel_values"), Tensor):
             batch["pixel_values"] = self.normaliser.for_student(pixel_values)
-            if self.args.channels_last and pixel_values.ndim == 4:
-                batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return batch
+
+    def _laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """With pixels in the memory order that `channels_last` gives the model's convolutions."""
+        if self.args.channels_last and isinstance(pixel_values := batch.get("pixel_values"), Tensor):
+            batch["pixel_values"] = pixel_values.contiguous(memory_format=torch.channels_last)
         return batch
 
     def _mix(self, mixup: Mixup, batch: dict[str, Any]) -> dict[str, Any]:
