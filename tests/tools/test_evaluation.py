@@ -16,8 +16,9 @@ from timm.data import create_transform, resolve_data_config
 from transformers import pipeline
 
 from scalekd_hf import load_student
+from scalekd_hf.borrowed.timm import IMAGENET_INFO as INFO
 from scalekd_hf.cli.evaluate import card_of, parse
-from scalekd_hf.data.imagenet import INFO, benchmark, check_classes, class_places, label_places, read_real_labels
+from scalekd_hf.data.imagenet import benchmark, check_classes, class_places, label_places, read_real_labels
 from scalekd_hf.images import IGNORED_LABEL
 from scalekd_hf.tools.evaluation import (
     EvaluateArguments,

@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import AutoModelForImageClassification, set_seed
 
+from ..borrowed.transformers import whole_models
 from ..data.dataset import dataset_labels
 from ..data.loading import DataArguments, load_data
 from ..models.students import load_student
 from ..models.teachers import Teacher, load_teacher
-from ..models.zero3 import whole_models
 from ..publishing.provenance import Source
 from ..tools.plan import plan_words
 from ..tools.recipe import DistillArguments, mapping, parse_config, write_config

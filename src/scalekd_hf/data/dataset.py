@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from torch.utils.data import Dataset
 
-from .datasets_internals import unshuffled
+from ..borrowed.datasets import unshuffled
 from .preparation import Preparation
 from .sources import Shards, Table, retrying
 from .stream import ImageStream, prepare_or_blank

@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from timm.data import ImageNetInfo
+
+from ..borrowed.timm import IMAGENET_INFO
 
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
 
 CLASSES = 1000
 IN_PLACE = 0.9  # share of 1000 names that must be known for the others to stand where they stand
-INFO = files("timm.data") / "_info"
 VALIDATION_FILE = re.compile(r"ILSVRC2012_val_(\d{8})")
 SHOWN = 5
 
@@ -52,7 +52,9 @@ class Benchmark:
     @property
     def classes(self) -> list[int] | None:
         """Places of its classes among the 1000, ascending; None for all."""
-        return sorted(class_places((INFO / self.subset).read_text().split(), self.name)) if self.subset else None
+        return (
+            sorted(class_places((IMAGENET_INFO / self.subset).read_text().split(), self.name)) if self.subset else None
+        )
 
 
 IMAGENET = "ILSVRC/imagenet-1k"
@@ -191,7 +193,7 @@ def read_real_labels(file: str | None) -> list[list[int]]:
         ValueError: a file that is no such list.
     """
     try:
-        labels = json.loads((Path(file) if file else INFO / "imagenet_real_labels.json").read_text())
+        labels = json.loads((Path(file) if file else IMAGENET_INFO / "imagenet_real_labels.json").read_text())
         if not all(isinstance(label, int) and 0 <= label < CLASSES for image in labels for label in image):
             raise ValueError("there are other things in it than class numbers from 0 to 999")
     except (OSError, ValueError, TypeError) as error:

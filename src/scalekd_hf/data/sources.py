@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
-from .datasets_internals import files_of, has_rows_in_shard_order, parquet_row_groups, parts_of, token_of
+from ..borrowed.datasets import files_of, has_rows_in_shard_order, parquet_row_groups, parts_of, token_of
 
 
 __all__ = ["Shards", "StreamReadError", "Table", "open_file", "retrying"]

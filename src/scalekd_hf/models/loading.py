@@ -28,9 +28,9 @@ from transformers import (
     TimmWrapperConfig,
 )
 
+from ..borrowed.timm import construction_arguments
+from ..borrowed.transformers import whole_models
 from ..images import ImageSpec
-from .timm_internals import construction_arguments
-from .zero3 import whole_models
 
 
 __all__ = ["INTERPOLATIONS", "Classifier", "check_patches", "load_classifier", "patch_size"]

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitImageProcessor
 
+from ..borrowed.timm import write_config
+from ..borrowed.transformers import whole_models
 from .loading import INTERPOLATIONS
 from .students import Student
-from .timm_internals import write_config
-from .zero3 import whole_models
 
 
 __all__ = [

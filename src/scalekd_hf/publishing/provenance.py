@@ -13,7 +13,7 @@ import datasets
 import torch
 from huggingface_hub import HfApi, metadata_load, try_to_load_from_cache
 
-from ..data.datasets_internals import files_of
+from ..borrowed.datasets import files_of
 
 
 __all__ = ["Source", "citations", "data_source", "hardware", "model_source", "versions"]

@@ -220,7 +220,7 @@ def _count(result: Plan, model: ScaleKDModel, config: ScaleKDConfig) -> None:
         _describe_projectors(result, model, config, maps)
     result.gflops_per_image = {**parts, "total": sum(parts.values())}
     labels = torch.zeros(IMAGES, dtype=torch.long) if config.has_labels else None
-    kept = _SavedBytes({p.untyped_storage()._cdata for p in model.parameters()})
+    kept = _SavedBytes(model)
     with kept:
         model(pixel_values, labels)
     _memory(result, model, config, kept.total / IMAGES)
@@ -257,16 +257,17 @@ def _describe_projectors(result: Plan, model: ScaleKDModel, config: ScaleKDConfi
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Bytes that autograd keeps for the backward pass, each storage once, weights not counted."""
 
-    def __init__(self, weights: set[int]):
+    def __init__(self, model: nn.Module):
         self.total = 0.0
-        self._seen, self._keep = set(weights), []  # type: ignore[var-annotated]
+        self._storages = [parameter.untyped_storage() for parameter in model.parameters()]  # kept, so that ids last
+        self._seen = set(map(id, self._storages))
         super().__init__(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen and not isinstance(tensor, nn.Parameter):
-            self._seen.add(storage._cdata)
-            self._keep.append(storage)
+        if id(storage) not in self._seen and not isinstance(tensor, nn.Parameter):
+            self._seen.add(id(storage))
+            self._storages.append(storage)
             self.total += storage.nbytes()
         return tensor
 

@@ -48,6 +48,9 @@ class Checkpoints:
         stopwatch: knows the seconds of training.
         averaged: the averaged student, where there is one.
         is_sharded: whether DeepSpeed or FSDP keeps parameters and optimiser.
+
+    Attributes:
+        schedule: a callback of the trainer's.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Checkpoints:
     ):
         self.args, self.feed, self.progress, self.stopwatch = args, feed, progress, stopwatch
         self.averaged, self.is_sharded = averaged, is_sharded
+        self.schedule = RestoredSchedule()
 
     def start(self, checkpoint: str | None, dataset: Any, epochs: float | None) -> RunPosition:
         """Begin where a checkpoint stands, or at the beginning.
@@ -71,6 +75,8 @@ class Checkpoints:
             epochs: to train for, where `max_steps` is counted from them: those left are, in steps of another batch.
         """
         position, is_changed = RunPosition(), False
+        in_parts = checkpoint is not None and optimizer_in_parts(checkpoint) and not self.is_sharded
+        self.schedule.file = Path(str(checkpoint), "scheduler.pt") if in_parts else None
         if self.averaged is not None:
             self.averaged.restart(self.args.device)
         if checkpoint is not None:
@@ -212,13 +218,16 @@ def check_processes(folder: Path, then: int, now: int, sharded: bool) -> None:
 
 
 class RestoredSchedule(TrainerCallback):
-    """Has the schedule of a checkpoint go on whose optimiser stays behind; the parent restores both or none."""
+    """Has the schedule of a checkpoint go on whose optimiser stays behind; the parent restores both or none.
 
-    def __init__(self, checkpoint: str):
-        self.file = Path(checkpoint, "scheduler.pt")
+    Attributes:
+        file: of the schedule, or None.
+    """
+
+    file: Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        if not self.file.exists():
+        if self.file is None or not self.file.exists():
             return
         lr_scheduler.load_state_dict(torch.load(self.file, weights_only=True))
         for group, rate in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import timm.optim
@@ -71,9 +70,10 @@ def timm_optimizer(args: ScaleKDConfig, learning_rate: float) -> tuple[Any, dict
     return timm.optim.get_optimizer_class(args.timm_optim, bind_defaults=False), options
 
 
-def step_schedule(optimizer: Optimizer, milestones: Iterable[float], total_steps: int, warmup_steps: int) -> LambdaLR:
-    """A linear warm-up, then a tenth of the rate after each share of the run in `milestones`."""
-    steps = [round(share * total_steps) for share in milestones]
+def step_schedule(optimizer: Any, args: ScaleKDConfig, total_steps: int) -> LambdaLR:
+    """A linear warm-up, then a tenth of the rate after each share of the run in `lr_milestones`."""
+    steps = [round(share * total_steps) for share in args.lr_milestones or ()]
+    warmup_steps = args.get_warmup_steps(total_steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:

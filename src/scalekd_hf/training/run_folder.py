@@ -51,16 +51,18 @@ class RunFolder:
     def path(self) -> Path:
         return Path(str(self.args.output_dir))
 
-    def checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
-        """The checkpoint that a run goes on from: the named one, the last where `asked` is true or where the same run was
-        stopped here by SIGTERM, else None.
+    def begin(self, asked: str | bool | None) -> str | None:
+        """The checkpoint that a run goes on from: the named one, or the last where `asked` is true or where the same run
+        was stopped here by SIGTERM. None for a new run, which the folder is cleared for.
 
         Raises:
-            ValueError: the last is asked for, and there is none.
+            ValueError: the last is asked for, and there is none; or a run is not to be resumed, and not to be overwritten.
         """
         if not asked and interrupted(self.path, self.settings):
             logger.warning("The run in %r was stopped before its end: it is resumed.", str(self.path))
             asked = True
+        if not asked:
+            self._clear()
         if asked is not True:
             return asked or None
         checkpoint = last_checkpoint(self.path)
@@ -68,12 +70,8 @@ class RunFolder:
             raise ValueError(f"There is no checkpoint to resume from in `output_dir` {str(self.path)!r}.")
         return checkpoint
 
-    def clear(self) -> None:
-        """Make room for a new run.
-
-        Raises:
-            ValueError: the folder holds a run, and `overwrite_output_dir` is off.
-        """
+    def _clear(self) -> None:
+        """Make room for a new run."""
         held = check_output_dir(self.path, bool(getattr(self.args, "overwrite_output_dir", False)))
         self.accelerator.wait_for_everyone()  # everyone has looked before anything goes
         if self.args.should_save:
@@ -84,11 +82,11 @@ class RunFolder:
             self.forget_interruption()
         self.accelerator.wait_for_everyone()
 
-    def note_interruption(self, step: int) -> None:
+    def note_interruption(self) -> None:
         """Leave word that the same command is to resume this run."""
         if self.args.should_save:
-            file = self.path / INTERRUPTED_FILE
-            unfinished = file.with_suffix(".part")
+            file, checkpoint = self.path / INTERRUPTED_FILE, last_checkpoint(self.path)
+            unfinished, step = file.with_suffix(".part"), int(checkpoint.rpartition("-")[2]) if checkpoint else 0
             unfinished.write_text(json.dumps({"step": step, "settings": self.settings}, indent=2))
             unfinished.replace(file)
 

@@ -84,8 +84,9 @@ def set_up(
         distiller.synchronise_batchnorms(args.sync_batchnorm)
     options = _options(args, options)
     train_dataset = prepare_images(train_dataset, "train_dataset", student, args)
-    epochs = None
-    if isinstance(train_dataset, ImageStream) and args.max_steps <= 0:
+    epochs, is_stream = None, isinstance(train_dataset, ImageStream)
+    args.ignore_data_skip |= is_stream  # it finds its place itself
+    if is_stream and args.max_steps <= 0:
         epochs, args.max_steps = args.num_train_epochs, count_steps(train_dataset, args)
     eval_dataset = prepare_images(eval_dataset, "eval_dataset", student, args)
     source = next(filter(None, map(data_source, data.values())), None)

@@ -85,6 +85,14 @@ class Stopping(TrainerCallback):
         if self.stopped or not args.save_only_model:
             self.saved_step = state.global_step
 
+    @contextmanager
+    def at_the_end_of_images(self) -> Iterator[None]:
+        """Images that end inside are a reason to stop; ask afterwards whether any process has one."""
+        try:
+            yield
+        except STOPPING_FAILURES as error:
+            self.failure = error
+
     def stop_if_asked(self, world_size: int, control: Any) -> bool:
         """Whether the run stops here; its checkpoint is saved as its epoch ends. Every process must ask."""
         if self.agreed(world_size):

@@ -21,7 +21,7 @@ from ..models.teachers import Teacher
 from ..publishing.hub import failures_in_log
 from ..publishing.publisher import Publisher
 from .averaging import AveragedStudent
-from .checkpoints import Checkpoints, RestoredSchedule, optimizer_in_parts
+from .checkpoints import Checkpoints
 from .config import ScaleKDConfig
 from .console import use_readable_log
 from .epochs import count_epochs
@@ -34,7 +34,7 @@ from .precision import autocast, without_bf16
 from .run_folder import RunFolder, run_settings
 from .setup import set_up
 from .sharding import check_engine, check_untrained, engine_runs, full_state, place_teacher
-from .stopping import STOPPING_FAILURES, Stopping
+from .stopping import Stopping
 from .stopwatch import Stopwatch
 
 
@@ -45,14 +45,8 @@ class ScaleKDTrainer(Trainer):
     """Distils a frozen teacher into a student with ScaleKD (NeurIPS 2024, arXiv 2411.06786).
 
     ```python
-    trainer = ScaleKDTrainer(
-        model="timm/resnet50",
-        teacher="timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k",
-        args=ScaleKDConfig(output_dir="resnet50-scalekd"),
-        train_dataset=dataset["train"],
-        eval_dataset=dataset["validation"],
-    )
-    trainer.train()
+    args, teacher = ScaleKDConfig(output_dir="resnet50-scalekd"), "timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k"
+    ScaleKDTrainer("timm/resnet50", teacher, args, dataset["train"], dataset["validation"]).train()
     ```
 
     Args:
@@ -101,12 +95,11 @@ class ScaleKDTrainer(Trainer):
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self.checkpoints = Checkpoints(args, self.feed, self.loss_log, self.stopwatch, self.averaged, is_sharded)
         self.stopping = Stopping(count_epochs(self, self.epochs, self.loss_log))
-        self._schedule_was_given = self.lr_scheduler is not None
+        self._given_schedule = self.lr_scheduler
         use_readable_log(self)
-        if self.averaged is not None:
-            self.add_callback(self.averaged)
-        self.add_callback(PushedCheckpoints(self.publisher, self.create_model_card))
-        self.add_callback(self.stopping)  # the last word on what is saved
+        pushed = PushedCheckpoints(self.publisher, self.create_model_card)
+        for callback in filter(None, (self.averaged, self.checkpoints.schedule, pushed, self.stopping)):
+            self.add_callback(callback)  # stopping last: the last word on what is saved
         self.feed.warn_of_settings_without_effect(self.train_dataset, self.eval_dataset)
 
     @property
@@ -121,47 +114,33 @@ class ScaleKDTrainer(Trainer):
 
     # Training
 
-    def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `Trainer.train`.
 
         Raises:
             ValueError: `output_dir` holds a run and neither resuming nor overwriting was asked for, or another run writes
                 into it; or a checkpoint that cannot be used.
             NonFiniteLossError: a loss that is not finite.
-            RunInterrupted: SIGTERM came, and a checkpoint is saved. It is a `SystemExit` with status 75; the same call
-                resumes the run.
-            StreamReadError, TooManyBadImagesError: the images ended; a checkpoint is saved.
+            RunInterrupted: SIGTERM came. It is a `SystemExit` with status 75; the same call resumes the run.
+            StreamReadError, TooManyBadImagesError: the images ended. In both cases a checkpoint is saved.
         """
         check_untrained(self)
         with self.run_folder.locked():
-            checkpoint = self.run_folder.checkpoint_to_resume(resume_from_checkpoint)
-            self._make_way(checkpoint)
+            checkpoint = self.run_folder.begin(resume_from_checkpoint)
             position = self.checkpoints.start(checkpoint, self.train_dataset, self.epochs)
             if checkpoint is not None and 0 < self.args.max_steps <= position.step:  # the parent would train one more
                 result = self._load_finished(checkpoint)
             else:
                 place_teacher(self.distiller.teacher, self.accelerator, self.args)
-                with self.stopwatch.running(position.seconds), self.stopping.within_training(self._note_interruption):
-                    result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                note = self.run_folder.note_interruption
+                self.lr_scheduler = self._given_schedule  # not that of an earlier call
+                with self.stopwatch.running(position.seconds), self.stopping.within_training(note):
+                    result = super().train(checkpoint, *args, **kwargs)
                 self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)
                 self.feed.report_bad_images()
                 self.stopping.raise_reason(self.accelerator)
             self.run_folder.forget_interruption()
             return result
-
-    def _make_way(self, checkpoint: str | None) -> None:
-        """Clear the folder for a new run, or have the parent find its way into a checkpoint."""
-        self.remove_callback(RestoredSchedule)  # of an earlier call
-        if checkpoint is None:
-            self.run_folder.clear()
-        elif optimizer_in_parts(checkpoint) and not self.checkpoints.is_sharded:
-            self.add_callback(RestoredSchedule(checkpoint))
-        self.args.ignore_data_skip |= isinstance(self.train_dataset, ImageStream)  # it finds its place itself
-
-    def _note_interruption(self) -> None:
-        self.run_folder.note_interruption(self.state.global_step)
 
     def _load_finished(self, checkpoint: str) -> TrainOutput:
         """A run that needs no more steps: load what it ended with."""
@@ -173,29 +152,24 @@ class ScaleKDTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's for finished samples; of raw images an endless sequence that finds its place itself."""
-        if isinstance(self.train_dataset, ImageStream):
-            return self.feed.training_loader(self.train_dataset)
-        return super().get_train_dataloader()
+        stream = self.train_dataset
+        return self.feed.training_loader(stream) if isinstance(stream, ImageStream) else super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The parent's; none where one of the processes must stop, which ends the run before this step."""
-        batches: list = []
-        count: Any = None
-        try:
+        samples: tuple[list, Any] = [], None
+        with self.stopping.at_the_end_of_images(), self.loss_log.waiting():
             if not self.stopping.terminated:
-                with self.loss_log.waiting():
-                    batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-                self.feed.take_bad_images(batches, self.train_dataset)
-        except STOPPING_FAILURES as error:
-            self.stopping.failure = error
-        return ([], None) if self.stopping.stop_if_asked(self.args.world_size, self.control) else (batches, count)
+                samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+                self.feed.take_bad_images(samples[0], self.train_dataset)
+        return ([], None) if self.stopping.stop_if_asked(self.args.world_size, self.control) else samples
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The parent's, of images that are normalised and mixed on the device."""
         return super().training_step(model, self.feed.training_inputs(inputs), *args, **kwargs)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted loss in training, whose terms it adds up; the student's task loss in evaluation."""
         outputs = model(**inputs)
@@ -226,10 +200,8 @@ class ScaleKDTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
         """The parent's, or steps at `lr_milestones`."""
-        optimizer = optimizer or self.optimizer
-        if self.args.lr_milestones and not self._schedule_was_given and optimizer is not None:
-            warmup = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = step_schedule(optimizer, self.args.lr_milestones, num_training_steps, warmup)
+        if self.args.lr_milestones and self.lr_scheduler is None:
+            self.lr_scheduler = step_schedule(optimizer or self.optimizer, self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -243,12 +215,12 @@ class ScaleKDTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The parent's; a raw data set is prepared first, and a stream is dealt out to processes and workers."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            dataset = prepare_images(eval_dataset, "eval_dataset", self.student, self.args)
-            return self.feed.evaluation_loader(dataset, super().get_test_dataloader)
         own: Any = self.eval_dataset
-        own = own if eval_dataset is None else own[eval_dataset]
-        return self.feed.evaluation_loader(own, super().get_test_dataloader, is_kept=True)
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            own = own if eval_dataset is None else own[eval_dataset]
+            return self.feed.evaluation_loader(own, super().get_test_dataloader, is_kept=True)
+        dataset = prepare_images(eval_dataset, "eval_dataset", self.student, self.args)
+        return self.feed.evaluation_loader(dataset, super().get_test_dataloader)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """That of an evaluation; labels may be missing."""
@@ -264,7 +236,7 @@ class ScaleKDTrainer(Trainer):
         if self.stopping.saved_step != self.state.global_step:
             self._save_checkpoint(cast(nn.Module, self.model), None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        self._note_interruption()
+        self.run_folder.note_interruption()
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """The parent's, of the averaged student where there is one; predictions come in the order of the rows."""
@@ -303,7 +275,7 @@ class ScaleKDTrainer(Trainer):
         With `push_to_hub` it is pushed, too; a push that fails is said in the log.
         """
         averaged = self.averaged
-        state = averaged.state_dict(self.accelerator) if averaged is not None else full_state(self.student.model)
+        state = averaged.state_dict(self.accelerator) if averaged else full_state(self.student.model)
         if self.args.should_save:
             save_student(self.student, output_dir or str(self.args.output_dir), state)
         if self.args.push_to_hub and not _internal_call:
@@ -356,14 +328,14 @@ class ScaleKDTrainer(Trainer):
         commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
         **card: Any,
     ) -> CommitInfo | None:
         """Save the student, describe it, and push both, see `Publisher.push`; every process must call it.
 
-        A trainer that has trained nothing, over a folder that holds a student, pushes what the folder holds. `card` is for
-        `create_model_card`, but for `revision` and `private` as `Trainer.push_to_hub` takes them.
+        A trainer that has trained nothing, over a folder with a student, pushes what it holds. `card` is for `card_facts`.
         """
-        revision, private = card.pop("revision", None), card.pop("private", None)
         is_saved = self.state.global_step == 0 and (self.publisher.folder / STUDENT_FILE).exists()
         self.accelerator.wait_for_everyone()  # everyone has looked before the first process writes
         if not is_saved:

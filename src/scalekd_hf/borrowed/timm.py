@@ -1,14 +1,17 @@
-"""All that this package borrows of timm that is not public there; `tests/test_private_names.py` tells what it is for."""
+"""Of timm: the arguments and the configuration of a model, and the lists of ImageNet's classes."""
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from timm.models._hub import save_config_for_hf
 
 
-__all__ = ["construction_arguments", "write_config"]
+__all__ = ["IMAGENET_INFO", "construction_arguments", "write_config"]
+
+IMAGENET_INFO = files("timm.data") / "_info"  # lists of WordNet ids for subsets, and reassessed labels
 
 
 def construction_arguments(module: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""All that this package borrows of `datasets` that is not public there; `tests/test_private_names.py` tells what it is for.
+"""Of `datasets`: what a stream is made of.
 
 A stream does not tell publicly which files it reads, nor whether it shuffles. What it is made of is a chain of iterables, each
 around the one before, of which the innermost knows the files.

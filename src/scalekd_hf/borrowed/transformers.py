@@ -1,4 +1,4 @@
-"""Models that are built and looked at whole, also where DeepSpeed's ZeRO-3 is configured."""
+"""Of transformers: models that are built and looked at whole, also where DeepSpeed's ZeRO-3 is configured."""
 
 from __future__ import annotations
 

@@ -1,0 +1,153 @@
+"""The house: what may import what, what is borrowed of other libraries, and how large a room may be."""
+
+import ast
+import inspect
+import sys
+
+import datasets
+import pytest
+import timm
+from helpers import DIGITS, ROOT
+from processes import in_child
+from scripts.private_names import borrowed
+from transformers import Trainer
+from transformers.integrations import deepspeed as hf_deepspeed
+
+import scalekd_hf.borrowed.datasets as borrowed_of_datasets
+from scalekd_hf.borrowed.timm import IMAGENET_INFO, construction_arguments
+from scalekd_hf.borrowed.transformers import whole_models
+
+
+SOURCE = ROOT / "src" / "scalekd_hf"
+# Each name, and what is lost where a release of its library changes it.
+BORROWED = {
+    "borrowed/datasets.py": {
+        "_ex_iterable": "a stream's files: it is counted by reading it whole, and its own shuffle stays in it",
+    },
+    "borrowed/timm.py": {
+        "_model_args": "the drop rates that a student was built with are not saved with it",
+        "timm.models._hub.save_config_for_hf": "a student's config.json cannot be written without its weights",
+        "timm.data/_info": "the class lists of ImageNet-A and -R, and reassessed labels, must be given as files",
+    },
+    "borrowed/transformers.py": {
+        "_hf_deepspeed_config_weak_ref": "under ZeRO-3 the dry runs see models whose parameters are empty",
+    },
+    "method/distiller.py": {
+        "Module._apply": "the teacher does not move with the model that it teaches",
+    },
+    "training/model.py": {
+        "_keys_to_ignore_on_save": "FSDP cannot load the best model at the end",
+    },
+    "training/trainer.py": {
+        "Trainer._save_checkpoint": "checkpoints lack the heads, and are not whole or not there",
+        "Trainer._get_output_dir": "checkpoints are written in place: a process that dies leaves half of one",
+        "Trainer._push_from_checkpoint": "a checkpoint is pushed before it is whole",
+        "Trainer._load_from_checkpoint": "a run does not go on from its weights",
+        "Trainer._load_best_model": "the best model is not loaded at the end",
+    },
+}
+
+
+def test_what_is_borrowed_is_known():
+    found = borrowed(SOURCE)
+    assert {file: set(names) for file, names in found.items()} == {f: set(names) for f, names in BORROWED.items()}
+
+
+def test_streams_still_tell_what_they_are_made_of(digits_stream):
+    lost = f"datasets {datasets.__version__}: {BORROWED['borrowed/datasets.py']['_ex_iterable']}"
+    kinds = borrowed_of_datasets.IN_SHARD_ORDER | borrowed_of_datasets.SHUFFLED | borrowed_of_datasets.PASSED_ON
+    missing = [kind for kind in kinds if not hasattr(datasets.iterable_dataset, kind)]
+    assert not missing, f"{lost}; there is no {missing} any more"
+    assert borrowed_of_datasets.has_rows_in_shard_order(digits_stream), lost
+    for other in (digits_stream.take(3), digits_stream.skip(3), digits_stream.shuffle(seed=0)):
+        assert not borrowed_of_datasets.has_rows_in_shard_order(other), lost
+    files = sorted(str(file) for file in DIGITS.glob("train-*.parquet"))
+    assert [file for file, _ in borrowed_of_datasets.parquet_row_groups(digits_stream)] == files, lost
+    filtered = datasets.load_dataset(
+        "parquet", data_files=files, split="train", streaming=True, filters=[("label", "=", 3)]
+    )
+    assert borrowed_of_datasets.parquet_row_groups(filtered) is None, f"{lost}; filters are not seen"
+    shuffled = digits_stream.shuffle(seed=1, buffer_size=50)
+    unshuffled = borrowed_of_datasets.unshuffled(shuffled)
+    first = next(iter(digits_stream.remove_columns("image")))["label"]
+    assert next(iter(unshuffled))["label"] == first and unshuffled.features == digits_stream.features, lost
+
+
+def test_timm_still_tells_how_a_model_was_built():
+    model = timm.create_model("convnext_atto", depths=(1, 1, 2, 1), drop_path_rate=0.2)
+    lost = f"timm {timm.__version__}: {BORROWED['borrowed/timm.py']['_model_args']}"
+    assert construction_arguments(model).items() >= {"depths": (1, 1, 2, 1), "drop_path_rate": 0.2}.items(), lost
+    assert len((IMAGENET_INFO / "imagenet_a_synsets.txt").read_text().split()) == 200
+
+
+def test_transformers_still_keeps_its_deepspeed_configuration_where_it_was():
+    class Configuration:
+        config = {"zero_optimization": {"stage": 3}}
+
+        def is_zero3(self):
+            return True
+
+    configuration = Configuration()
+    hf_deepspeed.set_hf_deepspeed_config(configuration)
+    try:
+        assert hf_deepspeed.is_deepspeed_zero3_enabled()
+        with whole_models():
+            assert not hf_deepspeed.is_deepspeed_zero3_enabled()
+        assert hf_deepspeed.is_deepspeed_zero3_enabled(), BORROWED["borrowed/transformers.py"]
+    finally:
+        hf_deepspeed.unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize("name", BORROWED["training/trainer.py"])
+def test_the_parent_still_calls_the_hooks_that_are_overridden(name):
+    hook = name.removeprefix("Trainer.")
+    ours, theirs = (list(inspect.signature(getattr(cls, hook)).parameters) for cls in (scalekd_trainer(), Trainer))
+    lost = BORROWED["training/trainer.py"][name]
+    assert ours == theirs, f"`{name}` takes {theirs} now: {lost}"
+    assert f"self.{hook}(" in inspect.getsource(Trainer), f"`{name}` is not called any more: {lost}"
+
+
+def scalekd_trainer():
+    from scalekd_hf import ScaleKDTrainer
+
+    return ScaleKDTrainer
+
+
+def test_rooms_are_small():
+    lines = {str(file.relative_to(SOURCE)): len(file.read_text().splitlines()) for file in SOURCE.rglob("*.py")}
+    assert lines["training/trainer.py"] <= 350
+    assert not {file: count for file, count in lines.items() if count > 400}
+
+
+UNIX_ONLY = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "tty"}
+
+
+def test_nothing_that_windows_lacks_is_needed_to_import_the_package(tmp_path):
+    # What the package itself imports is there already: other libraries know their platforms.
+    def import_without():
+        import os
+
+        for name in [name for name in sys.modules if name.split(".")[0] == "scalekd_hf"]:
+            del sys.modules[name]
+        for name in UNIX_ONLY:
+            sys.modules[name] = None
+        for name in [name for name in dir(os) if name.startswith("EX_")] + ["fork", "setpgid", "killpg"]:
+            delattr(os, name)
+        for file in SOURCE.rglob("*.py"):
+            module = ".".join(("scalekd_hf", *file.relative_to(SOURCE).with_suffix("").parts))
+            __import__(module.removesuffix(".__init__"))
+
+    outcome = in_child(tmp_path, import_without)
+    assert outcome.status == 0, outcome.text[-3000:]
+
+
+def test_nothing_that_windows_lacks_is_used():
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in ("os", "signal")
+            ):
+                unix = node.attr.startswith("EX_") or node.attr in ("fork", "setpgid", "killpg", "SIGKILL", "SIGUSR1")
+                assert not unix, f"{file}: {node.value.id}.{node.attr}"
