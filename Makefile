@@ -1,4 +1,4 @@
-.PHONY: install style quality test test-slow smoke quickstart digits teacher
+.PHONY: install style quality private-names test test-slow smoke quickstart digits teacher
 
 install:  ## everything a developer needs, in the active environment
 	pip install -e ".[dev]"
@@ -11,6 +11,10 @@ quality:  ## what CI checks of the code
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
+
+private-names:  ## what is used of other libraries although it is not public there
+	python tests/scripts/private_names.py
 
 test:  ## the default lane, minutes on two cores
 	pytest

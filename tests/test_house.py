@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import sys
 
 import datasets
@@ -117,6 +118,13 @@ def test_rooms_are_small():
     lines = {str(file.relative_to(SOURCE)): len(file.read_text().splitlines()) for file in SOURCE.rglob("*.py")}
     assert lines["training/trainer.py"] <= 350
     assert not {file: count for file, count in lines.items() if count > 400}
+
+
+def test_the_picture_of_the_house_shows_every_room():
+    picture = (ROOT / "docs" / "house.svg").read_text()
+    rooms = {file.stem for file in SOURCE.rglob("*.py")} | {folder.name for folder in SOURCE.glob("*/")}
+    missing = [room for room in rooms - {"__init__", "__pycache__"} if not re.search(rf"\b{room}\b", picture)]
+    assert not missing, f"docs/house.svg does not show {missing}"
 
 
 UNIX_ONLY = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "tty"}

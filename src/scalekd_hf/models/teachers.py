@@ -163,12 +163,7 @@ class PlainTeacher(Teacher):
         return options.get("rope") is not None
 
     def _blocks(self) -> Any:
-        for path in self.layout.blocks:
-            try:
-                return self.model.get_submodule(path)
-            except AttributeError:
-                continue  # renamed within transformers 5
-        raise AttributeError(f"{type(self.model).__name__} has none of {self.layout.blocks}")
+        return self.model.get_submodule(self.layout.blocks[0])
 
     def _check(self) -> None:
         super()._check()
@@ -279,8 +274,8 @@ class Layout:
 
     Attributes:
         adapter: the class that reads it.
-        blocks: of a plain transformer, the path of its blocks (the first that exists); of a hierarchical
-            model, the paths of the chain that is its last stage, `.-1` for the last child.
+        blocks: of a plain transformer, the path of its blocks; of a hierarchical model, the paths of the chain that is
+            its last stage, `.-1` for the last child.
         norm: path of the norm before pooling, of a plain transformer that has one there.
         mask: the blocks' argument for an additive mask, where position terms are sized for the prefix.
         order: of the maps in a hierarchical model.
@@ -293,9 +288,8 @@ class Layout:
     order: str = "tokens"
 
 
-def _transformers_plain(base: str, norm: str = "layernorm", mask: str = "") -> Layout:
-    paths = tuple(f"{base}.{name}" for name in ("layers", "encoder.layer", "encoder.layers"))
-    return Layout(PlainTeacher, paths, f"{base}.{norm}" if norm else "", mask)
+def _transformers_plain(base: str, blocks: str = "layers", norm: str = "layernorm", mask: str = "") -> Layout:
+    return Layout(PlainTeacher, (f"{base}.{blocks}",), f"{base}.{norm}" if norm else "", mask)
 
 
 LAYOUTS: dict[tuple[str, str], Layout] = {
@@ -311,11 +305,15 @@ LAYOUTS: dict[tuple[str, str], Layout] = {
     ("transformers", "DeiTForImageClassification"): _transformers_plain("deit"),
     ("transformers", "DeiTForImageClassificationWithTeacher"): _transformers_plain("deit"),
     ("transformers", "BeitForImageClassification"): _transformers_plain("beit", mask="attention_mask"),
-    ("transformers", "Dinov2ForImageClassification"): _transformers_plain("dinov2"),
-    ("transformers", "Dinov2WithRegistersForImageClassification"): _transformers_plain("dinov2_with_registers"),
-    ("transformers", "DINOv3ViTModel"): Layout(PlainTeacher, ("model.layer", "layer", "layers"), "norm"),
-    ("transformers", "CLIPForImageClassification"): _transformers_plain("vision_model", norm=""),
-    ("transformers", "SiglipForImageClassification"): _transformers_plain("vision_model", norm="post_layernorm"),
+    ("transformers", "Dinov2ForImageClassification"): _transformers_plain("dinov2", "encoder.layer"),
+    ("transformers", "Dinov2WithRegistersForImageClassification"): _transformers_plain(
+        "dinov2_with_registers", "encoder.layer"
+    ),
+    ("transformers", "DINOv3ViTModel"): Layout(PlainTeacher, ("model.layer",), "norm"),
+    ("transformers", "CLIPForImageClassification"): _transformers_plain("vision_model", "encoder.layers", norm=""),
+    ("transformers", "SiglipForImageClassification"): _transformers_plain(
+        "vision_model", "encoder.layers", norm="post_layernorm"
+    ),
     ("transformers", "SwinForImageClassification"): Layout(TransformersSwin),
     ("transformers", "Swinv2ForImageClassification"): Layout(TransformersSwin),
     ("transformers", "ConvNextForImageClassification"): Layout(

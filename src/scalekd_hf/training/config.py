@@ -312,7 +312,7 @@ class ScaleKDConfig(TrainingArguments):
         keep_autocast(self)
         if self.torch_compile or self.tf32 is not None:
             say_tf32_in_both_ways()
-        if getattr(self, "ddp_static_graph", False) is None:  # with accumulation, DDP skips the exchange now and then
+        if self.ddp_static_graph is None:  # with accumulation, DDP skips the exchange now and then
             self.ddp_static_graph = self.gradient_accumulation_steps == 1 and not self.torch_compile
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the parent's field knows paths only
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore[assignment]
