@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 NETWORK_CLIENTS = ("aiohttp", "botocore", "gcsfs", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 LASTING_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)  # trying again does not help
 RETRY_DELAYS = (1, 4, 16, 60, 120)  # seconds before each new try; `datasets` itself tries again before that
-MAX_UNITS = 4096  # of more shards, neighbours are read together
-READ_ROWS = 64  # rows of Arrow made Python objects at a time
+MAX_UNITS = 4096  # where there are more shards, neighbours are one unit
+READ_ROWS = 64  # converted from Arrow at a time
 COUNT_LOG_SECONDS = 30
 
 

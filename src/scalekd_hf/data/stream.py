@@ -142,11 +142,11 @@ class ImageStream(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         if not self.preparation.training:
-            yield from self._once(worker)
+            yield from self._evaluation_samples(worker)
         elif isinstance(self.source, Table):
-            yield from self._filled(self._from_table(self.source, worker, workers))
+            yield from self._without_bad_images(self._from_table(self.source, worker, workers))
         else:
-            yield from self._filled(self._from_shards(self.source, worker, workers))
+            yield from self._without_bad_images(self._from_shards(self.source, worker, workers))
 
     def _from_table(self, table: Table, worker: int, workers: int) -> Iterator[tuple[int, int, int, Any]]:
         """Pass, row number, repeat and row at each place of a worker."""
@@ -162,7 +162,7 @@ class ImageStream(IterableDataset):
         partition = replace(self.partition, workers=workers)
         worker = (
             worker + (self.images_seen - partition.start) // partition.step
-        ) % workers  # whose turn it is comes first
+        ) % workers  # the worker whose turn it is comes first
         for pass_number in itertools.count(self.images_seen // self.places_per_pass):
             start = pass_number * self.places_per_pass
             first = max(start, partition.start)
@@ -193,7 +193,7 @@ class ImageStream(IterableDataset):
                 yield held[position][0], repeat, held[position][1]
                 if turn + 1 == len(todo) or todo[turn + 1] // repeats != position:
                     del held[position]
-                    held.update(itertools.islice(rows, 1))  # as one goes, one of the next block comes
+                    held.update(itertools.islice(rows, 1))  # in its place, one of the next block is read
 
     def _block_places(self, pass_number: int, block: range, places: range) -> list[int]:
         """The places of a block of rows, row by row in a random order."""
@@ -202,7 +202,7 @@ class ImageStream(IterableDataset):
         runs = ((block.start + int(offset)) * repeats for offset in shuffled)
         return [place for run in runs for place in range(run, run + repeats) if place in places]
 
-    def _once(self, worker: int) -> Iterator[dict[str, Any]]:
+    def _evaluation_samples(self, worker: int) -> Iterator[dict[str, Any]]:
         """One pass in the order of the data set, and blanks to the end of the last batch."""
         assert isinstance(self.source, Shards)
         partition, shards = self.partition, self.source
@@ -215,7 +215,7 @@ class ImageStream(IterableDataset):
         for _ in range(batches * partition.batch_size - len(share)):
             yield self.preparation.blank(self.label)
 
-    def _filled(self, places: Iterator[tuple[int, int, int, Any]]) -> Iterator[dict[str, Any]]:
+    def _without_bad_images(self, places: Iterator[tuple[int, int, int, Any]]) -> Iterator[dict[str, Any]]:
         """Samples, where the next good one also takes the places of bad ones before it."""
         waiting: list[dict[str, Any]] = []
         for pass_number, number, repeat, row in places:

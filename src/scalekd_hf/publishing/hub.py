@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 __all__ = ["PushError", "create_repository", "failures_in_log", "push_command", "remote_card", "upload"]
 
 PAUSES = (5.0, 30.0)  # seconds before the second and the third try; the client itself tries requests again, too
-LATER = (408, 409, 425, 429)  # statuses that another try may change; 409: somebody else has just committed
+TRIED_AGAIN = (408, 409, 425, 429)  # statuses that another try may change; 409: somebody else has just committed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -127,7 +127,9 @@ def _retrying(what: str, action: Callable[[], T], token: str | None) -> T:
             return action()
         except Exception as error:
             status = _status(error)
-            if isinstance(error, HFValidationError) or (status is not None and status < 500 and status not in LATER):
+            if isinstance(error, HFValidationError) or (
+                status is not None and status < 500 and status not in TRIED_AGAIN
+            ):
                 raise
             logger.warning("%s failed (%s); once more in %g s.", what, _text(error, token), pause)
             time.sleep(pause)

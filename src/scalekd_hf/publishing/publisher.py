@@ -118,14 +118,14 @@ class Publisher:
         """Commit the student and what describes it; returns the commit if it is waited for.
 
         Raises:
-            PushError: it failed for good; where it goes on beside, the log says so.
+            PushError: it failed for good; in the background, the log says so.
         """
         self.wait()
         files = _existing(self.folder, (*WEIGHTS, *ABOUT))
         how: dict[str, Any] = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
         if blocking:
             return self._commit(files, message, later=self.folder, **how)
-        self._push_beside([(files, message, "")], self.folder, None, **how)
+        self._push_in_background([(files, message, "")], self.folder, None, **how)
         return None
 
     def is_busy(self) -> bool:
@@ -145,7 +145,7 @@ class Publisher:
             name = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
             rest = _link([file for file in checkpoint.iterdir() if file.is_file()], staging / "checkpoint")
             jobs.append((rest, f"{message}, checkpoint", f"{name}/"))
-        self._push_beside(jobs, checkpoint, staging, token=self.args.hub_token, revision=self.args.hub_revision)
+        self._push_in_background(jobs, checkpoint, staging, token=self.args.hub_token, revision=self.args.hub_revision)
 
     def wait(self) -> None:
         """Until nothing is being pushed any more."""
@@ -155,7 +155,7 @@ class Publisher:
             self._in_progress.result()
             self._in_progress = None
 
-    def _push_beside(self, jobs: list[tuple], later: Path, staging: Path | None, **how: Any) -> None:
+    def _push_in_background(self, jobs: list[tuple], later: Path, staging: Path | None, **how: Any) -> None:
         """Push while training goes on; the log says what fails."""
 
         def push_all() -> None:

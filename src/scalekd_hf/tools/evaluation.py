@@ -257,7 +257,7 @@ def measure_model(student: Student, config: ScaleKDConfig) -> dict[str, Any]:
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else student._dtype()
     pixel_values = torch.randn(max(batch, IMAGES), 3, *student.spec.size, device=device)
     with torch.no_grad():
-        with sdpa_kernel(SDPBackend.MATH):  # of fused attention the counter does not know every kind
+        with sdpa_kernel(SDPBackend.MATH):  # the counter does not know every fused kernel
             gflops = gflops_of(lambda: student.classify(pixel_values[:IMAGES]))
         with torch.autocast(device.type, dtype, enabled=config.bf16 or config.fp16):
             seconds = [_seconds(student, pixel_values[:batch]) for _ in range(WARM_UP + REPEATS)][WARM_UP:]

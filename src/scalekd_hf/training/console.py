@@ -15,7 +15,7 @@ from ..method.distiller import LOSS_TERMS
 
 __all__ = ["use_readable_log"]
 
-DULL = ("model_preparation_time", "steps_per_second")
+HIDDEN = ("model_preparation_time", "steps_per_second")
 
 
 def use_readable_log(trainer: Trainer) -> None:
@@ -57,7 +57,7 @@ def line(logs: dict[str, Any], state: TrainerState, clock: Clock) -> str:
         if logs.get("data_wait", 0) >= 0.01:
             parts.append(f"{logs['data_wait']:.0%} waiting for data")
         return " | ".join(part for part in (*parts, f"{clock.left(state)} left") if part)
-    evaluated = {name: value for name, value in logs.items() if name.startswith("eval_") and not name.endswith(DULL)}
+    evaluated = {name: value for name, value in logs.items() if name.startswith("eval_") and not name.endswith(HIDDEN)}
     ended = "train_runtime" in logs
     shown = evaluated or {name: value for name, value in logs.items() if name not in ("epoch", "total_flos")}
     values = ", ".join(f"{name.removeprefix('eval_')} {_number(name, value)}" for name, value in shown.items())

@@ -30,11 +30,11 @@ class EpochCounter(TrainerCallback):
     def __init__(self, images_per_epoch: int, epochs: float | None, progress: LossLog, callbacks: CallbackHandler):
         self.images_per_epoch, self.epochs = images_per_epoch, epochs
         self.progress, self.callbacks = progress, callbacks
-        self._ended_at = -1  # step of the last end that this has told
-        self.has_been_told = False  # of the end that the parent tells now
+        self._announced_at = -1  # the step at which this last told callbacks of an epoch's end
+        self.end_is_repeated = False  # the parent tells callbacks of an end that this has told them of
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._ended_at = -1
+        self._announced_at = -1
         left = (state.max_steps - state.global_step) * images_per_step(args)
         epochs = (self.progress.images_seen + left) / self.images_per_epoch if self.epochs is None else self.epochs
         state.num_train_epochs = math.ceil(epochs)
@@ -48,14 +48,14 @@ class EpochCounter(TrainerCallback):
             # The parent ends the last one. What callbacks do at the end of an epoch they do here, too.
             self.callbacks.on_epoch_end(args, state, control)
             self.callbacks.on_epoch_begin(args, state, control)
-            self._ended_at = state.global_step
+            self._announced_at = state.global_step
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.has_been_told = self._ended_at == state.global_step
+        self.end_is_repeated = self._announced_at == state.global_step
 
 
 def count_epochs(trainer: Trainer, epochs: float | None, progress: LossLog) -> Callable[[], bool]:
-    """Have a trainer's callbacks hear of epochs of a stream; returns whether they have heard of the end that is told.
+    """Tell a trainer's callbacks of epochs of a stream; returns a function: whether an end is told of a second time.
 
     Args:
         trainer: with its training set.
@@ -67,7 +67,7 @@ def count_epochs(trainer: Trainer, epochs: float | None, progress: LossLog) -> C
     images = getattr(args, "images_per_epoch", None) or len(stream.source)
     counter = EpochCounter(images, epochs, progress, trainer.callback_handler)
     trainer.callback_handler.callbacks.insert(0, counter)  # the others find the right epoch
-    return lambda: counter.has_been_told
+    return lambda: counter.end_is_repeated
 
 
 def count_steps(stream: ImageStream, args: ScaleKDConfig, images_seen: int = 0) -> int:

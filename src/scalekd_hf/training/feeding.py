@@ -76,29 +76,29 @@ class ImageFeed:
         return stream.training_loader(partition, self.args.process_index, images_seen, **self._loader_options())
 
     def evaluation_loader(
-        self, dataset: Any, parents: Callable[[Any], DataLoader], is_kept: bool = False
+        self, dataset: Any, make_loader: Callable[[Any], DataLoader], is_reused: bool = False
     ) -> DataLoader:
         """One pass over a prepared data set, its images dealt out to processes and workers.
 
         Args:
             dataset: a stream, or a map-style data set.
-            parents: makes the loader of a map-style one.
-            is_kept: the trainer evaluates on it again: its workers may stay.
+            make_loader: the parent's, for a map-style one.
+            is_reused: in further evaluations, so that its workers may stay.
         """
-        if is_kept and id(dataset) in self._evaluation_loaders:
+        if is_reused and id(dataset) in self._evaluation_loaders:
             return self._evaluation_loaders[id(dataset)][1]
         loader: Any
         if isinstance(dataset, ImageStream):
             options = self._loader_options()
-            persistent = is_kept and self.args.dataloader_persistent_workers
+            persistent = is_reused and self.args.dataloader_persistent_workers
             batch_size, rank, processes = self.args.eval_batch_size, self.args.process_index, self.args.world_size
             loader = dataset.evaluation_loader(batch_size, rank, processes, **options, persistent_workers=persistent)
         else:
-            loader = parents(dataset)
+            loader = make_loader(dataset)
             own = getattr(loader, "base_dataloader", loader)
             own.worker_init_fn = outlive_sigterm
             own.generator = torch.Generator()  # so that training draws the same with an evaluation and without
-        if is_kept and self.args.dataloader_persistent_workers:
+        if is_reused and self.args.dataloader_persistent_workers:
             self._evaluation_loaders[id(dataset)] = dataset, loader
         return loader
 
@@ -204,7 +204,7 @@ class ImageFeed:
             TooManyBadImagesError: more than `max_bad_images` allows.
         """
         loss, metrics = self._evaluated.mean(accelerator), output.metrics or {}
-        if loss is not None:  # the parent's mean is over blanks, too
+        if loss is not None:  # the parent's mean includes images that do not count
             metrics.update({name: loss for name in metrics if name.endswith("_loss")})
         count = len(images) if hasattr(images, "__len__") else 0
         self.bad_images["evaluation"].check(count, self.args.world_size)

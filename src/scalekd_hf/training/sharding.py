@@ -143,7 +143,7 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 def _whole(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
-    deepspeed: Any = sys.modules.get("deepspeed")  # an engine of its has imported it
+    deepspeed: Any = sys.modules.get("deepspeed")  # imported where it holds parameters
     if deepspeed is None:
         return tensor.detach()
     if tensor.requires_grad:

@@ -45,7 +45,7 @@ class Stopping(TrainerCallback):
     waits, and after the last step. The answer travels between the processes' CPUs; no device is waited for.
 
     Args:
-        epoch_has_been_told: whether callbacks have heard of the end of the epoch before.
+        epoch_end_is_repeated: whether callbacks have been told of this epoch's end already.
 
     Attributes:
         failure: of this process, which then must stop.
@@ -54,12 +54,12 @@ class Stopping(TrainerCallback):
         saved_step: of the last checkpoint that the run can go on from.
     """
 
-    def __init__(self, epoch_has_been_told: Callable[[], bool]):
-        self.epoch_has_been_told = epoch_has_been_told
+    def __init__(self, epoch_end_is_repeated: Callable[[], bool]):
+        self.epoch_end_is_repeated = epoch_end_is_repeated
         self.failure: Exception | None = None
         self.terminated = self.stopped = False
         self.saved_step = 0
-        self._watches = False  # an evaluation in training
+        self._evaluates_in_training = False  # an evaluation in training
         self._handler: Any = None
         self._group: Any = None
 
@@ -77,7 +77,7 @@ class Stopping(TrainerCallback):
             self.stop_if_asked(args.world_size, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped or self.epoch_has_been_told():  # there may be no time for more
+        if self.stopped or self.epoch_end_is_repeated():  # nothing more to do, or no time for it
             control.should_log = control.should_evaluate = False
             control.should_save = self.stopped and state.global_step != self.saved_step
 
@@ -95,10 +95,10 @@ class Stopping(TrainerCallback):
 
     def stop_if_asked(self, world_size: int, control: Any) -> bool:
         """Whether the run stops here; its checkpoint is saved as its epoch ends. Every process must ask."""
-        if self.agreed(world_size):
+        if self.any_must_stop(world_size):
             self.stopped = True
             control.should_training_stop, control.should_evaluate = True, False
-            logger.warning("The run stops, with a checkpoint.")
+            logger.warning("The run stops here; what has changed since its last checkpoint is saved.")
         return self.stopped
 
     @contextmanager
@@ -110,7 +110,7 @@ class Stopping(TrainerCallback):
         Raises:
             RunInterrupted, StreamReadError, TooManyBadImagesError: in training, after `save` has run on all processes.
         """
-        was_watched, self._watches = self._watches, is_training
+        was_watched, self._evaluates_in_training = self._evaluates_in_training, is_training
         try:
             yield
             return
@@ -119,9 +119,9 @@ class Stopping(TrainerCallback):
                 raise
             if not isinstance(error, EvaluationStopped):
                 self.failure = error
-                self.agreed(accelerator.num_processes)  # answers what the others ask before their next batch
+                self.any_must_stop(accelerator.num_processes)  # the others ask this before their next batch
         finally:
-            self._watches = was_watched
+            self._evaluates_in_training = was_watched
         self.stopped = True
         save()
         self.raise_reason(accelerator)
@@ -132,10 +132,10 @@ class Stopping(TrainerCallback):
         Raises:
             EvaluationStopped: on all of them, where one must stop.
         """
-        if self._watches and self.agreed(world_size):
+        if self._evaluates_in_training and self.any_must_stop(world_size):
             raise EvaluationStopped
 
-    def agreed(self, world_size: int) -> bool:
+    def any_must_stop(self, world_size: int) -> bool:
         """Whether one of the processes must stop; every one of them must ask."""
         stops = self.terminated or self.failure is not None
         if world_size == 1:

@@ -173,7 +173,7 @@ class ScaleKDTrainer(Trainer):
     ) -> Any:
         """The weighted loss in training, whose terms it adds up; the student's task loss in evaluation."""
         outputs = model(**inputs)
-        if self.distiller.training:  # an engine around it may say otherwise
+        if self.distiller.training:  # the wrapper of an engine may be in another mode
             images = len(inputs["pixel_values"]) * self.args.world_size
             self.loss_log.add(self.state.global_step + 1, outputs.loss, outputs.losses, images)
         return (outputs.loss, {"loss": outputs.loss, "logits": outputs.logits}) if return_outputs else outputs.loss
@@ -218,7 +218,7 @@ class ScaleKDTrainer(Trainer):
         own: Any = self.eval_dataset
         if eval_dataset is None or isinstance(eval_dataset, str):
             own = own if eval_dataset is None else own[eval_dataset]
-            return self.feed.evaluation_loader(own, super().get_test_dataloader, is_kept=True)
+            return self.feed.evaluation_loader(own, super().get_test_dataloader, is_reused=True)
         dataset = prepare_images(eval_dataset, "eval_dataset", self.student, self.args)
         return self.feed.evaluation_loader(dataset, super().get_test_dataloader)
 
