@@ -22,6 +22,7 @@ SMALL = {
     "vit": SMALL_TRANSFORMER,
     "resnet50": {"layers": [1, 1, 2, 1], "channels": [8, 16, 24, 32]},
     "convnext": {"depths": [1, 1, 2, 1], "dims": [8, 12, 16, 24]},
+    "mixer_b14": {"num_blocks": 4, "embed_dim": 24},
     "mixer": {},
     "mobilenetv1": {},
 }

@@ -5,11 +5,13 @@ import itertools
 import json
 import tarfile
 
+import aiohttp
 import datasets
 import numpy as np
 import pytest
 import torch
 from helpers import RangeServer, some_slow
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from processes import in_child
 
@@ -353,3 +355,33 @@ def test_the_list_of_a_cache_is_plain_json(files, tmp_path, monkeypatch):
     Shards(stream_of(files), ["image"])
     (file,) = (tmp_path / "scalekd_lengths").iterdir()
     assert json.loads(file.read_text()) == [[3, 1], [3] * 5 + [1], [3, 3, 1], [3] * 4 + [1]]
+
+
+def hub_client_error():
+    """What the client that `huggingface_hub` happens to use raises where nobody answers."""
+    (client,) = {base for base in HfHubHTTPError.__bases__ if base.__module__.split(".")[0] != "huggingface_hub"}
+    return client.__new__(client)
+
+
+@pytest.mark.parametrize("error", [aiohttp.ClientPayloadError("cut"), hub_client_error(), TimeoutError(), OSError()])
+def test_errors_of_network_clients_are_tried_again(monkeypatch, error):
+    monkeypatch.setattr(sources, "RETRY_DELAYS", (0.0,) * 2)
+    answers = [error, error, "read"]
+
+    def read():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert sources.retrying(read, "a file") == "read"
+    answers[:] = [error] * 3
+    with pytest.raises(StreamReadError, match="Reading a file failed 3 times"):
+        sources.retrying(read, "a file")
+
+
+def test_what_a_users_function_raises_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(sources, "RETRY_DELAYS", (60.0,))
+    data = datasets.IterableDataset.from_generator(lambda: iter([{"image": 1}]))
+    with pytest.raises(ZeroDivisionError):
+        sources.retrying(lambda: next(iter(data.map(lambda row: {"image": 1 / 0}))), "a stream")

@@ -31,7 +31,7 @@ __all__ = ["Shards", "StreamReadError", "Table", "open_file", "retrying"]
 
 logger = logging.getLogger(__name__)
 
-# Packages that open files on the network: not all of their errors are an `OSError`.
+# How the names of packages begin that open files on the network: not all of their errors are an `OSError`.
 NETWORK_CLIENTS = ("aiohttp", "botocore", "gcsfs", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 LASTING_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)  # trying again does not help
 RETRY_DELAYS = (1, 4, 16, 60, 120)  # seconds before each new try; `datasets` itself tries again before that
@@ -170,8 +170,7 @@ def open_file(path: str, token: str | bool | None = None) -> Any:
 
 
 def _is_of_network(error: Exception) -> bool:
-    clients = {cls.__module__.split(".")[0] for cls in type(error).__mro__}
-    return isinstance(error, OSError) or not clients.isdisjoint(NETWORK_CLIENTS)
+    return isinstance(error, OSError) or any(cls.__module__.startswith(NETWORK_CLIENTS) for cls in type(error).__mro__)
 
 
 def _wait_or_raise(error: Exception, failures: int, what: str) -> None:

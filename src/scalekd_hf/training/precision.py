@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 
 __all__ = ["autocast", "keep_autocast", "say_tf32_in_both_ways", "without_bf16"]
@@ -45,8 +46,9 @@ def keep_autocast(args: TrainingArguments) -> None:
     if deepspeed is not None and (args.bf16 or args.bf16_full_eval):
         deepspeed.deepspeed_config.pop("bf16", None)
         deepspeed.hf_ds_config.config.pop("bf16", None)
-        with without_bf16(args):  # so that the parent casts inputs to float32
-            deepspeed.hf_ds_config.trainer_config_process(args)
+        if isinstance(deepspeed.hf_ds_config, HfTrainerDeepSpeedConfig):  # else the parent makes it one later
+            with without_bf16(args):  # so that the parent casts inputs to float32
+                deepspeed.hf_ds_config.trainer_config_process(args)
 
 
 @contextmanager
