@@ -24,6 +24,7 @@ SOURCE = ROOT / "src" / "scalekd_hf"
 BORROWED = {
     "borrowed/datasets.py": {
         "_ex_iterable": "a stream's files: it is counted by reading it whole, and its own shuffle stays in it",
+        "datasets.utils.file_utils.xopen": "files on the Hub, behind a proxy or in an archive cannot be read",
     },
     "borrowed/timm.py": {
         "_model_args": "the drop rates that a student was built with are not saved with it",
@@ -31,6 +32,7 @@ BORROWED = {
         "timm.data/_info": "the class lists of ImageNet-A and -R, and reassessed labels, must be given as files",
     },
     "borrowed/transformers.py": {
+        "_commit_hash": "a card does not say which revision of a model it is about",
         "_hf_deepspeed_config_weak_ref": "under ZeRO-3 the dry runs see models whose parameters are empty",
     },
     "method/distiller.py": {
@@ -40,6 +42,7 @@ BORROWED = {
         "_keys_to_ignore_on_save": "FSDP cannot load the best model at the end",
     },
     "training/trainer.py": {
+        "Trainer._created_lr_scheduler": "a second call of `train` goes on with the first one's milestones",
         "Trainer._save_checkpoint": "checkpoints lack the heads, and are not whole or not there",
         "Trainer._get_output_dir": "checkpoints are written in place: a process that dies leaves half of one",
         "Trainer._push_from_checkpoint": "a checkpoint is pushed before it is whole",
@@ -60,8 +63,12 @@ def test_streams_still_tell_what_they_are_made_of(digits_stream):
     missing = [kind for kind in kinds if not hasattr(datasets.iterable_dataset, kind)]
     assert not missing, f"{lost}; there is no {missing} any more"
     assert borrowed_of_datasets.has_rows_in_shard_order(digits_stream), lost
-    for other in (digits_stream.take(3), digits_stream.skip(3), digits_stream.shuffle(seed=0)):
+    shuffled = [digits_stream.shuffle(seed=0, max_buffer_input_shards=shards) for shards in (1, 2)]
+    for other in (digits_stream.take(3), digits_stream.skip(3), *shuffled, shuffled[0].map(lambda row: row)):
         assert not borrowed_of_datasets.has_rows_in_shard_order(other), lost
+    assert borrowed_of_datasets.has_rows_in_shard_order(
+        digits_stream.map(lambda row: row).select_columns(["label"])
+    ), lost
     files = sorted(str(file) for file in DIGITS.glob("train-*.parquet"))
     assert [file for file, _ in borrowed_of_datasets.parquet_row_groups(digits_stream)] == files, lost
     filtered = datasets.load_dataset(
@@ -99,7 +106,7 @@ def test_transformers_still_keeps_its_deepspeed_configuration_where_it_was():
         hf_deepspeed.unset_hf_deepspeed_config()
 
 
-@pytest.mark.parametrize("name", BORROWED["training/trainer.py"])
+@pytest.mark.parametrize("name", sorted(set(BORROWED["training/trainer.py"]) - {"Trainer._created_lr_scheduler"}))
 def test_the_parent_still_calls_the_hooks_that_are_overridden(name):
     hook = name.removeprefix("Trainer.")
     ours, theirs = (list(inspect.signature(getattr(cls, hook)).parameters) for cls in (scalekd_trainer(), Trainer))

@@ -18,7 +18,7 @@ from safetensors.torch import load, load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, pipeline
 
 from scalekd_hf import ScaleKDTrainer, load_student
-from scalekd_hf.publishing.hub import PushError
+from scalekd_hf.publishing.hub import PushError, create_repository
 from scalekd_hf.publishing.model_card import update_evaluation
 
 
@@ -275,3 +275,43 @@ def test_trackers_get_the_terms_and_write_nothing_elsewhere(tmp_path, digits, tr
     events = [file for file in tmp_path.rglob(pattern) if file.is_file() and not file.name.startswith("output")]
     assert events and any(b"penultimate_spatial" in file.read_bytes() for file in events)
     assert tracker != "tensorboard" or not (tmp_path / "runs").exists()
+
+
+def test_a_repository_that_is_named_late_is_pushed_to(tmp_path, digits, hub):
+    trainer = trainer_for(tmp_path, digits, push_to_hub=False)
+    trainer.train()
+    trainer.init_hf_repo()
+    trainer.hub_model_id = create_repository("me/other", WRITE, None, None)
+    trainer.push_to_hub()
+    assert "model.safetensors" in hub.files("me/other") and not hub.files("me/student")
+
+
+def test_the_card_takes_what_it_knows_and_refuses_the_rest(tmp_path, digits, hub):
+    trainer = trainer_for(tmp_path, digits, push_to_hub=False)
+    trainer.train()
+    trainer.create_model_card("en", "mit", "small")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert (card.data.language, card.data.license) == ("en", "mit") and "small" in card.data.tags
+    with pytest.raises(TypeError, match="licence"):
+        trainer.push_to_hub(licence="mit")
+
+
+def test_hours_of_a_finished_run_are_those_of_its_training(tmp_path, digits):
+    options = {"push_to_hub": False, "save_strategy": "steps", "save_steps": 2}
+    trainer_for(tmp_path, digits, **options).train()
+    file = tmp_path / "run" / "checkpoint-2" / "scalekd_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 7200.0}))
+    again = trainer_for(tmp_path, digits, **options)
+    again.train(resume_from_checkpoint=True)
+    again.create_model_card()
+    assert "| hours | 2 |" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_whatever_fails_in_a_push_beside_training_does_not_end_it(tmp_path, digits, hub, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("the disk has gone")
+
+    monkeypatch.setattr("scalekd_hf.publishing.publisher.upload", fail)
+    trainer = trainer_for(tmp_path, digits, save_strategy="steps", save_steps=1, hub_always_push=True)
+    trainer.train()
+    assert trainer.state.global_step == 2 and caplog.text.count("A push has failed: the disk has gone") == 2

@@ -239,6 +239,47 @@ def test_sigterm_to_one_process_in_an_evaluation_stops_all_in_it(tmp_path, shard
     assert (checkpoint / "rng_state_0.pth").exists() and (checkpoint / "rng_state_1.pth").exists()
 
 
+def test_sigterm_to_one_process_stops_all_where_their_loader_waits_for_each(tmp_path):
+    def samples():
+        for number in range(10_000):
+            yield {"pixel_values": torch.full((3, 32, 32), number / 10_000), "labels": number % 10}
+
+    def stopped():
+        torch.manual_seed(0)
+        args = settings(tmp_path / "run", max_steps=8, per_device_train_batch_size=2)
+        trainer = Trainer(small_student(), None, args, datasets.IterableDataset.from_generator(samples))
+        trainer.at, trainer.how, trainer.rank = ("step", 2), signal.SIGTERM, 1
+        trainer.train()
+
+    outcomes = in_processes(tmp_path, stopped, processes=2)
+    assert [outcome.status for outcome in outcomes] == [75, 75], outcomes[0].text[-3000:] + outcomes[1].text[-3000:]
+    assert (tmp_path / "run" / "checkpoint-3").exists() and (tmp_path / "run" / "_interrupted.json").exists()
+
+
+class Evaluating(TrainerCallback):
+    """Evaluates at an event, as users' callbacks do."""
+
+    def __init__(self, trainer, event):
+        self.metrics = []
+        setattr(self, event, lambda args, state, control, **kwargs: self.metrics.append(trainer.evaluate()))
+
+
+@pytest.mark.parametrize("event", some_slow(["on_epoch_end", "on_train_end", "on_save"], 1))
+def test_a_callback_that_evaluates_where_the_run_stops_loses_nothing(tmp_path, shards, event):
+    def stopped():
+        options = {"at": ("step", 2), "how": signal.SIGTERM, "save_strategy": "no", "eval_strategy": "steps"}
+        trainer = trainer_for(tmp_path / "run", shards, eval_steps=100, **options)
+        trainer.add_callback(evaluating := Evaluating(trainer, event))
+        try:
+            trainer.train()
+        finally:
+            assert "eval_top1" in evaluating.metrics[-1]
+
+    outcome = in_child(tmp_path, stopped)
+    assert outcome.status == 75, outcome.text[-3000:]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
 def test_sigterm_to_one_process_stops_all_at_the_same_step(tmp_path, shards):
     options = {"save_strategy": "no", "dataloader_num_workers": 1, "max_steps": 10_000}
     started = Started(tmp_path, lambda: train(tmp_path / "run", shards, **options), processes=2)

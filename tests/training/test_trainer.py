@@ -486,21 +486,58 @@ def test_an_evaluation_set_in_a_dict_tells_a_student_its_classes(tmp_path, digit
     assert trainer.student.labels == list("0123456789") and trainer.student.num_labels == 10
 
 
-def test_workers_of_an_evaluation_stay_where_they_are_asked_to(tmp_path, digits_stream):
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_workers_of_an_evaluation_stay_where_they_are_asked_to(tmp_path, digits, digits_stream, several, kind):
     def evaluate():
+        data = digits if kind == "map" else digits_stream.take(96)
         options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-        trainer = trainer_for(tmp_path, evaluation={"a": digits_stream, "b": digits_stream.take(40)}, **options)
-        loaders = {name: trainer.get_eval_dataloader(name) for name in "ab"}
-        first = {name: next(iter(loader)) for name, loader in loaders.items()}
-        assert all(loader.persistent_workers for loader in loaders.values())
-        assert all(trainer.get_eval_dataloader(name) is loader for name, loader in loaders.items())
-        assert loaders["a"] is not loaders["b"] and len(loaders["a"].dataset) != len(loaders["b"].dataset)
-        again = next(iter(trainer.get_eval_dataloader("a")))
-        assert torch.equal(first["a"]["pixel_values"], again["pixel_values"])
-        assert trainer.evaluate()["eval_b_top1"] == trainer.evaluate()["eval_b_top1"]
+        evaluation = {"a": data, "b": data.take(40)} if several else data
+        trainer = trainer_for(tmp_path, evaluation=evaluation, **options)
+        loaders, loop = [], trainer.evaluation_loop
+        trainer.evaluation_loop = lambda loader, *args, **kwargs: (
+            loaders.append(loader) or loop(loader, *args, **kwargs)
+        )
+        first, second = trainer.evaluate(), trainer.evaluate()
+        half = len(loaders) // 2
+        assert half == 1 + several and [id(loader) for loader in loaders[:half]] == [id(x) for x in loaders[half:]]
+        assert len({id(loader) for loader in loaders}) == half
+        accuracies = [name for name in first if name.endswith("top1")]
+        assert len(accuracies) == half and all(first[name] == second[name] for name in accuracies)
+        assert trainer.predict(data.take(10)).label_ids.shape == (10,)
 
     outcome = in_child(tmp_path, evaluate)  # its workers end with it
     assert outcome.status == 0, outcome.text[-3000:]
+
+
+def test_persistent_workers_without_any_are_none(tmp_path, digits_stream):
+    trainer = trainer_for(tmp_path, evaluation={"a": digits_stream.take(9)}, dataloader_persistent_workers=True)
+    assert "eval_a_top1" in trainer.evaluate()
+
+
+def test_data_to_evaluate_on_may_be_given_later(tmp_path, digits):
+    trainer = trainer_for(tmp_path)
+    trainer.eval_dataset = {"b": digits.select(range(9))}
+    assert "eval_b_top1" in trainer.evaluate()
+    trainer.eval_dataset = digits.select(range(9))
+    assert "eval_top1" in trainer.evaluate()
+
+
+def test_a_schedule_that_is_given_late_is_taken(tmp_path, digits):
+    trainer = trainer_for(tmp_path, digits, max_steps=2, lr_milestones=[0.5])
+    trainer.create_optimizer()
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 0.125)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0.000125] * 2)
+
+
+def test_a_second_training_makes_its_milestones_anew(tmp_path, digits):
+    trainer = trainer_for(tmp_path, digits, max_steps=2, lr_milestones=[0.5])
+    for _ in range(2):
+        trainer.train()
+        rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+        assert rates == pytest.approx([1e-3, 1e-4])
 
 
 @pytest.mark.parametrize("setting", ["dataloader_drop_last", "train_sampling_strategy", "accelerator_config"])

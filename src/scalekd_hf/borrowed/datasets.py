@@ -1,4 +1,4 @@
-"""Of `datasets`: what a stream is made of.
+"""Of `datasets`: how it opens files, and what a stream is made of.
 
 A stream does not tell publicly which files it reads, nor whether it shuffles. What it is made of is a chain of iterables, each
 around the one before, of which the innermost knows the files.
@@ -11,12 +11,21 @@ import logging
 from typing import Any
 
 import datasets
+from datasets.utils.file_utils import xopen
 
 
-__all__ = ["files_of", "has_rows_in_shard_order", "parquet_row_groups", "parts_of", "token_of", "unshuffled"]
+__all__ = [
+    "files_of",
+    "has_rows_in_shard_order",
+    "open_file",
+    "parquet_row_groups",
+    "parts_of",
+    "token_of",
+    "unshuffled",
+]
 
-# Kinds of iterables, by the names that `state_dict()` has for them, whose shards, one after the other, are their rows in
-# their order. That is not so after `take`, `skip`, `shuffle` or interleaving.
+# Kinds of iterables whose shards, one after the other, are their rows in their order. That is not so after `take`, `skip`,
+# `shuffle` or interleaving.
 IN_SHARD_ORDER = {
     "ArrowExamplesIterable",
     "ExamplesIterable",
@@ -24,12 +33,18 @@ IN_SHARD_ORDER = {
     "FormattedExamplesIterable",
     "MappedExamplesIterable",
     "RebatchedArrowExamplesIterable",
+    "SelectColumnsIterable",
     "VerticallyConcatenatedMultiSourcesExamplesIterable",
 }
 SHUFFLED = {"BufferShuffledExamplesIterable", "InterleavedShardsExamplesIterable"}
 PASSED_ON = {"RebatchedArrowExamplesIterable", "SelectColumnsIterable"}  # rows as they are
 
 logger = logging.getLogger(__name__)
+
+
+def open_file(path: str, token: str | bool | None = None) -> Any:
+    """Open a file to read, here, on the Hub, behind a proxy or in an archive, as a stream of it would."""
+    return xopen(path, "rb", download_config=datasets.DownloadConfig(token=token))
 
 
 def parts_of(stream: datasets.IterableDataset) -> Any:
@@ -39,16 +54,14 @@ def parts_of(stream: datasets.IterableDataset) -> Any:
 
 def has_rows_in_shard_order(stream: datasets.IterableDataset) -> bool:
     """Whether the shards of a stream, one after the other, are its rows in their order."""
-    return _kinds(stream.state_dict()["examples_iterable"]) <= IN_SHARD_ORDER
-
-
-def _kinds(state: Any) -> set[str]:
-    """The kinds of all iterables in a part of `state_dict()`."""
-    if isinstance(state, list):
-        return set().union(*map(_kinds, state))
-    if not isinstance(state, dict):
-        return set()
-    return {state["type"]}.union(*map(_kinds, state.values())) if "type" in state else set()
+    waiting = [parts_of(stream)]
+    while waiting:
+        examples = waiting.pop()
+        if type(examples).__name__ not in IN_SHARD_ORDER:
+            return False
+        inner = [examples.ex_iterable] if hasattr(examples, "ex_iterable") else getattr(examples, "ex_iterables", [])
+        waiting.extend(inner)
+    return True
 
 
 def unshuffled(stream: datasets.IterableDataset) -> datasets.IterableDataset:

@@ -1,4 +1,4 @@
-"""Of transformers: models that are built and looked at whole, also where DeepSpeed's ZeRO-3 is configured."""
+"""Of transformers: models that are built and looked at whole, also under ZeRO-3, and the commits that they are from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 from transformers.integrations import deepspeed as hf_deepspeed
 
 
-__all__ = ["whole_models"]
+__all__ = ["commit_of", "whole_models"]
+
+
+def commit_of(module: Any) -> str | None:
+    """The commit on the Hub that a model was loaded from; None where it is from elsewhere."""
+    commit: str | None = getattr(getattr(module, "config", None), "_commit_hash", None)
+    return commit
 
 
 @contextmanager

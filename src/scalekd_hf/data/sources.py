@@ -19,15 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
-from ..borrowed.datasets import files_of, has_rows_in_shard_order, parquet_row_groups, parts_of, token_of
+from ..borrowed.datasets import (
+    files_of,
+    has_rows_in_shard_order,
+    open_file,
+    parquet_row_groups,
+    parts_of,
+    token_of,
+)
 
 
-__all__ = ["Shards", "StreamReadError", "Table", "open_file", "retrying"]
+__all__ = ["Shards", "StreamReadError", "Table", "retrying"]
 
 logger = logging.getLogger(__name__)
 
@@ -162,11 +168,6 @@ def retrying(read: Callable[[], Any], what: str) -> Any:
             return read()
         except Exception as error:
             _wait_or_raise(error, failures, what)
-
-
-def open_file(path: str, token: str | bool | None = None) -> Any:
-    """Open a file to read, here or on a network, as `datasets` names it."""
-    return fsspec.open(path, "rb", **({"hf": {"token": token}} if "hf://" in path else {}))
 
 
 def _is_of_network(error: Exception) -> bool:

@@ -21,10 +21,11 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..borrowed.datasets import open_file
 from .bad_images import TooManyBadImagesError, describe
 from .decoding import BadImageError
 from .preparation import Preparation
-from .sources import Shards, Table, open_file, retrying
+from .sources import Shards, Table, retrying
 
 
 __all__ = ["ImageStream", "Partition", "StreamLoader"]

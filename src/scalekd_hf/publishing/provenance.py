@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import HfApi, metadata_load, try_to_load_from_cache
 
 from ..borrowed.datasets import files_of
+from ..borrowed.transformers import commit_of
 
 
 __all__ = ["Source", "citations", "data_source", "hardware", "model_source", "versions"]
@@ -80,9 +81,8 @@ def model_source(model: Any) -> Source:
     hub_id = name.removeprefix("hf-hub:").split("@")[0]
     if "/" not in hub_id:
         return Source(name, architecture=architecture)  # a module of the user's
-    return Source(
-        hub_id, hub_id, _cached_revision(hub_id), config.get("license") or _hub_license(hub_id), architecture
-    )
+    revision = commit_of(module) or _cached_revision(hub_id)
+    return Source(hub_id, hub_id, revision, config.get("license") or _hub_license(hub_id), architecture)
 
 
 def data_source(dataset: Any) -> Source | None:

@@ -152,7 +152,8 @@ class Publisher:
         if self._in_progress is not None:
             if not self._in_progress.done():
                 logger.info("A push is still going on; waiting for its end.")
-            self._in_progress.result()
+            if error := self._in_progress.exception():
+                logger.error("A push has failed: %s", error)
             self._in_progress = None
 
     def _push_in_background(self, jobs: list[tuple], later: Path, staging: Path | None, **how: Any) -> None:

@@ -37,11 +37,15 @@ class AveragedStudent(TrainerCallback):
         # timm's update asks for nothing but the state dict; that of a sharded student is gathered.
         self.average.update(SimpleNamespace(state_dict=partial(full_state, self.student.model)))
 
-    def state_dict(self, accelerator: Accelerator) -> dict[str, Tensor]:
-        """The average, with the first process's buffers: BatchNorm's statistics differ between processes. All must call it."""
+    def synchronise(self, accelerator: Accelerator) -> None:
+        """Take the buffers of the first process everywhere: BatchNorm's statistics differ between processes."""
+        self.average.to(accelerator.device)
         if accelerator.num_processes > 1:
             for buffer in self.average.module.buffers():
                 torch.distributed.broadcast(buffer, 0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average, by the names of the student's weights."""
         state: dict[str, Tensor] = self.average.module.state_dict()
         return state
 
@@ -53,8 +57,7 @@ class AveragedStudent(TrainerCallback):
     @contextmanager
     def in_place(self, accelerator: Accelerator) -> Iterator[None]:
         """The student is the averaged one inside of this context, a copy of it: evaluation may change its precision."""
-        self.average.to(accelerator.device)
-        self.state_dict(accelerator)  # the same on all processes
+        self.synchronise(accelerator)
         trained, self.student.model = self.student.model, copy.deepcopy(self.average.module)
         try:
             yield

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback
 
@@ -45,7 +46,7 @@ class Checkpoints:
         args: of the run.
         feed: knows, and is told, where the run stands in its images.
         progress: knows, and is told, the images seen.
-        stopwatch: knows the seconds of training.
+        stopwatch: knows, and is told, the seconds of training.
         averaged: the averaged student, where there is one.
         is_sharded: whether DeepSpeed or FSDP keeps parameters and optimiser.
 
@@ -86,6 +87,7 @@ class Checkpoints:
             self.args.max_steps = position.step + count_steps(dataset, self.args, position.images_seen)
         self.feed.start_at(position)
         self.progress.reset(position.images_seen)
+        self.stopwatch.reset(position.seconds)
         return position
 
     def _read(self, checkpoint: Path, order: dict[str, Any], is_stream: bool) -> tuple[RunPosition, bool]:
@@ -120,6 +122,11 @@ class Checkpoints:
         if self.is_sharded:
             self.restore_average(checkpoint)
         return replace(position, data=order), bool(changed)
+
+    def synchronise_average(self, accelerator: Accelerator) -> None:
+        """Before a checkpoint: the average is the first process's on all; every process must call it."""
+        if self.averaged is not None:
+            self.averaged.synchronise(accelerator)
 
     def write_beside_student(self, folder: Path, model: ScaleKDModel, step: int, dataset: Any) -> None:
         """Write what a checkpoint holds beside the student; every process must call it."""

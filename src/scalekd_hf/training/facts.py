@@ -48,6 +48,7 @@ class PushedCheckpoints(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not args.push_to_hub or not state.is_world_process_zero or self.publisher.is_busy():
             return
+        self.publisher.wait()  # it may be reading the card
         self.describe()
         checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         self.publisher.push_checkpoint(checkpoint, f"Training in progress, step {state.global_step}")
@@ -56,17 +57,25 @@ class PushedCheckpoints(TrainerCallback):
         self.publisher.wait()
 
 
-def card_facts(trainer: Any, **card: Any) -> CardFacts:
+def card_facts(
+    trainer: Any,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    dataset: str | None = None,
+) -> CardFacts:
     """What is known of a trainer's run.
 
     Args:
         trainer: a `ScaleKDTrainer`.
-        **card: `language`, `license` and `tags` for the metadata; `model_name` instead of that of the repository;
-            `dataset`, its id or name where the data itself does not tell.
+        language, license, tags: for the card's metadata.
+        model_name: instead of the name of the repository.
+        dataset: id or name of the data set, where the data itself does not tell.
     """
     args, publisher, data = trainer.args, trainer.publisher, trainer.data
     step, images_seen, seconds = trainer.state.global_step, trainer.loss_log.images_seen, trainer.stopwatch.seconds
-    student, dataset, tags = trainer.student, card.get("dataset"), card.get("tags")
+    student = trainer.student
     teacher = publisher.teacher_source
     known = {name: value for name, value in student.classifier.model_args.items() if name != "num_classes"}
     facts: dict[str, Any] = {
@@ -83,7 +92,7 @@ def card_facts(trainer: Any, **card: Any) -> CardFacts:
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
     return CardFacts(
-        repo=card.get("model_name") or publisher.name,
+        repo=model_name or publisher.name,
         library=student.classifier.library,
         student=publisher.student_source,
         parameters=sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters()),  # ZeRO-3 empties them
@@ -94,8 +103,8 @@ def card_facts(trainer: Any, **card: Any) -> CardFacts:
         results=_own_results(trainer) | trainer.results,
         facts=facts,
         settings=_changed_settings(args),
-        license=card.get("license"),
-        language=card.get("language"),
+        license=license,
+        language=language,
         tags=[tags] if isinstance(tags, str) else list(tags or []),
     )
 

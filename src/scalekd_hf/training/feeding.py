@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class ImageFeed:
         self._mixup: Mixup | None = None
         if args.mixup_alpha or args.cutmix_alpha:
             self._mixup = Mixup(args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0, num_classes=num_labels)
-        self._evaluation_loaders: dict[int, tuple[Any, DataLoader]] = {}  # with persistent workers, by data set
+        self._evaluation_loaders: dict[str, tuple[Any, DataLoader]] = {}  # with persistent workers
         self._evaluated = CountedLoss(args.task_loss, args.device)
 
     def start_at(self, position: RunPosition) -> None:
@@ -76,21 +76,31 @@ class ImageFeed:
         return stream.training_loader(partition, self.args.process_index, images_seen, **self._loader_options())
 
     def evaluation_loader(
-        self, dataset: Any, make_loader: Callable[[Any], DataLoader], is_reused: bool = False
+        self, dataset: Any, make_loader: Callable[[Any], DataLoader], name: str | None = None
     ) -> DataLoader:
         """One pass over a prepared data set, its images dealt out to processes and workers.
 
         Args:
             dataset: a stream, or a map-style data set.
             make_loader: the parent's, for a map-style one.
-            is_reused: in further evaluations, so that its workers may stay.
+            name: of a data set that is evaluated more than once, so that its workers may stay.
         """
-        if is_reused and id(dataset) in self._evaluation_loaders:
-            return self._evaluation_loaders[id(dataset)][1]
+        persistent = name is not None and self.args.dataloader_persistent_workers
+        kept, loader = self._evaluation_loaders.get(str(name), (None, None))
+        if persistent and kept is dataset and loader is not None:
+            return loader
+        loader = self._new_evaluation_loader(dataset, make_loader, persistent)
+        if persistent:
+            self._evaluation_loaders[str(name)] = dataset, loader
+        return loader
+
+    def _new_evaluation_loader(
+        self, dataset: Any, make_loader: Callable[[Any], DataLoader], persistent: bool
+    ) -> DataLoader:
         loader: Any
         if isinstance(dataset, ImageStream):
             options = self._loader_options()
-            persistent = is_reused and self.args.dataloader_persistent_workers
+            persistent = persistent and bool(self.args.dataloader_num_workers)
             batch_size, rank, processes = self.args.eval_batch_size, self.args.process_index, self.args.world_size
             loader = dataset.evaluation_loader(batch_size, rank, processes, **options, persistent_workers=persistent)
         else:
@@ -98,9 +108,7 @@ class ImageFeed:
             own = getattr(loader, "base_dataloader", loader)
             own.worker_init_fn = outlive_sigterm
             own.generator = torch.Generator()  # so that training draws the same with an evaluation and without
-        if is_reused and self.args.dataloader_persistent_workers:
-            self._evaluation_loaders[id(dataset)] = dataset, loader
-        return loader
+        return cast(DataLoader, loader)
 
     def _loader_options(self) -> dict[str, Any]:
         return {

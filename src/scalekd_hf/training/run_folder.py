@@ -105,7 +105,8 @@ class RunFolder:
         lock, free = None, [True]
         if self.args.should_save:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / LOCK_FILE)  # the file stays: unlinked, it could be locked twice
+            # The file stays: one that is unlinked could be locked twice. A mere marker would outlive its process.
+            lock = FileLock(self.path / LOCK_FILE, fallback_to_soft=False)
             try:
                 lock.acquire(timeout=0)
             except Timeout:

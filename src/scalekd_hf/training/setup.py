@@ -89,7 +89,7 @@ def set_up(
     if is_stream and args.max_steps <= 0:
         epochs, args.max_steps = args.num_train_epochs, count_steps(train_dataset, args)
     eval_dataset = prepare_images(eval_dataset, "eval_dataset", student, args)
-    source = next(filter(None, map(data_source, data.values())), None)
+    source = data_source(next((dataset for dataset in data.values() if dataset is not None), None))
     data_sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     return Setup(args, distiller, data_sets, options, epochs, source)
 

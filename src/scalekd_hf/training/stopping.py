@@ -59,7 +59,7 @@ class Stopping(TrainerCallback):
         self.failure: Exception | None = None
         self.terminated = self.stopped = False
         self.saved_step = 0
-        self._evaluates_in_training = False  # an evaluation in training
+        self._is_training = self._is_watched = False  # training goes on; an evaluation may end it
         self._handler: Any = None
         self._group: Any = None
 
@@ -71,6 +71,7 @@ class Stopping(TrainerCallback):
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._terminate)
+        self._is_training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:  # no other step will ask
@@ -102,26 +103,26 @@ class Stopping(TrainerCallback):
         return self.stopped
 
     @contextmanager
-    def within_evaluation(
-        self, accelerator: Accelerator, is_training: bool, save: Callable[[], None]
-    ) -> Iterator[None]:
+    def within_evaluation(self, accelerator: Accelerator, save: Callable[[], None]) -> Iterator[None]:
         """An evaluation; in training it ends where a process must stop, the run is saved, and the reason raised.
+
+        Once the run stops, what callbacks evaluate goes on to its end.
 
         Raises:
             RunInterrupted, StreamReadError, TooManyBadImagesError: in training, after `save` has run on all processes.
         """
-        was_watched, self._evaluates_in_training = self._evaluates_in_training, is_training
+        was_watched, self._is_watched = self._is_watched, self._is_training and not self.stopped
         try:
             yield
             return
         except (*STOPPING_FAILURES, EvaluationStopped) as error:
-            if not is_training or self.stopped:
+            if not self._is_watched or self.stopped:
                 raise
             if not isinstance(error, EvaluationStopped):
                 self.failure = error
                 self.any_must_stop(accelerator.num_processes)  # the others ask this before their next batch
         finally:
-            self._evaluates_in_training = was_watched
+            self._is_watched = was_watched
         self.stopped = True
         save()
         self.raise_reason(accelerator)
@@ -132,7 +133,7 @@ class Stopping(TrainerCallback):
         Raises:
             EvaluationStopped: on all of them, where one must stop.
         """
-        if self._evaluates_in_training and self.any_must_stop(world_size):
+        if self._is_watched and self.any_must_stop(world_size):
             raise EvaluationStopped
 
     def any_must_stop(self, world_size: int) -> bool:
@@ -150,6 +151,7 @@ class Stopping(TrainerCallback):
         try:
             yield
         finally:
+            self._is_training = False
             if self._handler is not None:
                 signal.signal(signal.SIGTERM, self._handler)
                 self._handler = None

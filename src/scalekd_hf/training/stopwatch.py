@@ -26,10 +26,14 @@ class Stopwatch:
     def seconds(self) -> float:
         return self._before + (time.monotonic() - self._started if self._started is not None else 0.0)
 
+    def reset(self, seconds: float) -> None:
+        """A run begins, or goes on after so many seconds."""
+        self._before = seconds
+
     @contextmanager
-    def running(self, before: float) -> Iterator[None]:
-        """Count what happens inside, on top of the seconds before."""
-        self._before, self._started = before, time.monotonic()
+    def running(self) -> Iterator[None]:
+        """Count what happens inside."""
+        self._started = time.monotonic()
         try:
             yield
         finally:

@@ -45,8 +45,8 @@ class ScaleKDTrainer(Trainer):
     """Distils a frozen teacher into a student with ScaleKD (NeurIPS 2024, arXiv 2411.06786).
 
     ```python
-    args, teacher = ScaleKDConfig(output_dir="resnet50-scalekd"), "timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k"
-    ScaleKDTrainer("timm/resnet50", teacher, args, dataset["train"], dataset["validation"]).train()
+    args = ScaleKDConfig(output_dir="resnet50-scalekd")
+    ScaleKDTrainer("timm/resnet50", "timm/swin_large_patch4_window7_224", args, data["train"], data["validation"]).train()
     ```
 
     Args:
@@ -94,12 +94,13 @@ class ScaleKDTrainer(Trainer):
         self.averaged = AveragedStudent(student, args.ema_decay) if args.ema_decay else None
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self.checkpoints = Checkpoints(args, self.feed, self.loss_log, self.stopwatch, self.averaged, is_sharded)
+        if self.averaged is not None:
+            self.callback_handler.callbacks.insert(0, self.averaged)  # before others evaluate it
         self.stopping = Stopping(count_epochs(self, self.epochs, self.loss_log))
-        self._given_schedule = self.lr_scheduler
         use_readable_log(self)
         pushed = PushedCheckpoints(self.publisher, self.create_model_card)
-        for callback in filter(None, (self.averaged, self.checkpoints.schedule, pushed, self.stopping)):
-            self.add_callback(callback)  # stopping last: the last word on what is saved
+        for callback in (self.checkpoints.schedule, pushed, self.stopping):
+            self.add_callback(callback)  # the last has the last word on what is saved
         self.feed.warn_of_settings_without_effect(self.train_dataset, self.eval_dataset)
 
     @property
@@ -111,8 +112,6 @@ class ScaleKDTrainer(Trainer):
     def student(self) -> Student:
         """The student, also while it is wrapped for distributed training."""
         return cast(Student, self.distiller.student)
-
-    # Training
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `Trainer.train`.
@@ -133,8 +132,7 @@ class ScaleKDTrainer(Trainer):
             else:
                 place_teacher(self.distiller.teacher, self.accelerator, self.args)
                 note = self.run_folder.note_interruption
-                self.lr_scheduler = self._given_schedule  # not that of an earlier call
-                with self.stopwatch.running(position.seconds), self.stopping.within_training(note):
+                with self.stopwatch.running(), self.stopping.within_training(note):
                     result = super().train(checkpoint, *args, **kwargs)
                 self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)
                 self.feed.report_bad_images()
@@ -146,7 +144,8 @@ class ScaleKDTrainer(Trainer):
         """A run that needs no more steps: load what it ended with."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if self.args.load_best_model_at_end and Path(self.state.best_model_checkpoint or "", STUDENT_FILE).exists():
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
             self._load_best_model()
         return TrainOutput(self.state.global_step, float("nan"), {})
 
@@ -158,8 +157,11 @@ class ScaleKDTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The parent's; none where one of the processes must stop, which ends the run before this step."""
         samples: tuple[list, Any] = [], None
+        in_vain = self.stopping.terminated and isinstance(
+            self.train_dataset, ImageStream
+        )  # other loaders wait for all
         with self.stopping.at_the_end_of_images(), self.loss_log.waiting():
-            if not self.stopping.terminated:
+            if not in_vain:
                 samples = super().get_batch_samples(epoch_iterator, num_batches, device)
                 self.feed.take_bad_images(samples[0], self.train_dataset)
         return ([], None) if self.stopping.stop_if_asked(self.args.world_size, self.control) else samples
@@ -202,6 +204,7 @@ class ScaleKDTrainer(Trainer):
         """The parent's, or steps at `lr_milestones`."""
         if self.args.lr_milestones and self.lr_scheduler is None:
             self.lr_scheduler = step_schedule(optimizer or self.optimizer, self.args, num_training_steps)
+            self._created_lr_scheduler = True  # and not given: another call of `train` makes another
         return super().create_scheduler(num_training_steps, optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -211,16 +214,14 @@ class ScaleKDTrainer(Trainer):
             logs.update(self.loss_log.averages(self.accelerator))
         super().log(logs, start_time)
 
-    # Evaluation
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The parent's; a raw data set is prepared first, and a stream is dealt out to processes and workers."""
         own: Any = self.eval_dataset
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            own = own if eval_dataset is None else own[eval_dataset]
-            return self.feed.evaluation_loader(own, super().get_test_dataloader, is_reused=True)
-        dataset = prepare_images(eval_dataset, "eval_dataset", self.student, self.args)
-        return self.feed.evaluation_loader(dataset, super().get_test_dataloader)
+        is_own = eval_dataset is None or eval_dataset is own
+        name = eval_dataset if isinstance(eval_dataset, str) else "" if is_own else None
+        dataset = own[name] if name else own if name == "" else eval_dataset
+        dataset = prepare_images(dataset, "eval_dataset", self.student, self.args)
+        return self.feed.evaluation_loader(dataset, super().get_test_dataloader, name)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """That of an evaluation; labels may be missing."""
@@ -229,7 +230,7 @@ class ScaleKDTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The parent's; in training, SIGTERM or images that end stop it on all processes, and the run with it."""
-        with self.stopping.within_evaluation(self.accelerator, self.stopwatch.is_running, self._save_stopped_run):
+        with self.stopping.within_evaluation(self.accelerator, self._save_stopped_run):
             return super().evaluate(*args, **kwargs)
 
     def _save_stopped_run(self) -> None:
@@ -267,15 +268,13 @@ class ScaleKDTrainer(Trainer):
         finally:
             self.is_deepspeed_enabled, self.is_fsdp_enabled = engines
 
-    # Keeping the run
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student as `from_pretrained` loads it, whole and in full precision; every process must call it.
 
         With `push_to_hub` it is pushed, too; a push that fails is said in the log.
         """
         averaged = self.averaged
-        state = averaged.state_dict(self.accelerator) if averaged else full_state(self.student.model)
+        state = averaged.state_dict() if averaged is not None else full_state(self.student.model)
         if self.args.should_save:
             save_student(self.student, output_dir or str(self.args.output_dir), state)
         if self.args.push_to_hub and not _internal_call:
@@ -286,6 +285,7 @@ class ScaleKDTrainer(Trainer):
         """The parent's, beside the others; it takes its place once it is whole."""
         self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)  # before a good one is rotated away
         self.store_flos()
+        self.checkpoints.synchronise_average(self.accelerator)
         parent, is_last = Path(self._get_output_dir(trial)), self.stopping.stopped
         with self.loss_log.paused(), self.run_folder.new_checkpoint(parent, self.state, is_last) as folder:
             super()._save_checkpoint(model, folder.parent)
@@ -311,17 +311,15 @@ class ScaleKDTrainer(Trainer):
         else:
             self.checkpoints.load(best, self.distiller, resume=False)
 
-    # Publishing
-
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, before any work, so that a token that may not write is known at once."""
         if self.is_world_process_zero():
             self.hub_model_id = self.publisher.create(token, private)
 
-    def create_model_card(self, **card: Any) -> None:  # type: ignore[override]
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write README.md, training_config.yaml, results.json and curves.png into `output_dir`; see `card_facts`."""
         if self.is_world_process_zero():
-            self.publisher.describe(card_facts(self, **card), self.state.log_history)
+            self.publisher.describe(card_facts(self, *args, **kwargs), self.state.log_history)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -345,6 +343,7 @@ class ScaleKDTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None or revision not in (None, self.args.hub_revision):
             self.hub_model_id = self.publisher.create(token, private, revision)
+        self.publisher.repo = self.hub_model_id
         if not is_saved:
             self.create_model_card(**card)
         return self.publisher.push(str(commit_message), blocking, token, revision)
