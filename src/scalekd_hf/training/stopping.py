@@ -148,6 +148,7 @@ class Stopping(TrainerCallback):
     @contextmanager
     def within_training(self, note: Callable[[], None]) -> Iterator[None]:
         """After the training inside, SIGTERM has its former meaning again, and `note` is called where the run stopped."""
+        self.stopped = False
         try:
             yield
         finally:
