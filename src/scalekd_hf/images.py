@@ -42,7 +42,7 @@ class ImageSpec:
 
 
 class Normaliser(nn.Module):
-    """Decides for student and teacher how the values of their images are scaled, and for the teacher the size.
+    """Normalises images for the student; renormalises and resizes them for the teacher.
 
     Args:
         student: the images that the student takes.

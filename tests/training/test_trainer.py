@@ -548,3 +548,22 @@ def test_settings_that_streams_do_not_heed_are_named(tmp_path, digits, digits_st
     caplog.clear()
     trainer_for(tmp_path, evaluation=digits, **{setting: value})
     assert "no effect" not in caplog.text
+
+
+class OtherLoss(ScaleKDTrainer):
+    """A user's own loss, as for any `Trainer`."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = 2 * outputs.loss
+        return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+
+def test_a_loss_of_the_user_counts_images_all_the_same(tmp_path, digits):
+    options = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 32}
+    options |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    trainer = OtherLoss(small_student(), timm_swin(), settings(tmp_path, **options), digits, digits.select(range(9)))
+    trainer.train()
+    assert trainer.loss_log.images_seen == 2 * 96 and trainer.state.epoch == 2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert json.loads((tmp_path / "checkpoint-3" / "scalekd_state.json").read_text())["images_seen"] == 96

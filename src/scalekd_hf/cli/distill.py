@@ -84,7 +84,7 @@ def main(default_config: Path | None = None, words: Sequence[str] | None = None)
         raise SystemExit(print_plan(words, plan_format, default_config))
     arguments, config = parse_config(DistillArguments, words, default_config)
     folder = str(Path(str(config.output_dir), "alone"))
-    resume_or_refuse(config, folder)
+    resume_or_refuse(config, *([folder] if arguments.baseline else []))
     data = load_data(arguments)
     if config.process_index == 0:
         write_config(arguments, config, Path(str(config.output_dir)) / "config_resolved.yaml")

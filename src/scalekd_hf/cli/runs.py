@@ -18,14 +18,15 @@ def resume_or_refuse(config: ScaleKDConfig, *beside: str) -> None:
         beside: other folders that the run writes into.
 
     Raises:
-        ValueError: `output_dir` holds a run, and neither resuming nor overwriting was asked for.
+        ValueError: one of them holds a run, and neither resuming nor overwriting was asked for.
     """
     folder = str(config.output_dir)
     if any(interrupted(place, run_settings(config)) for place in (folder, *beside)):
         print(f"The run in {folder} was stopped before its end: it is resumed.")
         config.resume_from_checkpoint = True  # type: ignore[assignment]
     if not config.resume_from_checkpoint:
-        check_output_dir(folder, config.overwrite_output_dir)
+        for place in (folder, *beside):
+            check_output_dir(place, config.overwrite_output_dir)
 
 
 def train_and_save(trainer: ScaleKDTrainer) -> None:

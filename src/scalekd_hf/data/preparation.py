@@ -1,4 +1,4 @@
-"""A row of a data set to a sample: decode, augment or crop the centre, stay in whole numbers from 0 to 255.
+"""A row of a data set to a sample: decode, augment or crop the centre, as uint8.
 
 Randomness belongs to the image: what augmentation draws depends on the seed, the pass over the data and
 the row alone, and so not on the number of workers or ranks, nor on restarts.

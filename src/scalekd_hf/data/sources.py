@@ -76,7 +76,7 @@ class Table:
 
 
 class Shards:
-    """A stream as counted units, each a shard or some neighbouring ones, of pieces that can be skipped.
+    """A stream as counted units, each one or more shards that are read as a whole, of pieces where reading can start.
 
     Args:
         stream: a `datasets.IterableDataset`.

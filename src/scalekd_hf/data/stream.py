@@ -64,7 +64,7 @@ class Partition:
         return images
 
     def shares(self, first: int, last: int) -> list[range]:
-        """The places [first, last) cut into one run for each reader, as long as what it is dealt; ranks, then workers."""
+        """The places [first, last) cut into one contiguous range for each reader, ranks first, then their workers."""
         readers = itertools.product(range(self.world_size), range(self.workers))
         sizes = [self.dealt(*reader, last) - self.dealt(*reader, first) for reader in readers]
         ends = list(itertools.accumulate(sizes, initial=max(first, self.start)))
@@ -174,7 +174,7 @@ class ImageStream(IterableDataset):
                 yield pass_number, number, repeat, row
 
     def _shuffled(self, shards: Shards, pass_number: int, places: range, skip: int) -> Iterator[tuple[int, int, Any]]:
-        """Row number, repeat and row of a run of places, block by block; what is skipped is not read if a block is."""
+        """Row number, repeat and row of a range of places in a random order; blocks that are skipped whole are not read."""
         repeats, order = self.preparation.repeats, shards.order(self.seed, pass_number)
         end, rows = -(-places.stop // repeats), None
         held: dict[int, tuple[int, Any]] = {}  # of the rows read and not yet given, by their position in the pass

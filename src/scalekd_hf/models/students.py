@@ -84,7 +84,7 @@ class Student(nn.Module):
         return taps
 
     def _hook(self, taps: tuple[Tap, Tap]) -> None:
-        """Have the tapped modules put down what they put out."""
+        """Record what the tapped modules put out."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

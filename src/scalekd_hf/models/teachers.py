@@ -65,7 +65,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B, 3, height, width) to the last map (B, D, H, W) and logits (B, K), None without a head."""
-        self._captured.pop("last", None)  # of a call on the side, or of one that failed on its way
+        self._captured.pop("last", None)  # left by a call of a part alone, or by one that failed
         output = self.model(pixel_values.to(next(self.parameters()).dtype))
         last_map = self._as_map(self._captured.pop("last"))
         if not self.num_labels:

@@ -129,7 +129,7 @@ class Publisher:
         return None
 
     def is_busy(self) -> bool:
-        """Whether a checkpoint would not be pushed now: `hub_strategy` is "end", or another push goes on and may."""
+        """Whether a checkpoint is not pushed now: `hub_strategy` is "end", or an earlier push still runs."""
         if self.args.hub_strategy == HubStrategy.END:
             return True
         return not self.args.hub_always_push and self._in_progress is not None and not self._in_progress.done()

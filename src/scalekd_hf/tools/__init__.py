@@ -1,1 +1,1 @@
-"""What looks at runs and at students: plans, evaluations, exports, pictures."""
+"""Around a run: its description, plan and evaluation; exports and pictures of students."""

@@ -21,7 +21,7 @@ from ..images import ImageSpec
 from ..models.students import load_student
 from ..models.teachers import load_teacher
 from ..training.config import ScaleKDConfig
-from ..training.model import ScaleKDModel, build_model, class_names, num_heads
+from ..training.model import ScaleKDModel, attention_heads, build_model, class_names
 from ..training.optimization import scaled_learning_rate, timm_optimizer
 from ..training.run_folder import check_output_dir
 from .recipe import DistillArguments, as_words, parse_config
@@ -92,7 +92,7 @@ class Plan:
 
 
 def _block(title: str, values: dict[str, Any], number: str) -> list[str]:
-    rows = [f"  {name:<28}{number.format(v) if isinstance(v, float) else v}" for name, v in values.items()]
+    rows = [f"  {name:<30}{number.format(v) if isinstance(v, float) else v}" for name, v in values.items()]
     return [title, *rows] if rows else []
 
 
@@ -233,7 +233,7 @@ def _map(dim: int, grid: tuple[int, int]) -> Tensor:
 def _describe_projectors(result: Plan, model: ScaleKDModel, config: ScaleKDConfig, maps: list[Tensor]) -> None:
     teacher, heads = model.teacher, model.heads
     assert teacher is not None and heads is not None
-    per_stage = dict(zip(("penultimate", "last"), num_heads(teacher, config), strict=True))
+    per_stage = dict(zip(("penultimate", "last"), attention_heads(teacher, config), strict=True))
     projector: Any
     for name, projector in heads.projectors():
         stage = name.split("_")[0]
@@ -335,7 +335,7 @@ def _remember_warnings(result: Plan, model: ScaleKDModel, config: ScaleKDConfig)
     assert teacher is not None
     asked = (config.penultimate_num_heads, config.last_num_heads)
     if model.heads is not None and None in asked:
-        result.warnings.append(f"the projectors' heads were chosen: {num_heads(teacher, config)}.")
+        result.warnings.append(f"the projectors' heads were chosen: {attention_heads(teacher, config)}.")
     if config.stem != "full":
         result.warnings.append(f"`stem` {config.stem!r} is lighter than the paper's: this is another method.")
     if teacher.spec.size != student.spec.size:

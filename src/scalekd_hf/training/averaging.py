@@ -65,7 +65,7 @@ class AveragedStudent(TrainerCallback):
             self.student.model = trained
 
     def restore(self, folder: Path) -> None:
-        """Load the average of a checkpoint, whose other weights are loaded otherwise."""
+        """Load the average of a checkpoint whose other weights the engine loads."""
         load_strictly(self.average.module, read_student(self.student, folder), folder)
 
     def load(self, folder: Path, resume: bool) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: what they hold beside the student and the parent's files, and going on from one.
 
-A checkpoint is a student's folder, the mimicking heads, what an averaged student trains on with, the place of the run in
-its images, and the files of `Trainer`. The teacher is not in it.
+A checkpoint is a student's folder, the mimicking heads, with `ema_decay` the weights that training continues from (the
+student's folder holds the average), the position of the run, and the files of `Trainer`. The teacher is not in it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Checkpoints:
         Args:
             checkpoint: the folder, or None.
             dataset: to train on.
-            epochs: to train for, where `max_steps` is counted from them: those left are, in steps of another batch.
+            epochs: to train for, if `max_steps` was derived from them; with another batch it is derived anew for the rest.
         """
         position, is_changed = RunPosition(), False
         in_parts = checkpoint is not None and optimizer_in_parts(checkpoint) and not self.is_sharded
@@ -142,7 +142,7 @@ class Checkpoints:
         RunPosition(step, self.progress.images_seen, seconds, start, order).write(folder)
 
     def load(self, folder: Path, model: ScaleKDModel, resume: bool) -> None:
-        """Load student and heads; of an averaged student what it trains on with, or to end with the average itself."""
+        """Load student and heads; with an average, to resume the weights that training continues from, else the average itself."""
         load_checkpoint(model.student, model.heads, folder)
         if self.averaged is not None:
             self.averaged.load(folder, resume)
@@ -196,7 +196,7 @@ def check_checkpoint(folder: str | Path, sharded: bool) -> None:
 
 
 def check_processes(folder: Path, then: int, now: int, sharded: bool) -> None:
-    """Say what of a checkpoint stays behind that other processes or another launcher wrote.
+    """Warn of what cannot be restored of a checkpoint that other processes or another launcher wrote.
 
     Args:
         folder: the checkpoint.

@@ -176,7 +176,7 @@ class ScaleKDConfig(TrainingArguments):
         default=True, metadata={"help": "Teacher parameter perception: penultimate terms and teacher-made queries."}
     )
     remove_direct_component: bool = field(
-        default=True, metadata={"help": "In the frequency view; false for an ablation."}
+        default=True, metadata={"help": "Remove each channel's mean in the frequency view; false for an ablation."}
     )
     stem: str = field(
         default="full", metadata={"help": "Stems of the projectors; only full is the paper's.", "choices": list(STEMS)}
@@ -196,7 +196,9 @@ class ScaleKDConfig(TrainingArguments):
 
     # Images
     image_column: str = field(default="image", metadata={"help": "Column of the data set that holds the images."})
-    label_column: str = field(default="label", metadata={"help": "Column that holds the class indices."})
+    label_column: str = field(
+        default="label", metadata={"help": "Column that holds the class indices; none for no labels."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the student's images in pixels. By default the student's own."}
     )
@@ -239,7 +241,8 @@ class ScaleKDConfig(TrainingArguments):
         default=None, metadata={"help": "Global batch that `learning_rate` is for; the rate is scaled to the run's."}
     )
     lr_scaling: str = field(
-        default="linear", metadata={"help": "The rule for scaling it.", "choices": list(LR_SCALINGS)}
+        default="linear",
+        metadata={"help": "How `learning_rate` is scaled to the batch.", "choices": list(LR_SCALINGS)},
     )
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Shares of the run after which the rate falls to a tenth."}
@@ -252,7 +255,7 @@ class ScaleKDConfig(TrainingArguments):
     )
     sync_batchnorm: str = field(
         default="none",
-        metadata={"help": "BatchNorm statistics over all processes, on GPUs.", "choices": list(SYNC_BATCHNORMS)},
+        metadata={"help": "Synchronise BatchNorm over processes, on GPUs.", "choices": list(SYNC_BATCHNORMS)},
     )
     shard_teacher: bool = field(
         default=False, metadata={"help": "Keep the teacher in parts, too, under FSDP2 and ZeRO-3."}

@@ -31,7 +31,7 @@ class EpochCounter(TrainerCallback):
         self.images_per_epoch, self.epochs = images_per_epoch, epochs
         self.progress, self.callbacks = progress, callbacks
         self._announced_at = -1  # the step at which this last told callbacks of an epoch's end
-        self.end_is_repeated = False  # the parent tells callbacks of an end that this has told them of
+        self.end_is_repeated = False  # the parent announces an end that this has announced already
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._announced_at = -1

@@ -21,7 +21,11 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class LossLog:
-    """Averages each loss term between two logs without waiting for the device before the log."""
+    """Averages each loss term between two logs without waiting for the device before the log.
+
+    Attributes:
+        images_seen: by all processes, since the start of the run.
+    """
 
     def __init__(self) -> None:
         self.images_seen = 0
@@ -37,8 +41,8 @@ class LossLog:
         self._waited = 0.0
         self._time_logged = time.perf_counter()
 
-    def add(self, step: int, loss: Tensor, losses: dict[str, Tensor], images: int) -> None:
-        """Take in one micro-step: its weighted loss, its terms, and its images on all processes."""
+    def add(self, step: int, loss: Tensor, losses: dict[str, Tensor]) -> None:
+        """Take in one micro-step: its weighted loss and its terms."""
         terms = torch.stack([value.detach().float() for value in losses.values()])
         if self._sums is None or self._first_bad is None:
             self._names = list(losses)
@@ -47,10 +51,13 @@ class LossLog:
             self._first_bad = torch.cat([terms.new_full((1,), -1.0), self._sums])
         self._sums += terms
         self._micro_steps += 1
-        self.images_seen += images
         now = torch.cat([terms.new_full((1,), float(step)), terms])
         is_first = ~torch.isfinite(loss.detach()) & (self._first_bad[0] < 0)
         self._first_bad = torch.where(is_first, now, self._first_bad)
+
+    def count(self, images: int) -> None:
+        """A micro-step has ended, of so many images on all processes."""
+        self.images_seen += images
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from ..models.teachers import Teacher, load_teacher
 from .config import ScaleKDConfig
 
 
-__all__ = ["ScaleKDModel", "ScaleKDOutput", "build_model", "class_names", "num_heads"]
+__all__ = ["ScaleKDModel", "ScaleKDOutput", "build_model", "attention_heads", "class_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def _build_heads(student: Student, teacher: Teacher, args: ScaleKDConfig) -> Mim
         student.grids,
         (teacher.penultimate_dim, teacher.dim),
         (teacher.penultimate_grid, teacher.grid),
-        num_heads(teacher, args),
+        attention_heads(teacher, args),
         softmax_scale=args.softmax_scale,
         stem_norm=args.stem_norm,
         learned_last_queries=args.learned_last_queries or not args.teacher_perception,
@@ -178,7 +178,7 @@ def class_names(teacher: Teacher | None) -> list[str] | None:
     return teacher.labels or [str(index) for index in range(teacher.num_labels)] or None
 
 
-def num_heads(teacher: Teacher, args: ScaleKDConfig) -> tuple[int, int]:
+def attention_heads(teacher: Teacher, args: ScaleKDConfig) -> tuple[int, int]:
     """Heads of the penultimate and the last projectors: as asked, else the largest divisors up to those of Swin-L."""
     return (
         args.penultimate_num_heads or _largest_divisor(teacher.penultimate_dim, PUBLISHED_HEADS[0]),

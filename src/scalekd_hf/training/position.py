@@ -44,6 +44,6 @@ class RunPosition:
         return cls(step, state["images_seen"], state.get("seconds", 0.0), state.get("layout_start", 0), state["data"])
 
     def changes(self, data: dict[str, Any]) -> list[str]:
-        """What is otherwise in the settings of the data now, in words."""
+        """Which settings of the data have changed since, in words."""
         then = self.data or {}
         return [f"{name} {then.get(name)} to {data[name]}" for name in data if data[name] != then.get(name)]

@@ -199,7 +199,7 @@ def check_output_dir(folder: str | Path, overwrite: bool) -> list[Path]:
 
 
 def run_settings(args: TrainingArguments) -> dict[str, Any]:
-    """All settings but those that a resumed run may have otherwise, as JSON has them."""
+    """All settings but those that a resumed run may change, as JSON has them."""
     settings = {name: value for name, value in args.to_dict().items() if name not in NOT_OF_THE_RUN}
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from ..data.bad_images import TooManyBadImagesError
 from ..data.sources import StreamReadError
+from .run_folder import RunFolder
 
 
 __all__ = ["STOPPING_FAILURES", "EvaluationStopped", "RunInterrupted", "Stopping"]
@@ -106,7 +107,7 @@ class Stopping(TrainerCallback):
     def within_evaluation(self, accelerator: Accelerator, save: Callable[[], None]) -> Iterator[None]:
         """An evaluation; in training it ends where a process must stop, the run is saved, and the reason raised.
 
-        Once the run stops, what callbacks evaluate goes on to its end.
+        Once the run stops, evaluations that callbacks start are not cut short.
 
         Raises:
             RunInterrupted, StreamReadError, TooManyBadImagesError: in training, after `save` has run on all processes.
@@ -146,8 +147,8 @@ class Stopping(TrainerCallback):
         return bool(wanted.item())
 
     @contextmanager
-    def within_training(self, note: Callable[[], None]) -> Iterator[None]:
-        """After the training inside, SIGTERM has its former meaning again, and `note` is called where the run stopped."""
+    def within_training(self, folder: RunFolder) -> Iterator[None]:
+        """After the training inside, SIGTERM has its former meaning again, and the folder of a stopped run says so."""
         self.stopped = False
         try:
             yield
@@ -157,7 +158,7 @@ class Stopping(TrainerCallback):
                 signal.signal(signal.SIGTERM, self._handler)
                 self._handler = None
             if self.stopped:
-                note()
+                folder.note_interruption()
 
     def raise_reason(self, accelerator: Accelerator) -> None:
         """Raise what stopped the run, if anything did, on all processes.

@@ -55,8 +55,8 @@ class ScaleKDTrainer(Trainer):
         args: the settings.
         train_dataset, eval_dataset: `datasets` objects, map-style or streaming, with an image and a label column, or
             anything that yields `pixel_values` (3, height, width), normalised for the student, and `labels`.
-        **kwargs: what `Trainer` takes besides; `data_collator`, `compute_metrics` (top-1 and top-5 by default) and
-            `preprocess_logits_for_metrics` replace the trainer's own.
+        **kwargs: what `Trainer` takes besides. Without a `compute_metrics` or `preprocess_logits_for_metrics` of yours,
+            metrics are top-1 and top-5, and predictions each image's five best classes, best first, not logits.
 
     Attributes:
         results: metrics for the card's table beside the trainer's own, by its rows: "teacher", "student alone".
@@ -83,8 +83,7 @@ class ScaleKDTrainer(Trainer):
         given = args if args is not None else ScaleKDConfig(output_dir="scalekd_output")
         setup = set_up(model, teacher, given, train_dataset, eval_dataset, kwargs)
         args, student, settings = setup.args, setup.model.student, run_settings(given)
-        self.results: dict[str, dict[str, float]] = {}
-        self.data, self.epochs = setup.data, setup.epochs
+        self.data, self.epochs, self.results = setup.data, setup.epochs, cast(dict[str, dict[str, float]], {})
         self.loss_log, self.stopwatch = LossLog(), Stopwatch()
         self.publisher = Publisher(args, student, setup.model.teacher)
         self.feed = ImageFeed(args, setup.model.normaliser, student.num_labels, setup.options["data_collator"])
@@ -131,8 +130,7 @@ class ScaleKDTrainer(Trainer):
                 result = self._load_finished(checkpoint)
             else:
                 place_teacher(self.distiller.teacher, self.accelerator, self.args)
-                note = self.run_folder.note_interruption
-                with self.stopwatch.running(), self.stopping.within_training(note):
+                with self.stopwatch.running(), self.stopping.within_training(self.run_folder):
                     result = super().train(checkpoint, *args, **kwargs)
                 self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)
                 self.feed.report_bad_images()
@@ -168,7 +166,10 @@ class ScaleKDTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The parent's, of images that are normalised and mixed on the device."""
-        return super().training_step(model, self.feed.training_inputs(inputs), *args, **kwargs)
+        inputs = self.feed.training_inputs(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.loss_log.count(len(inputs["pixel_values"]) * self.args.world_size)
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -176,8 +177,7 @@ class ScaleKDTrainer(Trainer):
         """The weighted loss in training, whose terms it adds up; the student's task loss in evaluation."""
         outputs = model(**inputs)
         if self.distiller.training:  # the wrapper of an engine may be in another mode
-            images = len(inputs["pixel_values"]) * self.args.world_size
-            self.loss_log.add(self.state.global_step + 1, outputs.loss, outputs.losses, images)
+            self.loss_log.add(self.state.global_step + 1, outputs.loss, outputs.losses)
         return (outputs.loss, {"loss": outputs.loss, "logits": outputs.logits}) if return_outputs else outputs.loss
 
     def create_accelerator_and_postprocess(self) -> None:
