@@ -3,93 +3,14 @@
 import pytest
 import timm
 import torch
-from helpers import build, images, settings, some_slow, timm_swin
+from helpers import images, settings, some_slow, timm_swin
+from student_families import STUDENTS
 from transformers import (
     BitImageProcessor,
-    ConvNextConfig,
-    EfficientNetConfig,
-    MobileNetV1Config,
-    ResNetConfig,
-    SwinConfig,
-    ViTConfig,
 )
 
 from scalekd_hf import load_student, load_teacher
 from scalekd_hf.training.model import build_model
-
-
-def timm_student(name, **changes):
-    return lambda: timm.create_model(name, num_classes=10, **changes)
-
-
-# name: (model built small, image size, ((C_p, grid_p), (C_l, grid_l)))
-STUDENTS = {
-    "timm_resnet": (timm_student("resnet18", channels=(8, 16, 24, 32)), 64, ((24, (4, 4)), (32, (2, 2)))),
-    "timm_mobilenetv1": (timm_student("mobilenetv1_100"), 64, ((512, (4, 4)), (1024, (2, 2)))),
-    "timm_convnext": (
-        timm_student("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 12, 16, 24)),
-        64,
-        ((16, (4, 4)), (24, (2, 2))),
-    ),
-    "timm_swin": (timm_swin, 32, ((24, (8, 8)), (48, (4, 4)))),
-    "timm_vit": (
-        timm_student("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=12, num_heads=2),
-        32,
-        ((24, (4, 4)), (24, (4, 4))),
-    ),
-    "timm_mixer": (
-        timm_student("mixer_s16_224", img_size=64),
-        64,
-        ((512, (4, 4)), (512, (4, 4))),
-    ),
-    "transformers_resnet": (
-        lambda: build(
-            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], num_labels=10)
-        ),
-        64,
-        ((24, (4, 4)), (32, (2, 2))),
-    ),
-    "transformers_mobilenetv1": (
-        lambda: build(MobileNetV1Config(depth_multiplier=0.25, image_size=64, num_labels=10)),
-        64,
-        ((128, (4, 4)), (256, (2, 2))),
-    ),
-    "transformers_convnext": (
-        lambda: build(ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 2, 1], image_size=64, num_labels=10)),
-        64,
-        ((16, (4, 4)), (24, (2, 2))),
-    ),
-    "transformers_swin": (
-        lambda: build(
-            SwinConfig(
-                image_size=32,
-                patch_size=2,
-                window_size=4,
-                embed_dim=12,
-                depths=[1, 2, 2],
-                num_heads=[1, 2, 4],
-                num_labels=10,
-            )
-        ),
-        32,
-        ((24, (8, 8)), (48, (4, 4))),
-    ),
-    "transformers_vit": (
-        lambda: build(
-            ViTConfig(
-                image_size=32,
-                patch_size=8,
-                hidden_size=24,
-                num_hidden_layers=4,
-                num_attention_heads=2,
-                intermediate_size=48,
-                num_labels=10,
-            )
-        ),
-        32,
-        ((24, (4, 4)), (24, (4, 4))),
-    ),
-}
 
 
 @pytest.mark.parametrize("family", STUDENTS)
@@ -113,61 +34,6 @@ def test_one_forward_gives_two_maps_and_the_classifiers_own_logits(family):
     with torch.no_grad():
         outputs = student.model(images(2, size))
         assert torch.equal(student.classify(images(2, size)), getattr(outputs, "logits", outputs))
-
-
-def test_isotropic_students_are_tapped_at_the_published_blocks():
-    vit = load_student(STUDENTS["timm_vit"][0](), mean=None)
-    vit.spec = vit.spec.updated(size=32)
-    mixer = load_student(STUDENTS["timm_mixer"][0]())
-    assert [tap.module for tap in vit.taps] == ["blocks.8", "norm"]  # blocks 9 and 12 of 12, counted from 1
-    assert [tap.module for tap in mixer.taps] == ["blocks.5", "norm"]  # the third from the end of 8, and the last
-
-
-@pytest.mark.parametrize(
-    ("name", "modules", "maps"),
-    [
-        ("resnet50", ["layer3", "layer4"], ((1024, (14, 14)), (2048, (7, 7)))),
-        ("mobilenetv1_100", ["blocks.3", "bn2"], ((512, (14, 14)), (1024, (7, 7)))),
-        ("convnext_tiny", ["stages.2", "stages"], ((384, (14, 14)), (768, (7, 7)))),
-        ("swin_tiny_patch4_window7_224", ["layers.2", "norm"], ((384, (14, 14)), (768, (7, 7)))),
-        ("mixer_s16_224", ["blocks.5", "norm"], ((512, (14, 14)), (512, (14, 14)))),
-        ("vit_small_patch16_224", ["blocks.8", "norm"], ((384, (14, 14)), (384, (14, 14)))),
-    ],
-)
-def test_full_size_students_are_tapped_as_published(name, modules, maps):
-    with torch.device("meta"):
-        student = load_student(f"timm/{name}")
-    assert [tap.module for tap in student.taps] == modules
-    assert tuple(zip(student.dims, student.grids, strict=True)) == maps
-
-
-@pytest.mark.parametrize(
-    ("name", "penultimate"),
-    [
-        ("efficientnet_b0", "blocks.4"),
-        ("regnety_004", "s3"),
-        ("mobilenetv2_100", "blocks.4"),
-        ("mobilenetv3_large_100", "blocks.4"),
-        ("mobilenetv4_conv_small", "blocks.2"),
-        ("fastvit_t8", "stages.2"),
-        ("efficientformerv2_s0", "stages.2"),
-        ("poolformer_s12", "stages.2"),
-        ("deit_tiny_patch16_224", "blocks.8"),
-        ("pvt_v2_b0", "stages.2"),
-        ("resnet50d", "layer3"),
-        ("eva02_tiny_patch14_336", "blocks.9"),
-        ("mixer_b14_224", "blocks.9"),
-    ],
-)
-def test_further_students_are_tapped_at_the_end_of_their_stages(name, penultimate):
-    with torch.device("meta"):
-        student = load_student(f"timm/{name}", labels=["a", "b"])
-        assert student.taps[0].module == penultimate
-        assert student.grids[0][0] in (student.grids[1][0], 2 * student.grids[1][0])
-        maps = student.train()(torch.zeros(2, 3, *student.spec.size))
-    assert [value.shape[1:] for value in maps[:2]] == [
-        (dim, *grid) for dim, grid in zip(student.dims, student.grids, strict=True)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -250,30 +116,6 @@ def test_mixers_take_other_sizes(size):
         assert student.grids == ((size // 14, size // 14),) * 2
 
 
-def test_prefix_tokens_are_left_out_of_the_maps():
-    model = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=32,
-        patch_size=8,
-        embed_dim=24,
-        depth=4,
-        num_heads=2,
-        reg_tokens=3,
-        num_classes=10,
-    )
-    student = load_student(model).train()
-    assert [tap.prefix for tap in student.taps] == [4, 4]
-    expected = model.forward_features(images())[:, 4:]
-    assert torch.equal(student(images())[1].flatten(2).transpose(1, 2), expected)
-
-
-def test_images_need_not_be_square():
-    model = timm.create_model("resnet18", channels=(8, 16, 24, 32), num_classes=10)
-    student = load_student(model)
-    student.spec = student.spec.updated(size=(64, 96))
-    assert student.grids == ((4, 6), (2, 3))
-
-
 def test_a_student_by_name_is_built_for_the_labels_and_the_size():
     student = load_student("timm/vit_tiny_patch16_224", labels=["cat", "dog"], image_size=32, patch_size=8, depth=2)
     assert (student.num_labels, student.labels, student.spec.size) == (2, ["cat", "dog"], (32, 32))
@@ -343,45 +185,6 @@ def test_an_image_size_for_a_module_that_was_built_for_another_is_refused(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "penultimate"),
-    [
-        ("rexnet_100", "features.10"),
-        ("mobilevit_xxs", "stages.3"),
-        ("inception_v3", "Mixed_6e"),
-        ("tiny_vit_5m_224", "stages.2"),
-    ],
-)
-def test_the_expansion_of_the_last_stage_is_not_taken_for_the_penultimate_map(name, penultimate):
-    with torch.device("meta"):
-        assert load_student(f"timm/{name}").taps[0].module == penultimate
-
-
-def test_padding_before_a_strided_convolution_hides_no_stage():
-    sizes = {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
-    with torch.device("meta"):
-        student = load_student(build(EfficientNetConfig(**sizes)))
-        assert student.taps[0].module == "efficientnet.encoder.blocks.10"
-        assert (student.dims, student.grids) == ((112, 1280), ((14, 14), (7, 7)))
-
-
-def test_a_student_whose_stages_are_not_found_can_be_tapped_by_name():
-    with torch.device("meta"):
-        with pytest.raises(ValueError, match="Name two modules with `student_taps`"):
-            _ = load_student("timm/vgg11").taps
-        assert load_student("timm/vgg11", taps=["features.14", "features.19"]).grids == ((28, 28), (14, 14))
-
-
-def test_the_dry_run_leaves_the_model_as_it_was():
-    model = timm.create_model("resnet18", channels=(8, 16, 24, 32), num_classes=10).train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    student = load_student(model)
-    student.spec = student.spec.updated(size=64)
-    assert student.taps
-    assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: load_student("timm/resnet81"), "`student` 'timm/resnet81'.*Did you mean"),
@@ -410,28 +213,3 @@ def test_an_image_size_the_student_cannot_take_is_refused():
     student.spec = student.spec.updated(size=40)
     with pytest.raises(ValueError, match="does not run on images of 40x40 px"):
         _ = student.taps
-
-
-SWEEP = [  # whose last map, or the one before, a norm puts out; then some where none does
-    *("efficientnet_b0", "mobilenetv2_050", "densenet121", "resnetv2_50", "mnasnet_small", "mixnet_s"),
-    *("resnet18", "regnetx_002", "ghostnet_100", "hrnet_w18_small", "repvgg_a0", "levit_128s", "fastvit_t8"),
-]
-
-
-@pytest.mark.parametrize("name", some_slow(SWEEP, 4))
-def test_synchronised_batchnorms_leave_the_maps_where_they_were(name):
-    student = load_student(f"timm/{name}", num_classes=10, image_size=64).eval()
-    with torch.no_grad():
-        before = student(images(size=64))
-        student.synchronise_batchnorms()
-        after = student.eval()(images(size=64))
-    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in student.modules())
-    assert all(torch.equal(first, second) for first, second in zip(before, after, strict=True))
-
-
-def test_a_part_that_was_replaced_after_tapping_is_named():
-    student = load_student("timm/resnet18", num_classes=10, image_size=64, channels=(8, 16, 24, 32))
-    assert student.taps[1].module == "layer4"
-    student.model.layer4 = torch.nn.Sequential(torch.nn.Conv2d(24, 32, 1))
-    with pytest.raises(RuntimeError, match="gave no map at layer4: .*another module has taken its place"):
-        student(images(size=64))

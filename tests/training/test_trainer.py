@@ -2,26 +2,20 @@
 
 import json
 import math
-import time
 
 import datasets
 import pytest
 import torch
-from helpers import SMALL_SWIN, build, settings, small_student, some_slow, timm_swin, timm_vit, transformers_vit
-from processes import in_child, in_processes
+from helpers import SMALL_SWIN, build, settings, small_student, some_slow, timm_swin, transformers_vit
+from processes import in_processes
+from trainers import trainer_for
 from transformers import Dinov2Config
 from two_steps import main as two_steps
 
-from scalekd_hf import NonFiniteLossError, ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
+from scalekd_hf import NonFiniteLossError, ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.data.preparation import collate
 from scalekd_hf.images import Normaliser
 from scalekd_hf.method.distiller import LOSS_TERMS
-
-
-def trainer_for(folder, train=None, evaluation=None, teacher="swin", student=None, **changes):
-    torch.manual_seed(0)
-    teacher = {"swin": timm_swin, "vit": timm_vit}[teacher]() if isinstance(teacher, str) else teacher
-    return ScaleKDTrainer(student or small_student(), teacher, settings(folder, **changes), train, evaluation)
 
 
 def weights(trainer):
@@ -64,27 +58,6 @@ def test_the_log_holds_each_term_averaged_since_the_last_log(tmp_path, digits):
     assert all(entry["images_per_second"] > 0 for entry in ones)
 
 
-def test_evaluation_reports_top1_and_top5_of_the_student_alone(tmp_path, digits):
-    trainer = trainer_for(tmp_path, evaluation=digits)
-    trainer.model.teacher.forward = None  # would fail if called
-    metrics = trainer.evaluate()
-    batch = trainer.data_collator([trainer.eval_dataset[row] for row in range(len(digits))])
-    with torch.no_grad():
-        images = trainer.feed.evaluation_inputs(dict(batch))["pixel_values"]
-        ranked = trainer.student.model.eval()(images).topk(5).indices
-    hits = ranked == batch["labels"][:, None]
-    assert metrics["eval_top1"] == pytest.approx(hits[:, 0].float().mean().item())
-    assert metrics["eval_top5"] == pytest.approx(hits.any(1).float().mean().item())
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_is_evaluated_on_every_image_once(tmp_path, digits_stream, workers):
-    trainer = trainer_for(tmp_path, dataloader_num_workers=workers, per_device_eval_batch_size=100)
-    prediction = trainer.predict(digits_stream)
-    expected = [row["label"] for row in digits_stream.remove_columns("image")]
-    assert prediction.label_ids.tolist() == expected and len(expected) == 1437
-
-
 @pytest.mark.parametrize("kind", ["map", "stream"])
 def test_resuming_a_finished_run_trains_nothing_more_and_keeps_the_best(tmp_path, digits, digits_stream, kind):
     data = digits if kind == "map" else digits_stream
@@ -122,19 +95,6 @@ def test_resuming_with_other_data_settings_is_refused_unless_accepted(tmp_path, 
     assert accepted.state.global_step == 4 and accepted.loss_log.images_seen > 16
 
 
-def test_several_data_sets_are_evaluated_each_on_its_own_images(tmp_path, digits):
-    def evaluate():
-        data = {"a": digits, "b": digits.select(range(10))}
-        options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-        trainer = trainer_for(tmp_path, evaluation=data, **options)
-        metrics = trainer.evaluate()
-        assert metrics["eval_a_loss"] != metrics["eval_b_loss"]
-        assert len(trainer.predict(data["b"]).label_ids) == 10
-
-    outcome = in_child(tmp_path, evaluate)  # its workers end with it
-    assert outcome.status == 0, outcome.text[-3000:]
-
-
 def test_the_collator_of_the_user_makes_the_batches_of_a_stream(tmp_path, digits_stream):
     calls = []
 
@@ -145,12 +105,6 @@ def test_the_collator_of_the_user_makes_the_batches_of_a_stream(tmp_path, digits
     trainer = ScaleKDTrainer(small_student(), None, settings(tmp_path), digits_stream, data_collator=collator)
     trainer.train()
     assert calls[:4] == [8, 8, 8, 8]
-
-
-def test_samples_without_labels_are_not_taken_silently(tmp_path):
-    data = datasets.Dataset.from_dict({"pixel_values": torch.randn(8, 3, 32, 32).tolist()})
-    with pytest.raises(ValueError, match="training samples have no `labels`, only .'pixel_values'.*label_column"):
-        trainer_for(tmp_path, data).train()
 
 
 def test_transforms_of_the_user_are_kept(tmp_path, digits):
@@ -165,21 +119,6 @@ def test_transforms_of_the_user_are_kept(tmp_path, digits):
     assert (seen[0]["pixel_values"] == 7.0).all() and seen[0]["labels"].shape == (8,)
 
 
-@pytest.mark.slow
-def test_evaluating_does_not_slow_the_images_per_second_down(tmp_path, digits):
-    trainer = trainer_for(tmp_path, digits, digits, eval_strategy="steps", eval_steps=1, logging_steps=4)
-    slow = trainer.compute_metrics
-
-    def metrics(prediction):
-        time.sleep(1.0)
-        return slow(prediction)
-
-    trainer.compute_metrics = metrics
-    trainer.train()
-    rate = next(entry["images_per_second"] for entry in trainer.state.log_history if "loss" in entry)
-    assert rate > 16  # 32 images in far less than the three seconds of evaluation before the log
-
-
 def test_students_with_parameters_that_nothing_depends_on_have_them_frozen(tmp_path, digits):
     config = Dinov2Config(
         image_size=32, patch_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=10
@@ -189,46 +128,6 @@ def test_students_with_parameters_that_nothing_depends_on_have_them_frozen(tmp_p
     without = [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
     assert not trainer.student.model.dinov2.embeddings.mask_token.requires_grad
-
-
-def test_evaluation_in_bfloat16_runs(tmp_path, digits):
-    assert "eval_top1" in trainer_for(tmp_path, evaluation=digits, bf16_full_eval=True).evaluate()
-
-
-def test_prediction_needs_no_labels(tmp_path, digits):
-    prediction = trainer_for(tmp_path).predict(digits.remove_columns("label"))
-    assert prediction.predictions.shape == (96, 5) and prediction.label_ids is None
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda d: d.cast_column("label", datasets.Value("string")), "labels such as '.'.*class_encode_column"),
-        (lambda d: {"a": d.cast_column("label", datasets.ClassLabel(num_classes=3))}, r"`eval_dataset\['a'\]` has 3"),
-    ],
-)
-def test_labels_that_are_no_class_indices_are_refused(tmp_path, digits, change, message):
-    with pytest.raises(ValueError, match=message):
-        trainer_for(tmp_path, evaluation=change(digits))
-
-
-def test_soft_labels_are_evaluated_by_their_largest(tmp_path):
-    images = torch.randn(8, 3, 32, 32)
-    soft = torch.nn.functional.one_hot(torch.arange(8), 10).float() * 0.9 + 0.01
-    data = datasets.Dataset.from_dict({"pixel_values": images.tolist(), "labels": soft.tolist()})
-    hard = data.remove_columns("labels").add_column("labels", list(range(8)))
-    trainer = trainer_for(tmp_path)
-    assert trainer.evaluate(data)["eval_top1"] == trainer.evaluate(hard)["eval_top1"]
-
-
-def test_the_best_model_is_loaded_at_the_end(tmp_path, digits):
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.05}
-    trainer = trainer_for(tmp_path, digits, digits, **options)
-    trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert losses.index(min(losses)) + 1 == int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_accumulating_two_by_four_equals_one_by_eight(tmp_path, digits):
@@ -367,105 +266,10 @@ def test_a_different_normalisation_and_size_are_converted_on_the_device():
     assert Normaliser(student, larger).for_teacher(images).shape == (2, 3, 48, 64)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda d: {"teacher": timm_swin(num_classes=7)}, "teacher has 7 classes and the student 10.*logit_weight=0"),
-        (lambda d: {"teacher": timm_swin(num_classes=0)}, "teacher has 0 classes and the student 10"),
-        (
-            lambda d: {"train": d.cast_column("label", datasets.ClassLabel(num_classes=12))},
-            "`train_dataset` has 12 classes",
-        ),
-        (
-            lambda d: {"train": d.rename_column("image", "picture")},
-            "`train_dataset` has no column 'image'.*picture.*image_column",
-        ),
-        (lambda d: {"train": d.remove_columns("label")}, "no column 'label'.*`label_column`"),
-        (lambda d: {"train": d.select([])}, "`train_dataset` is empty"),
-        (lambda d: {"evaluation": datasets.IterableDataset.from_generator(list)}, "`eval_dataset` is empty"),
-        (lambda d: {"penultimate_num_heads": 7}, "7 heads for 24 channels"),
-        (lambda d: {"student": torch.nn.Linear(2, 2)}, "`student` must be an image classifier"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_training(tmp_path, digits, make, message):
-    options = make(digits)
-    with pytest.raises(ValueError, match=message):
-        trainer_for(tmp_path, **{"train": digits, **options})
-
-
-def test_a_module_without_label_names_gets_those_of_the_data(tmp_path, digits):
-    trainer = ScaleKDTrainer(transformers_vit(), None, settings(tmp_path), digits)
-    assert trainer.student.model.config.id2label == dict(enumerate("0123456789"))
-
-
-def test_label_names_in_another_order_are_refused(tmp_path, digits):
-    student = small_student(labels=list("0123456789"))
-    other = digits.cast_column("label", datasets.ClassLabel(names=list("9876543210")))
-    with pytest.raises(
-        ValueError, match="Label 0 is '9' to the `train_dataset` and '0' to the student.*another order"
-    ):
-        trainer_for(tmp_path, other, student=student)
-
-
 def test_a_teacher_with_other_labels_teaches_through_features(tmp_path, digits):
     trainer = trainer_for(tmp_path, digits, teacher=timm_swin(num_classes=7), logit_weight=0.0, max_steps=1)
     trainer.train()
     assert "logit" not in trainer.state.log_history[0] and "task" in trainer.state.log_history[0]
-
-
-def test_an_output_folder_that_holds_a_run_is_not_overwritten_silently(tmp_path, digits):
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    first = trainer_for(tmp_path, digits, **options)
-    first.train()
-    first.save_model()
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(
-        ValueError, match=r"holds a run already \(checkpoint-1, checkpoint-2, model.safetensors\).*resume"
-    ):
-        trainer_for(tmp_path, digits, **options).train()
-    trainer_for(tmp_path, digits, **{**options, "max_steps": 1}, overwrite_output_dir=True).train()
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
-    assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "notes.txt").exists()
-
-
-def test_there_must_be_a_checkpoint_to_resume_from(tmp_path, digits):
-    with pytest.raises(ValueError, match="no checkpoint to resume from"):
-        trainer_for(tmp_path, digits).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "model.safetensors",
-        "mimicking_heads.safetensors",
-        "optimizer.pt",
-        "scheduler.pt",
-        "trainer_state.json",
-        "scalekd_state.json",
-        "rng_state.pth",
-    ],
-)
-@pytest.mark.parametrize("damage", some_slow(["cut", "gone"], 1))
-def test_a_damaged_checkpoint_is_refused_with_the_file_and_the_others(tmp_path, digits, file, damage):
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    trainer_for(tmp_path, digits, **options).train()
-    if (file, damage) == ("rng_state.pth", "gone"):
-        return  # the parent says so and goes on
-    damaged = tmp_path / "checkpoint-2" / file
-    content = damaged.read_bytes()
-    damaged.unlink()
-    if damage == "cut":
-        damaged.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=f"checkpoint-2.*{file} is missing or damaged.*checkpoint-1"):
-        trainer_for(tmp_path, digits, **options).train(resume_from_checkpoint=True)
-
-
-def test_only_a_scalekd_config_is_taken(tmp_path):
-    from transformers import TrainingArguments
-
-    with pytest.raises(ValueError, match="`args` must be a `ScaleKDConfig`, got a `TrainingArguments`"):
-        ScaleKDTrainer(small_student(), None, TrainingArguments(output_dir=str(tmp_path)))
-    assert isinstance(ScaleKDConfig(output_dir=str(tmp_path)), TrainingArguments)
 
 
 @pytest.mark.parametrize("kind", ["map", "stream"])
@@ -478,49 +282,6 @@ def test_channels_last_takes_pixels_too(tmp_path, digits, digits_stream, kind):
     trainer.evaluate()
     assert {training for training, _ in seen} == {True, False}
     assert all(pixels.is_contiguous(memory_format=torch.channels_last) for _, pixels in seen)
-
-
-def test_an_evaluation_set_in_a_dict_tells_a_student_its_classes(tmp_path, digits):
-    options = {"image_size": 32, "max_steps": 1}
-    trainer = ScaleKDTrainer("timm/resnet10t", None, settings(tmp_path, **options), eval_dataset={"digits": digits})
-    assert trainer.student.labels == list("0123456789") and trainer.student.num_labels == 10
-
-
-@pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("kind", ["map", "stream"])
-def test_workers_of_an_evaluation_stay_where_they_are_asked_to(tmp_path, digits, digits_stream, several, kind):
-    def evaluate():
-        data = digits if kind == "map" else digits_stream.take(96)
-        options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-        evaluation = {"a": data, "b": data.take(40)} if several else data
-        trainer = trainer_for(tmp_path, evaluation=evaluation, **options)
-        loaders, loop = [], trainer.evaluation_loop
-        trainer.evaluation_loop = lambda loader, *args, **kwargs: (
-            loaders.append(loader) or loop(loader, *args, **kwargs)
-        )
-        first, second = trainer.evaluate(), trainer.evaluate()
-        half = len(loaders) // 2
-        assert half == 1 + several and [id(loader) for loader in loaders[:half]] == [id(x) for x in loaders[half:]]
-        assert len({id(loader) for loader in loaders}) == half
-        accuracies = [name for name in first if name.endswith("top1")]
-        assert len(accuracies) == half and all(first[name] == second[name] for name in accuracies)
-        assert trainer.predict(data.take(10)).label_ids.shape == (10,)
-
-    outcome = in_child(tmp_path, evaluate)  # its workers end with it
-    assert outcome.status == 0, outcome.text[-3000:]
-
-
-def test_persistent_workers_without_any_are_none(tmp_path, digits_stream):
-    trainer = trainer_for(tmp_path, evaluation={"a": digits_stream.take(9)}, dataloader_persistent_workers=True)
-    assert "eval_a_top1" in trainer.evaluate()
-
-
-def test_data_to_evaluate_on_may_be_given_later(tmp_path, digits):
-    trainer = trainer_for(tmp_path)
-    trainer.eval_dataset = {"b": digits.select(range(9))}
-    assert "eval_b_top1" in trainer.evaluate()
-    trainer.eval_dataset = digits.select(range(9))
-    assert "eval_top1" in trainer.evaluate()
 
 
 def test_a_schedule_that_is_given_late_is_taken(tmp_path, digits):
@@ -538,16 +299,6 @@ def test_a_second_training_makes_its_milestones_anew(tmp_path, digits):
         trainer.train()
         rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
         assert rates == pytest.approx([1e-3, 1e-4])
-
-
-@pytest.mark.parametrize("setting", ["dataloader_drop_last", "train_sampling_strategy", "accelerator_config"])
-def test_settings_that_streams_do_not_heed_are_named(tmp_path, digits, digits_stream, caplog, setting):
-    value = {"train_sampling_strategy": "sequential", "accelerator_config": {"split_batches": True}}.get(setting, True)
-    trainer_for(tmp_path, digits_stream, **{setting: value})
-    assert f"`{setting}" in caplog.text and "no effect on streams of images" in caplog.text
-    caplog.clear()
-    trainer_for(tmp_path, evaluation=digits, **{setting: value})
-    assert "no effect" not in caplog.text
 
 
 class OtherLoss(ScaleKDTrainer):

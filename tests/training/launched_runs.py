@@ -1,0 +1,69 @@
+"""Short runs as launchers start them, and what they have come to."""
+
+import json
+import os
+
+import datasets
+import pytest
+import torch
+from helpers import DIGITS, ROOT, settings, small_student, timm_swin
+
+from scalekd_hf import ScaleKDTrainer
+
+
+pytest.importorskip("deepspeed")
+
+
+TERMS = ("loss", "task", "logit", "penultimate_spatial", "penultimate_frequency", "last_spatial", "last_frequency")
+
+
+LAUNCH = ROOT / "recipes" / "accelerate"
+
+
+def zero(name):
+    """A configuration of the recipes, in which even the smallest parameters are partitioned."""
+    config = json.loads((LAUNCH / f"{name}.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return config
+
+
+ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
+
+
+WAYS = {"ddp": {}, **{name: {"deepspeed": zero(name)} for name in ZERO}}
+
+
+def train(folder, way, batch=4, resume=None, streaming=False, **changes):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    files = sorted(str(file) for file in DIGITS.glob("train-*.parquet"))
+    data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    options = {"per_device_train_batch_size": batch, "max_steps": 5, "optim": "sgd", "learning_rate": 0.02}
+    options |= {"save_strategy": "steps", "save_steps": 2, **WAYS[way], **changes}
+    torch.manual_seed(0)
+    trainer = ScaleKDTrainer(small_student(), timm_swin(), settings(folder, **options), data)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        sharded = [name for name, p in trainer.model.named_parameters() if getattr(p, "ds_tensor", None) is not None]
+        result = {
+            "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "world_size": trainer.args.world_size,
+            "kind": str(trainer.accelerator.distributed_type),
+            "partitioned": len(sharded),
+            "teacher_parts": part_of(trainer.model.teacher),
+            "parameters": len(list(trainer.model.parameters())),
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+    return trainer.state.log_history
+
+
+def part_of(teacher):
+    """The share of the teacher's parameters that this process keeps."""
+    parameters = [
+        (getattr(p, "ds_tensor", p).numel(), getattr(p, "ds_numel", p.numel())) for p in teacher.parameters()
+    ]
+    return sum(held for held, _ in parameters) / sum(whole for _, whole in parameters)
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())

@@ -1,0 +1,196 @@
+"""Parameters in parts: FSDP2, ZeRO-3, and a teacher that is too large for each process."""
+
+import json
+import os
+
+import pytest
+import torch
+from families import FAMILIES, large_weights
+from helpers import settings, small_student, timm_swin
+from launched_runs import TERMS, result, train, zero
+from processes import in_processes
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from scalekd_hf import load_student, load_teacher
+from scalekd_hf.models.saving import save_student
+from scalekd_hf.training.model import build_model
+from scalekd_hf.training.sharding import full_state, shard_fsdp2
+
+
+def test_an_optimiser_in_parts_is_not_given_to_other_processes(tmp_path):
+    for outcome in in_processes(tmp_path, train, tmp_path, "ddp", processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    resume = str(tmp_path / "checkpoint-4")
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, "zero2", resume=resume), processes=2):
+        assert outcome.status == 1 and "is whole: 2 processes under DeepSpeed or FSDP cannot take it" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fp16": True}, "Mixed precision is 'fp16'"),
+        ({"timm_optim": "lamb"}, "flat parts"),
+        ({"shard_teacher": True}, "`shard_teacher` needs FSDP2"),
+    ],
+)
+def test_what_an_engine_would_make_something_else_of_is_refused(tmp_path, changes, message):
+    def refused():
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, "zero2", **changes)
+
+    (outcome,) = in_processes(tmp_path, refused, group=True)
+    assert outcome.status == 0, outcome.text[-3000:]
+
+
+def sharded_steps(folder, teacher_too=False, bf16=False):
+    """Five steps on this process's half of each batch, with everything that trains sharded by FSDP2."""
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(0)
+    model = build_model(small_student(), timm_swin(), settings(folder, use_cpu=False)).train()
+    if size > 1:
+        mesh = init_device_mesh("cpu", (size,))
+        for module in (
+            *model.student.model.stages,
+            model.heads.penultimate_spatial,
+            model.heads.last_spatial,
+            model.student,
+            model.heads,
+            model,
+        ):
+            fully_shard(module, mesh=mesh)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert not any(isinstance(parameter, DTensor) for parameter in model.teacher.parameters())
+    if teacher_too:
+        whole = sum(parameter.numel() for parameter in model.teacher.parameters())
+        shard_fsdp2(model.teacher, torch.device("cpu"))
+        held = (p.to_local() if isinstance(p, DTensor) else p for p in model.teacher.parameters())
+        assert sum(part.numel() for part in held) < 0.6 * whole
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.005), []
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        pixels, labels = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)
+        half = slice(8 // size * rank, 8 // size * (rank + 1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(pixels[half], labels[half]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(total.item() / size)
+    state = full_state(model.student.model)
+    if rank == 0:
+        save_student(model.student, folder, state)
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
+@pytest.mark.parametrize(("teacher_too", "bf16"), [(False, False), (True, False), (True, True)])
+def test_fsdp2_equals_one_process_and_saves_the_whole_student(tmp_path, teacher_too, bf16):
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        how = folder, teacher_too and processes > 1, bf16
+        for outcome in in_processes(folder, sharded_steps, *how, processes=processes, group=True):
+            assert outcome.status == 0, outcome.text[-3000:]
+    one, two = (json.loads((tmp_path / name / "losses.json").read_text()) for name in "12")
+    assert two == pytest.approx(one, rel=5e-3 if bf16 else 1e-5) and len(one) == 5
+    mine, theirs = (load_student(str(tmp_path / name), pretrained=True).state_dict() for name in "12")
+    assert max((mine[name] - theirs[name]).abs().max() for name in mine) < (0.02 if bf16 else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero2", "zero3"])
+def test_bf16_under_an_engine_is_that_of_ddp_and_the_student_is_saved_in_full_precision(tmp_path, way):
+    config = zero(way)
+    config["zero_optimization"]["memory_efficient_linear"] = False  # it rounds before it adds a bias
+    for name, options in (("ddp", {}), (way, {"deepspeed": config})):
+        run_it = lambda: train(tmp_path / name, name, bf16=True, **options)  # noqa: B023, E731
+        for outcome in in_processes(tmp_path, run_it, processes=2):
+            assert outcome.status == 0, outcome.text[-3000:]
+    ddp, engine = (result(tmp_path / name)["history"] for name in ("ddp", way))
+    for first, second in zip(ddp, engine, strict=True):
+        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / way / "model.safetensors").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero2", "zero3"])
+def test_bf16_as_accelerate_launches_deepspeed_is_that_of_ddp(tmp_path, way):
+    config = zero(way)
+    config["zero_optimization"]["memory_efficient_linear"] = False
+    (tmp_path / "engine.json").write_text(json.dumps(config))
+
+    def launched():
+        names = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "engine.json")}
+        os.environ.update(names)
+        train(tmp_path / way, "ddp", bf16=True)
+
+    for name, run_it in (("ddp", lambda: train(tmp_path / "ddp", "ddp", bf16=True)), (way, launched)):
+        for outcome in in_processes(tmp_path / name, run_it, processes=2):
+            assert outcome.status == 0, outcome.text[-3000:]
+    assert result(tmp_path / way)["kind"] == "DistributedType.DEEPSPEED"
+    for first, second in zip(*(result(tmp_path / name)["history"] for name in ("ddp", way)), strict=True):
+        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+
+
+def shares_of_families():
+    torch.distributed.init_process_group("gloo")
+    for name, make in FAMILIES.items():
+        teacher = load_teacher(large_weights(make()))
+        tokens = torch.randn(2, teacher.penultimate_grid[0] * teacher.penultimate_grid[1], teacher.penultimate_dim)
+        tokens.requires_grad_()
+        pixels = torch.randn(2, 3, *teacher.spec.size)
+
+        def compute(teacher=teacher, tokens=tokens, pixels=pixels):
+            last, _ = teacher(pixels)
+            projected = teacher.last_stage(tokens)
+            return last, projected, torch.autograd.grad(projected.square().sum(), tokens)[0]
+
+        before, whole = compute(), sum(parameter.numel() for parameter in teacher.parameters())
+        shard_fsdp2(teacher, torch.device("cpu"))
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in teacher.parameters())
+        assert held < 0.8 * whole, (name, held / whole)
+        assert all(torch.equal(a, b) for a, b in zip(before, compute(), strict=True)), name
+
+
+@pytest.mark.slow
+def test_teachers_of_all_families_can_be_kept_in_parts_and_compute_the_same(tmp_path):
+    for outcome in in_processes(tmp_path, shares_of_families, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+
+
+@pytest.mark.slow
+def test_a_teacher_in_parts_under_zero3_equals_one_process(tmp_path, alone):
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, "zero3", shard_teacher=True), processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    for first, second in zip(result(alone)["history"], result(tmp_path)["history"], strict=True):
+        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+    assert result(tmp_path)["teacher_parts"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "parts"), [("zero2", False), ("zero3", False), ("zero3", True)])
+def test_the_teacher_is_in_no_file_of_an_engines_checkpoint(tmp_path, way, parts):
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, shard_teacher=parts), processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    (folder,) = (tmp_path / "checkpoint-4").glob("global_step*")
+    for file in folder.glob("*model_states.pt"):
+        names = torch.load(file, weights_only=False)["module"]
+        assert names and all(name.startswith(("student.", "heads.")) for name in names)
+    trained = sum(t.numel() for t in weights_of(small_student().model, tmp_path / "checkpoint-4"))
+    states = [torch.load(file, weights_only=False) for file in folder.glob("*optim_states.pt")]
+    masters = [state["optimizer_state_dict"] for state in states]
+    kind = "fp32_flat_groups" if way == "zero3" else "single_partition_of_fp32_groups"
+    held = sum(group.numel() for master in masters for group in master[kind])
+    assert len(states) == 2 and trained <= held < trained + 200  # and a little padding
+
+
+def weights_of(student, checkpoint):
+    """The parameters of a student, and of the heads in a checkpoint."""
+    buffers = {"running_mean", "running_var", "num_batches_tracked"}
+    heads = load_file(checkpoint / "mimicking_heads.safetensors")
+    kept = [tensor for name, tensor in heads.items() if name.rsplit(".", 1)[-1] not in buffers]
+    return [*student.parameters(), *kept]

@@ -1,0 +1,132 @@
+"""Models, data, labels and folders that do not fit each other are refused before any work."""
+
+import datasets
+import pytest
+import torch
+from helpers import settings, small_student, some_slow, timm_swin, transformers_vit
+from trainers import trainer_for
+
+from scalekd_hf import ScaleKDConfig, ScaleKDTrainer
+
+
+def test_samples_without_labels_are_not_taken_silently(tmp_path):
+    data = datasets.Dataset.from_dict({"pixel_values": torch.randn(8, 3, 32, 32).tolist()})
+    with pytest.raises(ValueError, match="training samples have no `labels`, only .'pixel_values'.*label_column"):
+        trainer_for(tmp_path, data).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.cast_column("label", datasets.Value("string")), "labels such as '.'.*class_encode_column"),
+        (lambda d: {"a": d.cast_column("label", datasets.ClassLabel(num_classes=3))}, r"`eval_dataset\['a'\]` has 3"),
+    ],
+)
+def test_labels_that_are_no_class_indices_are_refused(tmp_path, digits, change, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_for(tmp_path, evaluation=change(digits))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: {"teacher": timm_swin(num_classes=7)}, "teacher has 7 classes and the student 10.*logit_weight=0"),
+        (lambda d: {"teacher": timm_swin(num_classes=0)}, "teacher has 0 classes and the student 10"),
+        (
+            lambda d: {"train": d.cast_column("label", datasets.ClassLabel(num_classes=12))},
+            "`train_dataset` has 12 classes",
+        ),
+        (
+            lambda d: {"train": d.rename_column("image", "picture")},
+            "`train_dataset` has no column 'image'.*picture.*image_column",
+        ),
+        (lambda d: {"train": d.remove_columns("label")}, "no column 'label'.*`label_column`"),
+        (lambda d: {"train": d.select([])}, "`train_dataset` is empty"),
+        (lambda d: {"evaluation": datasets.IterableDataset.from_generator(list)}, "`eval_dataset` is empty"),
+        (lambda d: {"penultimate_num_heads": 7}, "7 heads for 24 channels"),
+        (lambda d: {"student": torch.nn.Linear(2, 2)}, "`student` must be an image classifier"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(tmp_path, digits, make, message):
+    options = make(digits)
+    with pytest.raises(ValueError, match=message):
+        trainer_for(tmp_path, **{"train": digits, **options})
+
+
+def test_a_module_without_label_names_gets_those_of_the_data(tmp_path, digits):
+    trainer = ScaleKDTrainer(transformers_vit(), None, settings(tmp_path), digits)
+    assert trainer.student.model.config.id2label == dict(enumerate("0123456789"))
+
+
+def test_label_names_in_another_order_are_refused(tmp_path, digits):
+    student = small_student(labels=list("0123456789"))
+    other = digits.cast_column("label", datasets.ClassLabel(names=list("9876543210")))
+    with pytest.raises(
+        ValueError, match="Label 0 is '9' to the `train_dataset` and '0' to the student.*another order"
+    ):
+        trainer_for(tmp_path, other, student=student)
+
+
+def test_an_output_folder_that_holds_a_run_is_not_overwritten_silently(tmp_path, digits):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    first = trainer_for(tmp_path, digits, **options)
+    first.train()
+    first.save_model()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"holds a run already \(checkpoint-1, checkpoint-2, model.safetensors\).*resume"
+    ):
+        trainer_for(tmp_path, digits, **options).train()
+    trainer_for(tmp_path, digits, **{**options, "max_steps": 1}, overwrite_output_dir=True).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
+    assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "notes.txt").exists()
+
+
+def test_there_must_be_a_checkpoint_to_resume_from(tmp_path, digits):
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        trainer_for(tmp_path, digits).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model.safetensors",
+        "mimicking_heads.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+        "scalekd_state.json",
+        "rng_state.pth",
+    ],
+)
+@pytest.mark.parametrize("damage", some_slow(["cut", "gone"], 1))
+def test_a_damaged_checkpoint_is_refused_with_the_file_and_the_others(tmp_path, digits, file, damage):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_for(tmp_path, digits, **options).train()
+    if (file, damage) == ("rng_state.pth", "gone"):
+        return  # the parent says so and goes on
+    damaged = tmp_path / "checkpoint-2" / file
+    content = damaged.read_bytes()
+    damaged.unlink()
+    if damage == "cut":
+        damaged.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"checkpoint-2.*{file} is missing or damaged.*checkpoint-1"):
+        trainer_for(tmp_path, digits, **options).train(resume_from_checkpoint=True)
+
+
+def test_only_a_scalekd_config_is_taken(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(ValueError, match="`args` must be a `ScaleKDConfig`, got a `TrainingArguments`"):
+        ScaleKDTrainer(small_student(), None, TrainingArguments(output_dir=str(tmp_path)))
+    assert isinstance(ScaleKDConfig(output_dir=str(tmp_path)), TrainingArguments)
+
+
+@pytest.mark.parametrize("setting", ["dataloader_drop_last", "train_sampling_strategy", "accelerator_config"])
+def test_settings_that_streams_do_not_heed_are_named(tmp_path, digits, digits_stream, caplog, setting):
+    value = {"train_sampling_strategy": "sequential", "accelerator_config": {"split_batches": True}}.get(setting, True)
+    trainer_for(tmp_path, digits_stream, **{setting: value})
+    assert f"`{setting}" in caplog.text and "no effect on streams of images" in caplog.text
+    caplog.clear()
+    trainer_for(tmp_path, evaluation=digits, **{setting: value})
+    assert "no effect" not in caplog.text
