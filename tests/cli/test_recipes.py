@@ -11,7 +11,8 @@ from PIL import Image
 from processes import run_script
 from transformers import AutoModelForImageClassification
 
-from scalekd_hf import ScaleKDConfig
+from scalekd_hf import ScaleKDConfig, load_student
+from scalekd_hf.cli.runs import resume_or_refuse
 from scalekd_hf.data.loading import load_data
 from scalekd_hf.tools.recipe import DistillArguments, TeacherArguments, parse_config, write_config
 
@@ -243,3 +244,44 @@ def test_a_folder_of_classes_is_read_whole_whatever_its_files_are_called(tmp_pat
     arguments = DistillArguments(dataset=str(tmp_path), eval_split="none", student="a", teacher="b")
     train, _ = load_data(arguments)
     assert len(train) == 4 and train.features["label"].names == ["class0", "class1"]
+
+
+# What the authors' code did with their configurations, base files resolved (read in November 2026).
+AS_RUN = {
+    "swin_s_to_resnet50_traditional": {
+        "learned_last_queries": False,
+        "last_frequency_weight": 0,
+        "logit_weight": 0,
+        "teacher_drop_path": 0.3,
+        "sync_batchnorm": "student",
+    },
+    "swin_b_to_resnet50_traditional": {"teacher_drop_path": 0.5, "sync_batchnorm": "student"},
+    "swin_l_to_resnet50_traditional": {"teacher_drop_path": 0.1, "sync_batchnorm": "student"},
+    "swin_l_to_mobilenetv1_traditional": {"teacher_drop_path": 0.1, "label_smoothing_factor": 0.1},
+    "swin_l_to_convnext_t": {"teacher_drop_path": 0.1},
+    "eva_l_to_vit_b14": {"teacher_drop_path": 0, "mixup_alpha": 0, "cutmix_alpha": 0},
+    "eva_l_to_mixer_b14": {"teacher_drop_path": 0, "mixup_alpha": 0, "cutmix_alpha": 0},
+}
+
+
+@pytest.mark.parametrize("name", AS_RUN)
+def test_recipes_are_what_the_authors_ran(name, tmp_path):
+    file = ROOT / "recipes" / "configs" / f"{name}.yaml"
+    _, config = parse_config(
+        DistillArguments, [str(file), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    )
+    assert {setting: getattr(config, setting) for setting in AS_RUN[name]} == AS_RUN[name]
+
+
+def test_convnexts_last_map_has_passed_its_norm_before_pooling():
+    settings = yaml.safe_load((ROOT / "recipes" / "configs" / "swin_l_to_convnext_t.yaml").read_text())
+    small = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "patch_size": 4}
+    student = load_student(settings["student"], num_classes=10, image_size=64, **small, **settings["student_args"])
+    assert student.taps[1].module == "norm_pre"
+
+
+def test_a_folder_beside_that_holds_a_run_is_refused_at_once(tmp_path):
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="alone' holds a run already"):
+        resume_or_refuse(ScaleKDConfig(output_dir=str(tmp_path), use_cpu=True), str(tmp_path / "alone"))

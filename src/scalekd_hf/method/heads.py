@@ -35,8 +35,8 @@ class MimickingHeads(nn.Module):
         teacher_grids: their grids.
         num_heads: attention heads of the penultimate and of the last projectors.
         softmax_scale, stem_norm: see `CrossAttentionProjector`.
-        learned_last_queries: give the last projectors learned queries instead of the P_v, as the
-            published 100-epoch Swin-S to ResNet-50 run does (no teacher parameter perception there).
+        learned_last_queries: give the last projectors learned queries instead of the P_v, as without teacher parameter
+            perception.
         remove_direct_component: of the frequency view, as published.
         stem: of the projectors, "full" as published, "separable", or "shared" by the two views of a stage.
         terms: the losses to compute, out of `FEATURE_TERMS`. Projectors that no loss needs are not

@@ -52,8 +52,8 @@ class ScaleKDConfig(TrainingArguments):
         stem_norm (`str`, *optional*, defaults to `"batch"`):
             Norm of the projectors' stems, `"batch"` or `"layer"`. Published: `"layer"` for Swin-T only.
         learned_last_queries (`bool`, *optional*, defaults to `False`):
-            Learned queries at the last stage instead of teacher parameter perception's (section 3.3). Published:
-            `True` in the 100-epoch Swin-S to ResNet-50 run.
+            Learned queries at the last stage instead of teacher parameter perception's (section 3.3). In no published run:
+            the authors' configuration of the 100-epoch Swin-S to ResNet-50 pair asks for them, and their code ignores it.
         teacher_perception (`bool`, *optional*, defaults to `True`):
             Teacher parameter perception (section 3.3). `False` leaves the penultimate terms out and gives the last stage
             learned queries, as in the paper's ablation.
@@ -66,7 +66,7 @@ class ScaleKDConfig(TrainingArguments):
             Blocks that count as the last stage of a plain ViT teacher (authors' code).
         teacher_drop_path (`float`, *optional*, defaults to `0.0`):
             Rate of stochastic depth that a teacher given by name runs with while its student trains. The authors' loop
-            left the teacher in training mode, with the rate it was built with.
+            left the teacher in training mode, with the rate it was built with: 0.1 for Swin-L, 0.3 for Swin-S, 0.5 for Swin-B.
         student_taps (`list[str]`, *optional*):
             Names of the two modules of the student to tap, where others are wanted than those that the dry run finds.
         task_loss (`str`, *optional*, defaults to `"cross_entropy"`):
@@ -98,9 +98,10 @@ class ScaleKDConfig(TrainingArguments):
         random_erasing (`float`, *optional*, defaults to `0.0`):
             Probability of erasing 0.02 to 1/3 of the area with pixel noise (published: 0.25).
         mixup_alpha (`float`, *optional*, defaults to `0.0`):
-            Mixup's α; 0 for none. Published: 0.8 for ViT-B/14, 0.5 for Mixer-B/14.
+            Mixup's α; 0 for none. In no published run: the authors' configurations name 0.8 for ViT-B/14 and 0.5 for
+            Mixer-B/14, in a place that distillation does not read.
         cutmix_alpha (`float`, *optional*, defaults to `0.0`):
-            CutMix's α; 0 for none. Published: 1.0 for ViT-B/14. With both, each batch gets one of them.
+            CutMix's α; 0 for none. With both, each batch gets one of them. As for mixup: 1.0 for ViT-B/14 is named only.
         repeated_augmentation (`int`, *optional*, defaults to `1`):
             Times that an image comes in a row, augmented anew.
         timm_optim (`str`, *optional*):
@@ -122,7 +123,7 @@ class ScaleKDConfig(TrainingArguments):
             ViT, Swin, ConvNeXt, EVA-02 and two of the Mixers.
         sync_batchnorm (`str`, *optional*, defaults to `"none"`):
             BatchNorm statistics over all processes, on GPUs, of the `"student"` or of `"all"`, projectors included.
-            Published: `"all"` for ResNet-50, 100 epochs.
+            Published: `"student"` for ResNet-50, 100 epochs.
         shard_teacher (`bool`, *optional*, defaults to `False`):
             Keep the teacher in parts, too, under FSDP2 and ZeRO-3, where it is too large for each GPU.
         channels_last (`bool`, *optional*, defaults to `False`):
