@@ -155,11 +155,10 @@ class ScaleKDTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The parent's; none where one of the processes must stop, which ends the run before this step."""
         samples: tuple[list, Any] = [], None
-        in_vain = self.stopping.terminated and isinstance(
-            self.train_dataset, ImageStream
-        )  # other loaders wait for all
+        # A stream may be left by one process alone; other loaders wait until all of them read.
+        may_leave = self.stopping.terminated and isinstance(self.train_dataset, ImageStream)
         with self.stopping.at_the_end_of_images(), self.loss_log.waiting():
-            if not in_vain:
+            if not may_leave:
                 samples = super().get_batch_samples(epoch_iterator, num_batches, device)
                 self.feed.take_bad_images(samples[0], self.train_dataset)
         return ([], None) if self.stopping.stop_if_asked(self.args.world_size, self.control) else samples
