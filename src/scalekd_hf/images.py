@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-__all__ = ["IGNORED_LABEL", "ImageSpec", "Normaliser", "counted"]
+__all__ = ["IGNORED_LABEL", "INTERPOLATIONS", "PLAIN_FILTERS", "ImageSpec", "Normaliser", "counted"]
 
 IGNORED_LABEL = -100  # of an image that does not count, as in `torch.nn.functional.cross_entropy`
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
+PLAIN_FILTERS = ("bilinear", "bicubic")  # that can do without antialiasing
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -24,13 +26,14 @@ Labels = TypeVar("Labels", bound=Any)  # a tensor, or an array of NumPy
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """The images that a model was made for: size (height, width) in pixels, normalisation, evaluation crop."""
+    """The images that a model was made for: size (height, width) in pixels, normalisation, resizing, evaluation crop."""
 
     size: tuple[int, int] = (224, 224)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    antialias: bool = True
 
     def updated(self, **changes: Any) -> ImageSpec:
         """A copy with the changes that are not None; an int `size` means a square."""

@@ -17,7 +17,7 @@ def test_isotropic_students_are_tapped_at_the_published_blocks():
     vit.spec = vit.spec.updated(size=32)
     mixer = load_student(STUDENTS["timm_mixer"][0]())
     assert [tap.module for tap in vit.taps] == ["blocks.8", "norm"]  # blocks 9 and 12 of 12, counted from 1
-    assert [tap.module for tap in mixer.taps] == ["blocks.5", "norm"]  # the third from the end of 8, and the last
+    assert [tap.module for tap in mixer.taps] == ["blocks.5", "blocks.7"]  # the third from the end of 8, and the last
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_isotropic_students_are_tapped_at_the_published_blocks():
         ("mobilenetv1_100", ["blocks.3", "bn2"], ((512, (14, 14)), (1024, (7, 7)))),
         ("convnext_tiny", ["stages.2", "stages"], ((384, (14, 14)), (768, (7, 7)))),
         ("swin_tiny_patch4_window7_224", ["layers.2", "norm"], ((384, (14, 14)), (768, (7, 7)))),
-        ("mixer_s16_224", ["blocks.5", "norm"], ((512, (14, 14)), (512, (14, 14)))),
+        ("mixer_s16_224", ["blocks.5", "blocks.7"], ((512, (14, 14)), (512, (14, 14)))),
         ("vit_small_patch16_224", ["blocks.8", "norm"], ((384, (14, 14)), (384, (14, 14)))),
     ],
 )
@@ -65,6 +65,15 @@ def test_further_students_are_tapped_at_the_end_of_their_stages(name, penultimat
     assert [value.shape[1:] for value in maps[:2]] == [
         (dim, *grid) for dim, grid in zip(student.dims, student.grids, strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [("gmlp_s16_224", "blocks.29"), ("resmlp_12_224", "blocks.11"), ("convmixer_768_32", "blocks")],
+)
+def test_the_last_map_of_mixers_has_not_passed_their_final_norm(name, last):
+    with torch.device("meta"):
+        assert load_student(f"timm/{name}", labels=["a", "b"]).taps[1].module == last
 
 
 def test_prefix_tokens_are_left_out_of_the_maps():

@@ -39,6 +39,7 @@ def transformers_student():
 def trainer_for(folder, digits, student=None, **changes):
     options = {"push_to_hub": True, "hub_model_id": "me/student", "hub_token": WRITE, "max_steps": 2, **changes}
     options = {"eval_strategy": "steps", "eval_steps": 2, **options}
+    torch.manual_seed(0)  # the same teacher each time
     return ScaleKDTrainer(
         student or small_student(labels=LABELS), timm_swin(), settings(folder / "run", **options), digits, digits
     )

@@ -62,6 +62,7 @@ def describe(arguments: EvaluateArguments, config: ScaleKDConfig, student: Stude
             "image_size": list(spec.size),
             "crop_pct": spec.crop_pct,
             "interpolation": spec.interpolation,
+            "antialias": spec.antialias,
             "mean": list(spec.mean),
             "std": list(spec.std),
             "processes": config.world_size,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..training.config import ScaleKDConfig
-from ..training.run_folder import check_output_dir, finished, interrupted, last_checkpoint, run_settings
+from ..training.run_folder import check_output_dir, finished, interrupted, last_checkpoint
+from ..training.settings import run_settings
 from ..training.trainer import ScaleKDTrainer
 
 

@@ -21,12 +21,13 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_i
 from torch import Tensor
 from torch.nn import functional
 
+from ..images import PLAIN_FILTERS
 from .decoding import is_reducible, pillow_errors, to_rgb
 
 
 __all__ = ["Augmentation"]
 
-RAND_AUGMENT = "rand-m9-mstd0.5-inc1-n2"  # as published; the magnitude is set afterwards
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1-n2"  # as published; magnitude and deviation are set afterwards
 RATIO = (3 / 4, 4 / 3)  # of the crop's width to its height
 
 
@@ -40,12 +41,14 @@ class Augmentation:
         size: height and width of the result in pixels.
         interpolation: filter of the resize, by Pillow's name in lower case. RandAugment's geometric operations use
             it too if it is bilinear, else they are bicubic: they know no others.
+        antialias: widen the filter where the image shrinks; off as in OpenCV, of bilinear and bicubic filters only.
         mean, std: of the pixel values in 0..1, of the three channels. The mean fills what geometric operations
             leave bare; both describe the noise of erasing.
         crop_scale: range of the share of the image's area that the crop keeps.
         hflip: probability of a horizontal flip.
         rand_augment: magnitude of RandAugment, of 10; None for none. Two operations of fifteen, each applied with
-            probability 0.5 at a normally distributed magnitude of standard deviation 0.5.
+            probability 0.5 at a normally distributed magnitude.
+        rand_augment_std: its standard deviation.
         random_erasing: probability that a rectangle of 2 % to 33 % of the area is replaced by normal noise.
     """
 
@@ -58,13 +61,16 @@ class Augmentation:
         crop_scale: tuple[float, float] = (0.08, 1.0),
         hflip: float = 0.5,
         rand_augment: float | None = None,
+        rand_augment_std: float = 0.5,
         random_erasing: float = 0.0,
+        antialias: bool = True,
     ):
         self.size, self.interpolation, self.crop_scale, self.hflip = tuple(size), interpolation, crop_scale, hflip
         self.random_erasing, self.resample = random_erasing, str_to_pil_interp(interpolation)
+        self.antialias = antialias
         self.rand_augment: RandAugment | None = None
         if rand_augment is not None:
-            self.rand_augment = _rand_augment(rand_augment, mean, bicubic=interpolation != "bilinear")
+            self.rand_augment = _rand_augment(rand_augment, rand_augment_std, mean, interpolation != "bilinear")
         self.noise = _noise(mean, std)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -85,16 +91,19 @@ class Augmentation:
             image = to_rgb(image)  # turned upright before the crop is drawn
         full_width, full_height = image.size
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, self.crop_scale, RATIO)
-        image = to_rgb(image, reduction=min(height / self.size[0], width / self.size[1]))
+        reduction = (
+            min(height / self.size[0], width / self.size[1]) if self.antialias else 1.0
+        )  # a reduced one is smoothed
+        image = to_rgb(image, reduction)
         rows, columns = _span(top, height, full_height, image.height), _span(left, width, full_width, image.width)
         with pillow_errors():
             return self._resize(image.crop((columns[0], rows[0], columns[1], rows[1])))
 
     def _resize(self, image: Image.Image) -> Tensor:
-        if self.interpolation not in ("bilinear", "bicubic"):
+        if self.interpolation not in PLAIN_FILTERS:
             return _to_tensor(image.resize((self.size[1], self.size[0]), self.resample))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return functional.interpolate(pixels[None], self.size, mode=self.interpolation, antialias=True)[0]
+        return functional.interpolate(pixels[None], self.size, mode=self.interpolation, antialias=self.antialias)[0]
 
     def _erase(self, pixels: Tensor) -> Tensor:
         """Replace a rectangle by noise, with probability, area and aspect as in timm's `RandomErasing`."""
@@ -127,13 +136,13 @@ def _noise(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     return levels.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def _rand_augment(magnitude: float, mean: tuple[float, ...], bicubic: bool) -> RandAugment:
+def _rand_augment(magnitude: float, deviation: float, mean: tuple[float, ...], bicubic: bool) -> RandAugment:
     """timm's RandAugment, on uint8 tensors (3, height, width)."""
     resample = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
     options = {"img_mean": tuple(min(255, round(255 * value)) for value in mean), "interpolation": resample}
     augment = rand_augment_transform(RAND_AUGMENT, options)
     for operation in augment.ops:
-        operation.magnitude = magnitude
+        operation.magnitude, operation.magnitude_std = magnitude, deviation
         operation.aug_fn = OPERATIONS.get(operation.name) or partial(_in_pillow, operation.aug_fn)
     return augment
 

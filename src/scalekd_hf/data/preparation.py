@@ -7,6 +7,7 @@ the row alone, and so not on the number of workers or ranks, nor on restarts.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, functional
 
 from ..images import IGNORED_LABEL, ImageSpec
 from .augmentation import Augmentation
@@ -62,7 +66,7 @@ class Preparation:
         image_column, label_column: names in the row; None for images without labels.
         crop_scale: range of the area that the random crop keeps.
         hflip: probability of a horizontal flip.
-        rand_augment: magnitude of RandAugment, of 10; None for none.
+        rand_augment: magnitude of RandAugment, of 10; None for none. rand_augment_std: its standard deviation.
         random_erasing: probability of erasing a part with pixel noise.
         repeats: times that an image comes in a row, augmented anew.
         seed: of the augmentation.
@@ -80,6 +84,7 @@ class Preparation:
         crop_scale: tuple[float, float] = (0.08, 1.0),
         hflip: float = 0.5,
         rand_augment: float | None = None,
+        rand_augment_std: float = 0.5,
         random_erasing: float = 0.0,
         repeats: int = 1,
         seed: int = 0,
@@ -90,16 +95,19 @@ class Preparation:
         self.transform: Any
         if training:
             self.transform = Augmentation(
-                spec.size, spec.interpolation, spec.mean, spec.std, crop_scale, hflip, rand_augment, random_erasing
+                spec.size,
+                spec.interpolation,
+                spec.mean,
+                spec.std,
+                crop_scale,
+                hflip,
+                rand_augment,
+                rand_augment_std,
+                random_erasing,
+                spec.antialias,
             )
         else:
-            self.transform = create_transform(
-                (3, *spec.size),
-                is_training=False,
-                interpolation=spec.interpolation,
-                crop_pct=spec.crop_pct,
-                normalize=False,  # to uint8
-            )
+            self.transform = _evaluation_transform(spec)
 
     @property
     def columns(self) -> list[str]:
@@ -125,6 +133,28 @@ class Preparation:
             soft = isinstance(label, (list, np.ndarray))
             sample["labels"] = [float(IGNORED_LABEL)] * len(label) if soft else IGNORED_LABEL
         return sample
+
+
+def _evaluation_transform(spec: ImageSpec) -> Any:
+    """Resize and crop the centre, to uint8 pixels (3, height, width): timm's transform, or the same without antialiasing."""
+    if spec.antialias:
+        return create_transform(
+            (3, *spec.size),
+            is_training=False,
+            interpolation=spec.interpolation,
+            crop_pct=spec.crop_pct,
+            normalize=False,  # to uint8
+        )
+    height, width = (math.floor(side / spec.crop_pct) for side in spec.size)
+
+    def transform(image: Image.Image) -> Tensor:
+        pixels = functional.pil_to_tensor(image)
+        ratio = min(pixels.shape[1] / height, pixels.shape[2] / width)
+        size = [round(side / ratio) for side in pixels.shape[1:]]
+        resized = functional.resize(pixels, size, InterpolationMode(spec.interpolation), antialias=False)
+        return functional.center_crop(resized, list(spec.size))
+
+    return transform
 
 
 _GENERATOR = np.random.MT19937()  # NumPy's global state is swapped for it: saving and restoring costs 60 µs

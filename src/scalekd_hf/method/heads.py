@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import mimicking_loss, mimicking_target
-from .projector import CrossAttentionProjector, Stem
+from .projector import ChannelLayerNorm, CrossAttentionProjector, Stem
 
 
 __all__ = ["FEATURE_TERMS", "MimickingHeads"]
@@ -35,6 +35,7 @@ class MimickingHeads(nn.Module):
         teacher_grids: their grids.
         num_heads: attention heads of the penultimate and of the last projectors.
         softmax_scale, stem_norm: see `CrossAttentionProjector`.
+        penultimate_norm: a LayerNorm over the channels of the penultimate map, which all that follows shares.
         learned_last_queries: give the last projectors learned queries instead of the P_v, as without teacher parameter
             perception.
         remove_direct_component: of the frequency view, as published.
@@ -52,6 +53,7 @@ class MimickingHeads(nn.Module):
         num_heads: tuple[int, int],
         softmax_scale: float = 5.0,
         stem_norm: str = "batch",
+        penultimate_norm: bool = False,
         learned_last_queries: bool = False,
         remove_direct_component: bool = True,
         stem: str = "full",
@@ -82,6 +84,7 @@ class MimickingHeads(nn.Module):
                     stem=stem,
                 ),
             )
+        self.penultimate_norm = ChannelLayerNorm(student_dims[0]) if penultimate_norm else nn.Identity()
         self.stems = nn.ModuleDict()  # where the two views of a stage share theirs
         for stage, dim in zip(("penultimate", "last"), student_dims, strict=True):
             if stem == "shared" and any(name.startswith(stage) for name, _ in self.projectors()):
@@ -132,6 +135,7 @@ class MimickingHeads(nn.Module):
         return losses
 
     def _penultimate_tokens(self, student_map: Tensor) -> dict[str, Tensor]:
+        student_map = self.penultimate_norm(student_map)
         if "penultimate" in self.stems:
             student_map = self.stems["penultimate"](student_map)
         return {view: getattr(self, f"penultimate_{view}")(student_map) for view in self._views("penultimate")}

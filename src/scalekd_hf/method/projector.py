@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-__all__ = ["STEMS", "STEM_NORMS", "CrossAttentionProjector"]
+__all__ = ["STEMS", "STEM_NORMS", "ChannelLayerNorm", "CrossAttentionProjector", "Stem"]
 
 STEM_NORMS = ("batch", "layer")
 STEMS = ("full", "shared", "separable")

@@ -24,21 +24,21 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
 )
 
 from ..borrowed.timm import construction_arguments
 from ..borrowed.transformers import whole_models
-from ..images import ImageSpec
+from ..images import INTERPOLATIONS, ImageSpec
 
 
-__all__ = ["INTERPOLATIONS", "Classifier", "check_patches", "load_classifier", "patch_size"]
+__all__ = ["Classifier", "check_patches", "load_classifier", "patch_size"]
 
 logger = logging.getLogger(__name__)
 
 SIZE_OPTIONS = {"student": "image_size", "teacher": "teacher_image_size"}
-INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's number
 
 
 @dataclass
@@ -150,7 +150,9 @@ def _wrap_module(module: nn.Module, role: str) -> Classifier:
     if isinstance(module, PreTrainedModel):
         labels, source = _config_labels(module.config), module.config.name_or_path
         if hasattr(module, "timm_model"):  # transformers' wrapper keeps the data configuration to itself
-            return _timm_classifier(module.timm_model, source or name, labels, module.config.pretrained_cfg)
+            wrapped = _timm_classifier(module.timm_model, source or name, labels, module.config.pretrained_cfg)
+            wrapped.spec = wrapped.spec.updated(antialias=getattr(module.config, "antialias", None))
+            return wrapped
         spec = _config_spec(module.config)
         return Classifier(module, "transformers", _processor_spec(source, spec) if source else spec, name, labels)
     if hasattr(module, "forward_features") and hasattr(module, "pretrained_cfg"):
@@ -190,7 +192,10 @@ def _load_timm(
             f"`{role}` {name!r} could not be built by timm with {model_args or 'no arguments'}: {error}.{hint}"
         ) from error
     classifier = _timm_classifier(module, name)
-    classifier.spec = classifier.spec.updated(size=image_size)
+    antialias = None
+    if Path(name).is_dir() or name.startswith("hf-hub:"):
+        antialias = PreTrainedConfig.get_config_dict(name.removeprefix("hf-hub:"))[0].get("antialias")
+    classifier.spec = classifier.spec.updated(size=image_size, antialias=antialias)
     return classifier
 
 
@@ -299,4 +304,5 @@ def _processor_spec(name: str, default: ImageSpec) -> ImageSpec:
         std=processor.get("image_std"),
         interpolation=INTERPOLATIONS[int(resample)] if resample is not None else None,
         crop_pct=crop_pct,
+        antialias=processor.get("antialias"),
     )

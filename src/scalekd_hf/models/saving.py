@@ -18,7 +18,7 @@ from transformers import BitImageProcessor
 
 from ..borrowed.timm import write_config
 from ..borrowed.transformers import whole_models
-from .loading import INTERPOLATIONS
+from ..images import INTERPOLATIONS
 from .students import Student
 
 
@@ -112,6 +112,8 @@ def _save_timm_config(student: Student, folder: Path) -> None:
     write_config(student.model, config_file, student.classifier.model_args, student.labels, data)
     config = json.loads(config_file.read_text())
     config.get("model_args", {}).pop("num_classes", None)  # transformers would pass it twice
+    if not spec.antialias:
+        config["antialias"] = False  # beside what timm reads, which knows no such word
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -124,6 +126,9 @@ def _image_processor(student: Student) -> BitImageProcessor:
         resample=INTERPOLATIONS.index(spec.interpolation),
         image_mean=list(spec.mean),
         image_std=list(spec.std),
+        **(
+            {} if spec.antialias else {"antialias": False}
+        ),  # for `load_student`: the processor itself does not read it
     )
 
 

@@ -2,7 +2,8 @@
 
 They are found by a dry run with one image. The autograd graph says at which modules the whole network passes through
 a single tensor (outputs of blocks and stages, not of their branches); their shapes say which of those belong to the
-last stage and to the one before it.
+last stage and to the one before it. The last map has passed the final norm where one stands before pooling, but in
+isotropic students without attention: of mixers the method takes the last block's output.
 """
 
 from __future__ import annotations
@@ -67,8 +68,12 @@ class Visit:
     plain: bool  # its output is a tensor, not a tuple or model output
 
 
-def find_taps(student: Tapped) -> tuple[Tap, Tap]:
+def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[Tap, Tap]:
     """The penultimate and last tap of a student, found by a dry run with one image of zeros.
+
+    Args:
+        student: to be tapped.
+        mixers_after_norm: the last map of a mixer is taken after its final norm, as up to November 2026.
 
     Raises:
         ValueError: a model that does not run at its image size, or without two maps to tap.
@@ -94,9 +99,11 @@ def find_taps(student: Tapped) -> tuple[Tap, Tap]:
     # Hierarchical: the same kind of block on a larger grid, or too few blocks on the last one to be the whole network.
     if before and (any(_kind(visit) in kinds for visit in before) or max(kinds.values(), default=0) < 3):
         penultimate = _last_of_stage(before, visits)
-    else:
-        penultimate = _isotropic_penultimate(student, here)
-    return penultimate.tap, last.tap
+        return penultimate.tap, last.tap
+    blocks, position = _isotropic_blocks(student, here)
+    if not (_has_attention(blocks[0]) or _has_matrix(last.module) or mixers_after_norm):
+        last = blocks[-1]  # not the norm behind it
+    return blocks[position - 1].tap, last.tap
 
 
 def _last_of_stage(before: list[Visit], visits: list[Visit]) -> Visit:
@@ -138,17 +145,22 @@ def _named_taps(student: Tapped, visits: list[Visit], names: tuple[str, str]) ->
     return by_name[names[0]], by_name[names[1]]
 
 
-def _isotropic_penultimate(student: Tapped, visits: list[Visit]) -> Visit:
-    """Block 9 of 12 in a ViT (3/4 of the depth), the third from the end in mixers and EVA-02 (published settings)."""
+def _isotropic_blocks(student: Tapped, visits: list[Visit]) -> tuple[list[Visit], int]:
+    """The blocks, and which of them, counted from 1, is the penultimate tap as published.
+
+    That is block 9 of 12 in a ViT (3/4 of the depth), and the third from the end in mixers and EVA-02.
+    """
     kinds = Counter(_kind(visit) for visit in visits if not isinstance(visit.module, CONTAINERS))
     kind, depth = kinds.most_common(1)[0] if kinds else ("", 0)
     if depth < 2:
         raise ValueError(_no_taps(student))
     blocks = [visit for visit in visits if _kind(visit) == kind]
-    has_attention = any("attn" in name or "attention" in name for name, _ in blocks[0].module.named_children())
-    vit = has_attention and "eva" not in kind.lower()
-    position = max(1, 3 * depth // 4) if vit else max(1, depth - 2)  # 1-based
-    return blocks[position - 1]
+    vit = _has_attention(blocks[0]) and "eva" not in kind.lower()
+    return blocks, max(1, 3 * depth // 4) if vit else max(1, depth - 2)
+
+
+def _has_attention(block: Visit) -> bool:
+    return any("attn" in name or "attention" in name for name, _ in block.module.named_children())
 
 
 def _no_taps(student: Tapped) -> str:
@@ -167,7 +179,7 @@ def _kind(visit: Visit) -> str:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    return any(parameter.ndim > 1 for parameter in module.parameters())
+    return any(sum(side > 1 for side in parameter.shape) > 1 for parameter in module.parameters())
 
 
 def dry_run(student: Tapped) -> tuple[list[Visit], Tensor]:

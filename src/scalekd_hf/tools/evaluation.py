@@ -24,6 +24,7 @@ from ..publishing.provenance import hardware
 from ..training.config import ScaleKDConfig
 from ..training.feeding import prepare_images
 from ..training.metrics import TOP_K
+from ..training.model import asked_images
 from ..training.trainer import ScaleKDTrainer
 from .plan import IMAGES, gflops_of
 from .recipe import mapping
@@ -203,7 +204,8 @@ def evaluate_model(
     Args:
         student: as `load_student` gives it, a teacher as well.
         dataset: a `datasets` object with images and class indices, map-style or streaming.
-        config: batch size, workers, precision; columns. `image_size` and `crop_pct` replace the model's own.
+        config: batch size, workers, precision; columns. `image_size`, `crop_pct`, `interpolation` and `antialias` replace
+            the model's own.
         benchmark_name: what the data set is, if it is one of `imagenet.BENCHMARKS`.
         real_labels: see `EvaluateArguments`.
 
@@ -222,7 +224,7 @@ def evaluate_model(
         check_classes(student.name, student.labels, student.num_labels)
     if which is not None and which.name != "imagenet-real":
         per_image = PerImage(label_places(dataset_labels(dataset, config.label_column), which), which.classes)
-    student.spec = student.spec.updated(size=config.image_size, crop_pct=config.crop_pct)
+    student.spec = asked_images(student, config)
     prepared = prepare_images(dataset, "eval_dataset", student, config)
     _check_label(getattr(prepared, "label", 0), config.label_column, student.num_labels)
     if which is not None and which.name == "imagenet-real":

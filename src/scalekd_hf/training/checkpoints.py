@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from ..data.stream import ImageStream
 from ..models.saving import broken_file, load_strictly, load_student_weights, read_tensors, save_tensors
 from ..models.students import Student
+from ..models.taps import find_taps
 from .averaging import TRAINED_FILE, AveragedStudent
 from .config import ScaleKDConfig
 from .epochs import count_steps
@@ -28,6 +31,7 @@ from .feeding import ImageFeed
 from .loss_log import LossLog
 from .model import ScaleKDModel
 from .position import RUN_STATE_FILE, RunPosition
+from .settings import settings_to_keep
 from .sharding import full_state
 from .stopwatch import Stopwatch
 
@@ -44,6 +48,7 @@ class Checkpoints:
 
     Args:
         args: of the run.
+        model: that trains, before anything of it is sharded.
         feed: knows, and is told, where the run stands in its images.
         progress: knows, and is told, the images seen.
         stopwatch: knows, and is told, the seconds of training.
@@ -57,6 +62,7 @@ class Checkpoints:
     def __init__(
         self,
         args: ScaleKDConfig,
+        model: ScaleKDModel,
         feed: ImageFeed,
         progress: LossLog,
         stopwatch: Stopwatch,
@@ -65,6 +71,8 @@ class Checkpoints:
     ):
         self.args, self.feed, self.progress, self.stopwatch = args, feed, progress, stopwatch
         self.averaged, self.is_sharded = averaged, is_sharded
+        self.settings, self.student = settings_to_keep(args, model), model.student
+        self.distils_features = model.heads is not None
         self.schedule = RestoredSchedule()
 
     def start(self, checkpoint: str | None, dataset: Any, epochs: float | None) -> RunPosition:
@@ -105,15 +113,17 @@ class Checkpoints:
         check_checkpoint(checkpoint, self.is_sharded or accepts_loss)
         position = RunPosition.read(checkpoint)
         changed = position.changes(order)
+        if (checkpoint / TRAINED_FILE).exists() and self.averaged is None:
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} holds an averaged student: set its `ema_decay` again."
+            )
+        self._check_settings(checkpoint, position)
+        self.schedule.is_changed = bool(changed or position.changed_settings(self.settings))
         if changed and not (self.args.allow_data_mismatch and is_stream):
             raise ValueError(
                 f"The checkpoint {str(checkpoint)!r} was written with other settings of the data: {', '.join(changed)}. "
                 "The images would come in another order. Go back to them, or accept it with `allow_data_mismatch=True`: the "
                 "run then goes on at the same number of images seen."
-            )
-        if (checkpoint / TRAINED_FILE).exists() and self.averaged is None:
-            raise ValueError(
-                f"The checkpoint {str(checkpoint)!r} holds an averaged student: set its `ema_decay` again."
             )
         processes = (position.data or {}).get("processes", order["processes"])
         check_processes(checkpoint, processes, self.args.world_size, self.is_sharded)
@@ -122,6 +132,30 @@ class Checkpoints:
         if self.is_sharded:
             self.restore_average(checkpoint)
         return replace(position, data=order), bool(changed)
+
+    def _check_settings(self, checkpoint: Path, position: RunPosition) -> None:
+        """Refuse to go on with other settings than the checkpoint's, unless that is accepted.
+
+        Raises:
+            ValueError: with those that have changed.
+        """
+        if position.settings is None and self.distils_features:
+            self._check_mixer(checkpoint)
+        changed = position.changed_settings(self.settings)
+        if changed and not self.args.allow_settings_mismatch:
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} was written with other settings: {', '.join(changed)}. Go back to them, or "
+                "accept it with `allow_settings_mismatch=True`: the run then goes on with the new ones."
+            )
+
+    def _check_mixer(self, checkpoint: Path) -> None:
+        """A mixer was tapped after its final norm when checkpoints did not tell their settings."""
+        then, now = (tuple(tap.module for tap in taps) for taps in (find_taps(self.student, True), self.student.taps))
+        if then != now and self.student.tap_names is None:
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} is of a student that was tapped at {', '.join(then)}; it would be tapped at "
+                f"{', '.join(now)} now. Set `student_taps` to the former to go on with this run."
+            )
 
     def synchronise_average(self, accelerator: Accelerator) -> None:
         """Before a checkpoint: the average is the first process's on all; every process must call it."""
@@ -139,7 +173,7 @@ class Checkpoints:
                 save_tensors(tensors, folder / name)
         seconds, start = round(self.stopwatch.seconds, 1), self.feed.position.layout_start
         order = self.feed.order_settings(dataset)
-        RunPosition(step, self.progress.images_seen, seconds, start, order).write(folder)
+        RunPosition(step, self.progress.images_seen, seconds, start, order, self.settings).write(folder)
 
     def load(self, folder: Path, model: ScaleKDModel, resume: bool) -> None:
         """Load student and heads; with an average, to resume the weights that training continues from, else the average itself."""
@@ -225,17 +259,34 @@ def check_processes(folder: Path, then: int, now: int, sharded: bool) -> None:
 
 
 class RestoredSchedule(TrainerCallback):
-    """Has the schedule of a checkpoint go on whose optimiser stays behind; the parent restores both or none.
+    """What the parent does not restore as it should: it takes optimiser and schedule of a checkpoint, or neither.
 
     Attributes:
-        file: of the schedule, or None.
+        file: of the schedule of a checkpoint whose optimiser stays behind, or None.
+        is_changed: the settings of the optimiser are to be the new ones, not the checkpoint's.
+        asked: these settings, by group of parameters.
     """
 
     file: Path | None = None
+    is_changed = False
+    asked: Sequence[dict[str, Any]] = ()
+
+    def remember(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Keep the settings of an optimiser, before the state of a checkpoint takes their place; returns the optimiser."""
+        self.asked = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+        return optimizer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        if self.file is None or not self.file.exists():
-            return
-        lr_scheduler.load_state_dict(torch.load(self.file, weights_only=True))
-        for group, rate in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # Accelerate may have wrapped it
+        if self.file is not None and self.file.exists():
+            schedule.load_state_dict(torch.load(self.file, weights_only=True))
+            for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+        if self.is_changed and isinstance(schedule, LambdaLR):
+            rates = [asked["lr"] for asked in self.asked]
+            for group, asked, factor in zip(
+                schedule.optimizer.param_groups, self.asked, schedule.lr_lambdas, strict=True
+            ):
+                group |= asked | {"initial_lr": asked["lr"], "lr": asked["lr"] * factor(schedule.last_epoch)}
+            now = [group["lr"] for group in schedule.optimizer.param_groups]
+            schedule.load_state_dict(schedule.state_dict() | {"base_lrs": rates, "_last_lr": now})

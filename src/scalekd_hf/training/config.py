@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from ..images import INTERPOLATIONS
 from ..method.losses import TASK_LOSSES
 from ..method.projector import STEM_NORMS, STEMS
 from .config_checks import LR_SCALINGS, SYNC_BATCHNORMS, check_settings
@@ -51,6 +52,9 @@ class ScaleKDConfig(TrainingArguments):
             Multiplies the attention's usual head_dim^-0.5 (authors' code). Published: 5; 1 for ConvNeXt-T and Swin-T.
         stem_norm (`str`, *optional*, defaults to `"batch"`):
             Norm of the projectors' stems, `"batch"` or `"layer"`. Published: `"layer"` for Swin-T only.
+        penultimate_norm (`bool`, *optional*, defaults to `False`):
+            A trainable LayerNorm over the channels of the penultimate map, before its projectors. Published: `True` for
+            Swin-T, whose body in the authors' code has a norm at the end of each stage.
         learned_last_queries (`bool`, *optional*, defaults to `False`):
             Learned queries at the last stage instead of teacher parameter perception's (section 3.3). In no published run:
             the authors' configuration of the 100-epoch Swin-S to ResNet-50 pair asks for them, and their code ignores it.
@@ -86,6 +90,13 @@ class ScaleKDConfig(TrainingArguments):
             Probability of a horizontal flip in training (published: 0.5).
         crop_pct (`float`, *optional*):
             Side of the centre crop over the shorter side after resizing, in evaluation. By default the student's own.
+        interpolation (`str`, *optional*):
+            Filter of resizing in training and evaluation, which the saved student's preprocessor has, too. By default the
+            student's own. Published: bicubic; bilinear in the 100-epoch runs.
+        antialias (`bool`, *optional*):
+            Widen the filter where images shrink, as Pillow does. By default the student's own, `True` for all but those that
+            were distilled without. Published: `False`, OpenCV's way, in the 100-epoch runs. No preprocessor of timm or
+            transformers can say so: `pipeline` resizes with it, `recipes/evaluate.py` as in training.
         shuffle_buffer_size (`int`, *optional*, defaults to `1000`):
             Rows of a stream that are shuffled together; shards are shuffled, too. Each worker holds so many encoded
             images. Map-style data sets are shuffled whole.
@@ -93,8 +104,11 @@ class ScaleKDConfig(TrainingArguments):
             Share of the images of a pass that may be undecodable before the run stops. Each is listed in
             `bad_images.jsonl` in `output_dir`, and its place goes to the next image.
         rand_augment (`float`, *optional*):
-            Magnitude of RandAugment, of 10, with timm's increasing set, two operations and magnitude noise 0.5.
+            Magnitude of RandAugment, of 10, with timm's increasing set and two operations.
             Published: 8.75 for ResNet-50 and MobileNet-V1, 9 for ViT, Swin, ConvNeXt and EVA-02, 8 for Mixers.
+        rand_augment_std (`float`, *optional*, defaults to `0.5`):
+            Standard deviation of that magnitude (timm's `mstd`). Published: 0.5 of the authors' levels, which are 0.625 of
+            10 for ResNet-50 and MobileNet-V1, 1/3 for Mixers and 0.5 for the others.
         random_erasing (`float`, *optional*, defaults to `0.0`):
             Probability of erasing 0.02 to 1/3 of the area with pixel noise (published: 0.25).
         mixup_alpha (`float`, *optional*, defaults to `0.0`):
@@ -107,8 +121,12 @@ class ScaleKDConfig(TrainingArguments):
         timm_optim (`str`, *optional*):
             Name of an optimiser of timm, instead of `optim`. Published: `"lamb"`, and `"momentum"` (SGD, 0.9).
         decay_all (`bool`, *optional*, defaults to `False`):
-            Weight decay also on norms, biases, position and bias tables, class tokens and queries. Published: `True`
-            with SGD, with LAMB and for Mixers.
+            Weight decay also on norms, biases and other vectors, position and bias tables, class tokens and queries.
+            Published: `True` with SGD, with LAMB and for Mixers.
+        no_weight_decay (`list[str]`, *optional*):
+            Parts of parameters' names that have no weight decay, in the place of tables, tokens and queries; whether
+            vectors have is up to `decay_all`. Published: `["pos_embed", "cls_token"]` for ViT and Mixers,
+            `["relative_position_bias_table"]` for ConvNeXt, Swin and EVA-02: learned queries are decayed in all of them.
         base_batch_size (`int`, *optional*):
             Global batch that `learning_rate` is for; the rate is scaled to the batch of the run.
         lr_scaling (`str`, *optional*, defaults to `"linear"`):
@@ -116,6 +134,9 @@ class ScaleKDConfig(TrainingArguments):
         lr_milestones (`list[float]`, *optional*):
             Shares of the run after which the rate falls to a tenth, instead of `lr_scheduler_type`. Published: 0.3, 0.6
             and 0.9 for ResNet-50, 100 epochs.
+        lr_by_epoch (`bool`, *optional*, defaults to `False`):
+            A cosine falls at the beginning of each epoch instead of at each step; the warm-up goes by steps. Published:
+            `True` wherever there is a cosine.
         images_per_epoch (`int`, *optional*):
             Images that count as an epoch, where that is not a pass over the data set.
         ema_decay (`float`, *optional*, defaults to `0.0`):
@@ -134,6 +155,9 @@ class ScaleKDConfig(TrainingArguments):
         allow_data_mismatch (`bool`, *optional*, defaults to `False`):
             Resume with other batches, processes, workers, seed or data set than the checkpoint's: the run goes on at the
             same number of images seen, in another order.
+        allow_settings_mismatch (`bool`, *optional*, defaults to `False`):
+            Resume with other settings of the method, the images or the optimisation, another teacher or other taps than
+            the checkpoint's.
 
     > Parent defaults that differ here: `remove_unused_columns=False` (images are transformed on the fly),
     > `ddp_find_unused_parameters=False` (every trained parameter has a gradient; the search costs time),
@@ -169,6 +193,9 @@ class ScaleKDConfig(TrainingArguments):
     softmax_scale: float = field(default=5.0, metadata={"help": "Multiplies the attention's usual head_dim^-0.5."})
     stem_norm: str = field(
         default="batch", metadata={"help": "Norm of the projectors' stems.", "choices": list(STEM_NORMS)}
+    )
+    penultimate_norm: bool = field(
+        default=False, metadata={"help": "A trainable LayerNorm on the penultimate map, before its projectors."}
     )
     learned_last_queries: bool = field(
         default=False, metadata={"help": "Learned queries at the last stage instead of teacher-made ones."}
@@ -214,6 +241,14 @@ class ScaleKDConfig(TrainingArguments):
     crop_pct: float | None = field(
         default=None, metadata={"help": "Centre crop over the shorter side in evaluation. By default the student's."}
     )
+    interpolation: str | None = field(
+        default=None,
+        metadata={"help": "Filter of resizing. By default the student's own.", "choices": list(INTERPOLATIONS)},
+    )
+    antialias: bool | None = field(
+        default=None,
+        metadata={"help": "Widen the filter where images shrink; false as OpenCV. By default the student's."},
+    )
     shuffle_buffer_size: int = field(
         default=1000, metadata={"help": "Rows of a stream that are shuffled together; shards are shuffled, too."}
     )
@@ -224,6 +259,7 @@ class ScaleKDConfig(TrainingArguments):
     rand_augment: float | None = field(
         default=None, metadata={"help": "Magnitude of RandAugment, of 10 (timm's increasing set, 2 operations)."}
     )
+    rand_augment_std: float = field(default=0.5, metadata={"help": "Standard deviation of RandAugment's magnitude."})
     random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a part with pixel noise."})
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup's α; 0 for none."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix's α; 0 for none."})
@@ -238,6 +274,9 @@ class ScaleKDConfig(TrainingArguments):
     decay_all: bool = field(
         default=False, metadata={"help": "Weight decay also on norms, biases, position tables and queries."}
     )
+    no_weight_decay: list[str] | None = field(
+        default=None, metadata={"help": "Parts of names without weight decay, instead of tables, tokens and queries."}
+    )
     base_batch_size: int | None = field(
         default=None, metadata={"help": "Global batch that `learning_rate` is for; the rate is scaled to the run's."}
     )
@@ -247,6 +286,9 @@ class ScaleKDConfig(TrainingArguments):
     )
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Shares of the run after which the rate falls to a tenth."}
+    )
+    lr_by_epoch: bool = field(
+        default=False, metadata={"help": "A cosine falls once an epoch instead of at each step."}
     )
     images_per_epoch: int | None = field(
         default=None, metadata={"help": "Images that count as an epoch. By default those of the data set."}
@@ -269,9 +311,11 @@ class ScaleKDConfig(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the run that `output_dir` holds when training starts."}
     )
-
     allow_data_mismatch: bool = field(
         default=False, metadata={"help": "Resume with other batches, processes, workers, seed or data than before."}
+    )
+    allow_settings_mismatch: bool = field(
+        default=False, metadata={"help": "Resume with other settings, teacher or taps than before."}
     )
 
     # Other defaults than the parent's

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import timm.optim
+from transformers import SchedulerType
 
+from ..images import INTERPOLATIONS
 from ..method.losses import TASK_LOSSES
 from ..method.projector import STEM_NORMS, STEMS
 
@@ -15,6 +17,7 @@ from ..method.projector import STEM_NORMS, STEMS
 __all__ = ["LR_SCALINGS", "SYNC_BATCHNORMS", "check_settings"]
 
 LR_SCALINGS = ("linear", "sqrt")
+COSINES = ("cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
 SYNC_BATCHNORMS = ("none", "student", "all")
 
 
@@ -35,7 +38,8 @@ def check_settings(config: Any) -> None:
         _check(config, name, "must be between 0 and 1", lambda value: 0 <= value <= 1)
     _check(config, "ema_decay", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
     _check(config, "rand_augment", "must be between 0 and 10", lambda value: 0 <= value <= 10)
-    for name in ("mixup_alpha", "cutmix_alpha"):
+    _check(config, "interpolation", f"must be one of {INTERPOLATIONS}", lambda value: value in INTERPOLATIONS)
+    for name in ("mixup_alpha", "cutmix_alpha", "rand_augment_std"):
         _check(config, name, "must not be negative", lambda value: value >= 0)
     for name in ("temperature", "softmax_scale"):
         _check(config, name, "must be positive and finite", lambda value: 0 < value < math.inf)
@@ -85,6 +89,12 @@ def _check_combinations(config: Any) -> None:
             f"`torch_compile_mode` {config.torch_compile_mode!r} uses CUDA graphs, whose gradients the next micro-step "
             f"overwrites: `gradient_accumulation_steps` must be 1 with it, got {config.gradient_accumulation_steps}. Choose "
             "'default' or 'max-autotune-no-cudagraphs'."
+        )
+    schedule = SchedulerType(config.lr_scheduler_type).value
+    if config.lr_by_epoch and (config.lr_milestones or schedule not in COSINES):
+        raise ValueError(
+            f"`lr_by_epoch` is for a cosine, but `lr_scheduler_type` is {schedule!r} and `lr_milestones` are "
+            f"{config.lr_milestones}. Set 'cosine' or 'cosine_warmup_with_min_lr', or leave it out."
         )
     if config.auto_find_batch_size:
         raise ValueError(

@@ -14,7 +14,7 @@ from .config import ScaleKDConfig
 from .loss_log import LossLog
 
 
-__all__ = ["EpochCounter", "count_epochs", "count_steps", "images_per_step"]
+__all__ = ["EpochCounter", "count_epochs", "count_steps", "epoch_images", "images_per_step"]
 
 
 class EpochCounter(TrainerCallback):
@@ -64,7 +64,7 @@ def count_epochs(trainer: Trainer, epochs: float | None, progress: LossLog) -> C
     stream, args = trainer.train_dataset, trainer.args
     if not isinstance(stream, ImageStream):
         return lambda: False
-    images = getattr(args, "images_per_epoch", None) or len(stream.source)
+    images = epoch_images(stream, args)
     counter = EpochCounter(images, epochs, progress, trainer.callback_handler)
     trainer.callback_handler.callbacks.insert(0, counter)  # the others find the right epoch
     return lambda: counter.end_is_repeated
@@ -78,8 +78,18 @@ def count_steps(stream: ImageStream, args: ScaleKDConfig, images_seen: int = 0) 
     """
     if args.num_train_epochs <= 0:
         raise ValueError(f"`num_train_epochs` must be positive, got {args.num_train_epochs}.")
-    images = args.images_per_epoch or len(stream.source)
+    images = epoch_images(stream, args)
     return math.ceil((args.num_train_epochs * images - images_seen) / images_per_step(args))
+
+
+def epoch_images(dataset: Any, args: Any) -> int:
+    """Images that count as an epoch of a training set; 1 where nobody knows, so that an epoch is a step."""
+    if args.images_per_epoch:
+        return int(args.images_per_epoch)
+    try:
+        return len(dataset.source) if isinstance(dataset, ImageStream) else len(dataset)
+    except TypeError:
+        return 1
 
 
 def images_per_step(args: Any) -> int:

@@ -15,23 +15,10 @@ from ..publishing.provenance import Source, hardware, versions
 from ..publishing.publisher import Publisher
 from .config import ScaleKDConfig
 from .epochs import images_per_step
+from .settings import told_settings
 
 
 __all__ = ["PushedCheckpoints", "card_facts"]
-
-PARENT_SETTINGS = (
-    *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "bf16", "fp16"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "gradient_checkpointing", "torch_compile"),
-)
-NOT_OF_THE_METHOD = (
-    "overwrite_output_dir",
-    "allow_data_mismatch",
-    "channels_last",
-    "dataloader_num_workers",
-    "logging_steps",
-    "report_to",
-)
 
 
 class PushedCheckpoints(TrainerCallback):
@@ -122,12 +109,10 @@ def _own_results(trainer: Any) -> dict[str, dict[str, float]]:
 
 def _changed_settings(args: ScaleKDConfig) -> dict[str, Any]:
     """Settings of the method and of the training that are not the defaults, as YAML holds them."""
-    own = [name for name in ScaleKDConfig.__annotations__ if name not in NOT_OF_THE_METHOD]
     defaults = {f.name: _default(f) for f in fields(ScaleKDConfig)}
-    values = {name: getattr(args, name) for name in (*own, *PARENT_SETTINGS)}
     return {
         name: getattr(value, "value", value)
-        for name, value in values.items()
+        for name, value in told_settings(args).items()
         if value not in (None, defaults[name], defaults[name] or False)
     }
 

@@ -290,6 +290,7 @@ def prepare_images(
         (args.crop_scale[0], args.crop_scale[1]),
         args.hflip,
         args.rand_augment,
+        args.rand_augment_std,
         args.random_erasing,
         args.repeated_augmentation,
         args.seed,

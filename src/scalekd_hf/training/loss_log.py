@@ -109,5 +109,5 @@ class LossLog:
                 raise NonFiniteLossError(
                     f"The loss is not finite at step {int(step)}: {values}. Nothing was saved since; the last checkpoint "
                     f"is kept: {last_checkpoint(str(output_dir)) or 'there is none'}. A lower `learning_rate`, `max_grad_norm`, a longer "
-                    "warm-up, or `bf16` instead of `fp16` may help."
+                    "warm-up, or `bf16` instead of `fp16` may help; resume with `allow_settings_mismatch` then."
                 )

@@ -11,6 +11,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from ..images import PLAIN_FILTERS, ImageSpec
 from ..method.distiller import Distiller, feature_weights
 from ..method.heads import MimickingHeads
 from ..models.students import Student, load_student
@@ -18,7 +19,7 @@ from ..models.teachers import Teacher, load_teacher
 from .config import ScaleKDConfig
 
 
-__all__ = ["ScaleKDModel", "ScaleKDOutput", "build_model", "attention_heads", "class_names"]
+__all__ = ["ScaleKDModel", "ScaleKDOutput", "asked_images", "attention_heads", "build_model", "class_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def _build_student(student: str | nn.Module | Student, args: ScaleKDConfig, labe
     student = load_student(student, **options)
     if "taps" in vars(student):
         _check_built_size("image_size", args.image_size, student)
-    student.spec = student.spec.updated(size=args.image_size, crop_pct=args.crop_pct)
+    student.spec = asked_images(student, args)
     if args.student_taps:
         if "taps" in vars(student) and [tap.module for tap in student.taps] != list(args.student_taps):
             raise ValueError(
@@ -140,6 +141,22 @@ def _build_student(student: str | nn.Module | Student, args: ScaleKDConfig, labe
     if unused := student.freeze_unused():
         logger.info("No logit depends on %s of the student: frozen.", unused)
     return student
+
+
+def asked_images(student: Student, args: ScaleKDConfig) -> ImageSpec:
+    """The student's images as the settings ask for them.
+
+    Raises:
+        ValueError: a filter that resizes with antialiasing alone.
+    """
+    resizing = {"interpolation": args.interpolation, "antialias": args.antialias}
+    spec = student.spec.updated(size=args.image_size, crop_pct=args.crop_pct, **resizing)
+    if not spec.antialias and spec.interpolation not in PLAIN_FILTERS:
+        raise ValueError(
+            f"`antialias` is false, which `interpolation` {spec.interpolation!r} cannot be: only {' and '.join(PLAIN_FILTERS)} "
+            "can. Choose one of them, or leave `antialias` out."
+        )
+    return spec
 
 
 def _check_built_size(option: str, asked: int | None, model: Any) -> None:
@@ -164,6 +181,7 @@ def _build_heads(student: Student, teacher: Teacher, args: ScaleKDConfig) -> Mim
         attention_heads(teacher, args),
         softmax_scale=args.softmax_scale,
         stem_norm=args.stem_norm,
+        penultimate_norm=args.penultimate_norm,
         learned_last_queries=args.learned_last_queries or not args.teacher_perception,
         remove_direct_component=args.remove_direct_component,
         stem=args.stem,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import math
+from typing import Any, cast
 
 import timm.optim
 from torch import nn
@@ -13,24 +14,32 @@ from torch.optim.lr_scheduler import LambdaLR
 from .config import ScaleKDConfig
 
 
-__all__ = ["decayed_parameters", "scale_learning_rate", "scaled_learning_rate", "step_schedule", "timm_optimizer"]
+__all__ = ["decayed_parameters", "own_schedule", "scale_learning_rate", "scaled_learning_rate", "timm_optimizer"]
 
 logger = logging.getLogger(__name__)
 
 # Position embeddings, tables of relative positions, class and register tokens, and learned queries, by their names.
-UNDECAYED = ("pos_embed", "position_embedding", "relative_position", "rel_pos", "cls_token", "reg_token", "queries")
+UNDECAYED = ("pos_embed", "position_embedding", "relative_position", "rel_pos", "queries")
+TOKENS = "_token"  # ends the names of tokens
 STEP_DECAY = 0.1
 
 
-def decayed_parameters(model: nn.Module, decay_all: bool) -> list[str]:
-    """Names of the parameters with weight decay: all, or all but norms, biases, tables, tokens and queries."""
-    names = []
-    for name, parameter in model.named_parameters():
-        leaf = name.rpartition(".")[2]
-        excluded = parameter.ndim <= 1 or leaf.endswith("_token") or any(part in name for part in UNDECAYED)
-        if decay_all or not excluded:
-            names.append(name)
-    return names
+def decayed_parameters(model: nn.Module, decay_all: bool, no_weight_decay: list[str] | None = None) -> list[str]:
+    """Names of the parameters with weight decay.
+
+    Args:
+        model: of which they are.
+        decay_all: vectors are among them, which norms and biases are, and by default everything else.
+        no_weight_decay: parts of names that are not; by default those of tables, tokens and queries, or none.
+    """
+
+    def excluded(name: str) -> bool:
+        if no_weight_decay is not None:
+            return any(part in name for part in no_weight_decay)
+        return not decay_all and (name.endswith(TOKENS) or any(part in name for part in UNDECAYED))
+
+    names = [name for name, parameter in model.named_parameters() if decay_all or parameter.ndim > 1]
+    return [name for name in names if not excluded(name)]
 
 
 def scale_learning_rate(optimizer: Optimizer, args: ScaleKDConfig, global_batch_size: int) -> None:
@@ -68,6 +77,33 @@ def timm_optimizer(args: ScaleKDConfig, learning_rate: float) -> tuple[Any, dict
     if info.has_momentum:
         options |= {"momentum": 0.9}
     return timm.optim.get_optimizer_class(args.timm_optim, bind_defaults=False), options
+
+
+def own_schedule(optimizer: Any, args: ScaleKDConfig, total_steps: int, steps_per_epoch: float) -> LambdaLR | None:
+    """The schedule of `lr_milestones` or `lr_by_epoch`; None where it is one of transformers'."""
+    if args.lr_milestones:
+        return step_schedule(optimizer, args, total_steps)
+    return epoch_schedule(optimizer, args, total_steps, steps_per_epoch) if args.lr_by_epoch else None
+
+
+def epoch_schedule(optimizer: Any, args: ScaleKDConfig, total_steps: int, steps_per_epoch: float) -> LambdaLR:
+    """A linear warm-up by steps, then a cosine that falls at the beginning of each epoch, as the authors' runs had it.
+
+    `lr_scheduler_kwargs` are those of transformers' `cosine_warmup_with_min_lr`: the rate at the end (`min_lr`, or
+    `min_lr_rate` as a share) and the share that the warm-up begins at (`warmup_lr_rate`).
+    """
+    options: dict[str, float] = dict(cast(dict, args.lr_scheduler_kwargs) or {})
+    lowest = options.get("min_lr_rate") or (options.get("min_lr") or 0.0) / optimizer.defaults["lr"]
+    first, warmup_steps = options.get("warmup_lr_rate") or 0.0, args.get_warmup_steps(total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return first + (1 - first) * step / max(1, warmup_steps - 1)
+        begun = math.ceil(int(step / steps_per_epoch) * steps_per_epoch)  # the first step of this epoch
+        progress = max(0.0, begun - warmup_steps) / max(1, total_steps - warmup_steps)
+        return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+    return LambdaLR(optimizer, factor)
 
 
 def step_schedule(optimizer: Any, args: ScaleKDConfig, total_steps: int) -> LambdaLR:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class RunPosition:
         seconds: of training so far.
         layout_start: the image from which on the sequence is dealt out as it is now.
         data: settings that the order of the images depends on.
+        settings: see `settings_to_keep`; None in checkpoints of before November 2026.
     """
 
     step: int = 0
@@ -30,6 +32,7 @@ class RunPosition:
     seconds: float = 0.0
     layout_start: int = 0
     data: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Into a checkpoint."""
@@ -41,9 +44,18 @@ class RunPosition:
         """Of a checkpoint that `check_checkpoint` has passed."""
         state = json.loads((folder / RUN_STATE_FILE).read_text())
         step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-        return cls(step, state["images_seen"], state.get("seconds", 0.0), state.get("layout_start", 0), state["data"])
+        where = (state["images_seen"], state.get("seconds", 0.0), state.get("layout_start", 0))
+        return cls(step, *where, state["data"], state.get("settings"))
 
     def changes(self, data: dict[str, Any]) -> list[str]:
         """Which settings of the data have changed since, in words."""
-        then = self.data or {}
-        return [f"{name} {then.get(name)} to {data[name]}" for name in data if data[name] != then.get(name)]
+        return _changes(self.data or {}, data, data)
+
+    def changed_settings(self, settings: dict[str, Any]) -> list[str]:
+        """Which others have changed since, in words; one that the checkpoint does not know has not."""
+        then = self.settings or {}
+        return _changes(then, settings, [name for name in settings if name in then])
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> list[str]:
+    return [f"{name} {then.get(name)} to {now[name]}" for name in names if now[name] != then.get(name)]

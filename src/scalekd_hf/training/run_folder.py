@@ -23,14 +23,13 @@ from ..models.saving import STUDENT_FILE
 from ..publishing.publisher import RESULTS_FILE
 
 
-__all__ = ["RunFolder", "check_output_dir", "finished", "interrupted", "last_checkpoint", "run_settings"]
+__all__ = ["RunFolder", "check_output_dir", "finished", "interrupted", "last_checkpoint"]
 
 # Names that begin with `_` are never pushed to the Hub.
 LOCK_FILE = "_lock"
 UNFINISHED_FOLDER = "_unfinished_checkpoint"  # holds a checkpoint until it is whole
 REPLACED = "_replaced-"  # before the name of a checkpoint while another takes its place
 INTERRUPTED_FILE = "_interrupted.json"  # the run was stopped by SIGTERM, with these settings
-NOT_OF_THE_RUN = ("output_dir", "resume_from_checkpoint", "allow_data_mismatch", "local_rank")
 
 logger = logging.getLogger(__name__)
 
@@ -196,13 +195,6 @@ def check_output_dir(folder: str | Path, overwrite: bool) -> list[Path]:
             "`resume_from_checkpoint=True`, delete it with `overwrite_output_dir=True`, or choose another."
         )
     return held
-
-
-def run_settings(args: TrainingArguments) -> dict[str, Any]:
-    """All settings but those that a resumed run may change, as JSON has them."""
-    settings = {name: value for name, value in args.to_dict().items() if name not in NOT_OF_THE_RUN}
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-    return plain
 
 
 def interrupted(folder: str | Path, settings: dict[str, Any]) -> bool:

@@ -24,14 +24,15 @@ from .averaging import AveragedStudent
 from .checkpoints import Checkpoints
 from .config import ScaleKDConfig
 from .console import use_readable_log
-from .epochs import count_epochs
+from .epochs import count_epochs, epoch_images, images_per_step
 from .facts import PushedCheckpoints, card_facts
 from .feeding import ImageFeed, prepare_images
 from .loss_log import LossLog
 from .model import ScaleKDModel
-from .optimization import decayed_parameters, scale_learning_rate, step_schedule
+from .optimization import decayed_parameters, own_schedule, scale_learning_rate
 from .precision import autocast, without_bf16
-from .run_folder import RunFolder, run_settings
+from .run_folder import RunFolder
+from .settings import run_settings
 from .setup import set_up
 from .sharding import check_engine, check_untrained, engine_runs, full_state, place_teacher
 from .stopping import Stopping
@@ -91,8 +92,8 @@ class ScaleKDTrainer(Trainer):
         check_engine(self.accelerator, args)
         self.run_folder = RunFolder(args, settings, self.accelerator)
         self.averaged = AveragedStudent(student, args.ema_decay) if args.ema_decay else None
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        self.checkpoints = Checkpoints(args, self.feed, self.loss_log, self.stopwatch, self.averaged, is_sharded)
+        parts = (self.feed, self.loss_log, self.stopwatch, self.averaged)
+        self.checkpoints = Checkpoints(args, setup.model, *parts, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         if self.averaged is not None:
             self.callback_handler.callbacks.insert(0, self.averaged)  # before others evaluate it
         self.stopping = Stopping(count_epochs(self, self.epochs, self.loss_log))
@@ -190,20 +191,21 @@ class ScaleKDTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay, see `decay_all`."""
-        return decayed_parameters(model, self.args.decay_all)
+        return decayed_parameters(model, self.args.decay_all, self.args.no_weight_decay)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The parent's, with the rate scaled to the global batch."""
         was_given, optimizer = self.optimizer is not None, super().create_optimizer(model)
         if not was_given:
             scale_learning_rate(optimizer, self.args, self.get_total_train_batch_size(self.args))
-        return optimizer
+        return self.checkpoints.schedule.remember(optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
-        """The parent's, or steps at `lr_milestones`."""
-        if self.args.lr_milestones and self.lr_scheduler is None:
-            self.lr_scheduler = step_schedule(optimizer or self.optimizer, self.args, num_training_steps)
-            self._created_lr_scheduler = True  # and not given: another call of `train` makes another
+        """The parent's, or that of `lr_milestones` or `lr_by_epoch`."""
+        if self.lr_scheduler is None:
+            steps = epoch_images(self.train_dataset, self.args) / images_per_step(self.args)
+            self.lr_scheduler = own_schedule(optimizer or self.optimizer, self.args, num_training_steps, steps)
+            self._created_lr_scheduler = self.lr_scheduler is not None  # and not given: another `train` makes another
         return super().create_scheduler(num_training_steps, optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
