@@ -93,6 +93,26 @@ def test_the_published_preprocessing_is_the_one_that_is_evaluated(tmp_path, fami
         assert answer[0]["label"] == LABELS[student.classify(ours[None]).argmax()]
 
 
+@pytest.mark.parametrize("family", ["timm_convnext", "transformers_resnet"])
+def test_a_student_keeps_the_filter_it_was_trained_with(tmp_path, family):
+    student = STUDENTS[family]().eval()
+    student.spec = student.spec.updated(size=32, crop_pct=0.8, interpolation="bilinear", antialias=False)
+    save_student(student, tmp_path)
+    assert load_student(str(tmp_path), pretrained=True).spec == student.spec
+    assert load_student(AutoModelForImageClassification.from_pretrained(tmp_path)).spec == student.spec
+    image = Image.fromarray((torch.rand(36, 40, 3) * 255).byte().numpy())
+    smoothed = Preparation(student.spec.updated(antialias=True), training=False)({"image": image}, 0, 0)[
+        "pixel_values"
+    ]
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
+    # A preprocessor has the filter, and nothing to keep it from smoothing.
+    assert (Normaliser(student.spec).for_student(smoothed) - theirs).abs().max() < 0.1
+    if family.startswith("timm"):
+        assert (
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True).pretrained_cfg["interpolation"] == "bilinear"
+        )
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path):
     for make, other in (
         (transformers_vit, lambda: transformers_vit(num_hidden_layers=3)),

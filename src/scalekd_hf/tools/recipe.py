@@ -91,7 +91,7 @@ def mapping(value: Any, name: str) -> dict[str, Any]:
 def parse_config(
     arguments_class: type, argv: Sequence[str] | None = None, default_config: Path | None = None
 ) -> tuple[Any, ScaleKDConfig]:
-    """Read `[CONFIG.yaml] [--any_field value ...]`; the command line wins over the file.
+    """Read `[CONFIG.yaml ...] [--any_field value ...]`; a later file wins over an earlier one, the command line over all.
 
     Args:
         arguments_class: the recipe's own dataclass, beside `ScaleKDConfig`.
@@ -105,12 +105,19 @@ def parse_config(
         ValueError: a file that cannot be read, an unknown key or a value of the wrong kind.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    config_file = words.pop(0) if words and not words[0].startswith("-") else default_config
+    files: list[str | Path] = []
+    while words and not words[0].startswith("-"):
+        files.append(words.pop(0))
+    if not files and default_config is not None:
+        files.append(default_config)
     parser = HfArgumentParser([arguments_class, ScaleKDConfig])  # type: ignore[list-item]
     known = {f.name for cls in (arguments_class, ScaleKDConfig) for f in fields(cls) if f.init}
-    settings = _read_yaml(Path(config_file)) if config_file else {}
-    for key in settings:
-        _check_known(key, known, f"{config_file}: `{key}`")
+    settings: dict[str, Any] = {}
+    for file in files:
+        read = _read_yaml(Path(file))
+        for key in read:
+            _check_known(key, known, f"{file}: `{key}`")
+        settings |= read
     for word in words:
         if word.startswith("--") and word not in ("--help", "--no-help"):
             name = word[2:].split("=")[0].replace("-", "_")
