@@ -93,9 +93,29 @@ def logit_loss(student_logits, teacher_logits, temperature):
     return -(p * log_q).sum(1).mean() * temperature**2
 
 
-def task_loss(logits, labels):
+def task_loss(logits, labels, smoothing=0.0):
+    """Cross-entropy with the target spread a little over all classes."""
     log_q = logits - torch.log(torch.exp(logits).sum(1, keepdim=True))
-    return -torch.stack([row[label] for row, label in zip(log_q, labels, strict=True)]).mean()
+    hit = torch.stack([row[label] for row, label in zip(log_q, labels, strict=True)])
+    return -((1 - smoothing) * hit + smoothing * log_q.mean(1)).mean()
+
+
+def binary_task_loss(logits, labels):
+    """Sigmoids against one-hot labels: a sum over classes, a mean over images."""
+    total = 0.0
+    for row, label in zip(logits, labels, strict=True):
+        probabilities = 1 / (1 + torch.exp(-row))
+        for number, probability in enumerate(probabilities):
+            total = total - torch.log(probability if number == label else 1 - probability)
+    return total / len(logits)
+
+
+def channel_norm(weights, student_map):
+    """LayerNorm over the channels of a map (B, C, h, w)."""
+    mean = student_map.mean(1, keepdim=True)
+    deviation = torch.sqrt(((student_map - mean) ** 2).mean(1, keepdim=True) + 1e-5)
+    scale, shift = (weights[name].view(1, -1, 1, 1) for name in ("weight", "bias"))
+    return (student_map - mean) / deviation * scale + shift
 
 
 def feature_losses(weights, penultimate, last, teacher_last, last_stage, num_heads, softmax_scale, **options):
@@ -107,3 +127,29 @@ def feature_losses(weights, penultimate, last, teacher_last, last_stage, num_hea
         m = project(weights[second], last, num_heads[1], softmax_scale, queries=p, **options)
         losses[first], losses[second] = loss(p, teacher_last), loss(m, teacher_last)
     return losses
+
+
+def first_step(kind, parameters, gradients, rate, decay, decayed, max_norm, epsilon):
+    """The first step of an optimiser, in place.
+
+    `decayed` says of each parameter whether it decays; `max_norm` is of the whole gradient, 0 for no clipping.
+    """
+    if max_norm:
+        gradients = scaled(gradients, max_norm)
+    if kind == "Lamb":
+        gradients = scaled(gradients, 1.0)  # its own clipping
+    for p, g, decays in zip(parameters, gradients, decayed, strict=True):
+        wd = decay if decays else 0.0
+        if kind == "SGD":
+            update = g + wd * p  # a momentum buffer begins with the gradient
+        else:
+            adaptive = g / (g.abs() + epsilon)  # Adam's moments, their bias corrected
+            update = adaptive + wd * p
+            if kind == "Lamb" and p.norm() > 0 and update.norm() > 0:
+                update = update * p.norm() / update.norm()
+        p -= rate * update
+
+
+def scaled(gradients, max_norm):
+    norm = torch.sqrt(sum((g**2).sum() for g in gradients))
+    return [g * min(1.0, max_norm / norm.item()) for g in gradients]

@@ -1,6 +1,6 @@
 """The losses of ScaleKD, unweighted, as pure functions (arXiv 2411.06786, sections 3.2 and 3.4).
 
-All are computed in float32, also under autocast: unit vectors and sums over hundreds of tokens
+All are computed in float32 (float64 stays), also under autocast: unit vectors and sums over hundreds of tokens
 lose too much in half precision.
 
 Shapes in this file: B images, N = H*W tokens, D channels, K classes.
@@ -31,16 +31,16 @@ __all__ = [
 TASK_LOSSES = ("cross_entropy", "binary_cross_entropy")
 
 
-def _float32(*tensors: Tensor) -> tuple[AbstractContextManager, list[Tensor]]:
+def _at_least_float32(*tensors: Tensor) -> tuple[AbstractContextManager, list[Tensor]]:
     device = tensors[0].device.type
     available = torch.amp.is_autocast_available(device)  # not on the meta device of a plan
     context = torch.autocast(device, enabled=False) if available else nullcontext()
-    return context, [tensor.float() for tensor in tensors]
+    return context, [tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors]
 
 
 def unit_tokens(tokens: Tensor, remove_direct_component: bool) -> Tensor:
     """Tokens (B, N, D) as unit vectors in float32, as a view sees them: the frequency view without its direct component."""
-    context, (tokens,) = _float32(tokens)
+    context, (tokens,) = _at_least_float32(tokens)
     with context:
         if remove_direct_component:
             tokens = tokens - tokens.mean(1, keepdim=True)
@@ -79,7 +79,7 @@ def mimicking_loss(tokens: Tensor, target: Tensor, remove_direct_component: bool
             f"`tokens` must be (B, H*W, D) = {tuple(target.shape)} as the teacher's last map is, got "
             f"{tuple(tokens.shape)}."
         )
-    context, (target,) = _float32(target)
+    context, (target,) = _at_least_float32(target)
     with context:
         return (unit_tokens(tokens, remove_direct_component) - target).square().sum() / tokens.shape[0]
 
@@ -124,7 +124,7 @@ def logit_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temp
             "must have the same shape: the two models must know the same classes. "
             "With `logit_weight=0` the teacher teaches through its features alone."
         )
-    context, (student_logits, teacher_logits) = _float32(student_logits, teacher_logits)
+    context, (student_logits, teacher_logits) = _at_least_float32(student_logits, teacher_logits)
     with context:
         target = F.softmax(teacher_logits / temperature, dim=-1)
         return F.cross_entropy(student_logits / temperature, target) * temperature**2
@@ -142,7 +142,7 @@ def task_loss(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label
     """
     if kind not in TASK_LOSSES:
         raise ValueError(f"`task_loss` must be one of {TASK_LOSSES}, got {kind!r}.")
-    context, (logits,) = _float32(logits)
+    context, (logits,) = _at_least_float32(logits)
     with context:
         if kind == "cross_entropy" and labels.ndim == 1:
             return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -154,7 +154,7 @@ def task_loss(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label
             ) / counts.sum().clamp(min=1)
         num_classes = logits.shape[-1]
         target = labels.clamp(min=0)
-        target = F.one_hot(target, num_classes).float() if labels.ndim == 1 else target.float()
+        target = (F.one_hot(target, num_classes) if labels.ndim == 1 else target).to(logits.dtype)
         target = target * (1 - label_smoothing) + label_smoothing / num_classes
         losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
         return (losses * counts).sum() / counts.sum()
