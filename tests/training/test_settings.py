@@ -1,6 +1,7 @@
 """What the recipes add to `TrainingArguments`: augmentation, soft labels, optimisers, rates, averaging."""
 
 import dataclasses
+import math
 
 import datasets
 import pytest
@@ -92,6 +93,8 @@ def test_an_odd_batch_at_the_end_of_a_pass_keeps_its_last_image_unmixed(tmp_path
             "needs labels",
         ),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size` is not supported"),
+        ({"lr_by_epoch": True, "lr_scheduler_type": "linear"}, "`lr_by_epoch` is for a cosine, .* is 'linear'"),
+        ({"lr_by_epoch": True, "lr_scheduler_type": "cosine", "lr_milestones": [0.5]}, r"`lr_milestones` are \[0.5\]"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, changes, message):
@@ -207,6 +210,30 @@ def test_cosine_decay_has_a_floor_and_its_warm_up_a_start(tmp_path, digits):
     assert rates(trainer)[:3] == pytest.approx([0.025, 0.0625, 0.1])
     assert rates(trainer)[-1] == pytest.approx(0.01, abs=1e-3)
     assert rates(trainer)[3:] == sorted(rates(trainer)[3:], reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["map", "stream", "prepared"])
+def test_a_cosine_by_epochs_falls_where_they_begin(tmp_path, digits, kind):
+    data = {"map": digits, "stream": digits.to_iterable_dataset()}.get(kind) or [
+        {"pixel_values": torch.randn(3, 32, 32), "labels": index % 10} for index in range(96)
+    ]
+    options = {"lr_scheduler_type": "cosine_warmup_with_min_lr", "lr_by_epoch": True, "learning_rate": 0.1}
+    kwargs = {"min_lr": 0.01, "warmup_lr_rate": 0.25}
+    length = {"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 32, "warmup_steps": 3}
+    trainer = trainer_for(tmp_path, data, lr_scheduler_kwargs=kwargs, **options, **length)
+    trainer.train()
+    half = 0.01 + 0.09 * (1 + math.cos(math.pi / 2)) / 2
+    assert rates(trainer) == pytest.approx([0.025, 0.0625, 0.1, 0.1, 0.1, 0.1, half, half, half])
+
+
+def test_which_names_do_not_decay_can_be_said(tmp_path):
+    student = load_student("timm/vit_tiny_patch16_224", image_size=32, depth=4, num_classes=10)
+    model = build_model(student, timm_swin(), settings(tmp_path))
+    spared = decayed_parameters(model, decay_all=True, no_weight_decay=["pos_embed", "cls_token"])
+    names = {name for name, _ in model.named_parameters()}
+    assert {name.rpartition(".")[2] for name in names - set(spared)} == {"pos_embed", "cls_token"}
+    matrices = decayed_parameters(model, decay_all=False, no_weight_decay=["qkv"])
+    assert "heads.penultimate_spatial.queries" in matrices and not any("qkv" in name for name in matrices)
 
 
 def test_the_rate_falls_to_a_tenth_at_each_milestone(tmp_path, digits):

@@ -67,7 +67,7 @@ def load_teacher_of(arguments: DistillArguments, config: ScaleKDConfig) -> Teach
 
 def evaluate(model: Any, config: ScaleKDConfig, evaluation: Any) -> dict[str, float]:
     """Accuracy of a classifier, with its own images: size, resizing and evaluation crop."""
-    own = {"image_size": None, "crop_pct": None, "interpolation": None, "antialias": None}
+    own: dict[str, Any] = {"image_size": None, "crop_pct": None, "interpolation": None, "antialias": None}
     config = dataclasses.replace(config, **own, push_to_hub=False, report_to="none")
     metrics = ScaleKDTrainer(model, None, config, eval_dataset=evaluation).evaluate()
     return {key.removeprefix("eval_"): value for key, value in metrics.items()}

@@ -48,6 +48,7 @@ class Plan:
     communication_gb: dict[str, float] = field(default_factory=dict)
     launcher_gib: dict[str, float] = field(default_factory=dict)
     scaling: dict[str, dict[str, Any]] = field(default_factory=dict)
+    precision: str = "float32"
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
 
@@ -79,7 +80,8 @@ class Plan:
         lines += _block("GB that each GPU sends in a step", self.communication_gb, "{:.2f}")
         lines += _block("GiB on each GPU", self.launcher_gib, "{:.2f}")
         if self.scaling:
-            lines.append(f"{'GPUs (estimated, H100)':<24}{'images/s':>10}{'computing':>11}{'cores/GPU':>11}  limit")
+            title = f"GPUs (H100, {self.precision})"
+            lines.append(f"{title:<24}{'images/s':>10}{'computing':>11}{'cores/GPU':>11}  limit (estimated)")
         for name, row in self.scaling.items():
             lines.append(
                 f"  {name:<22}{row['images_per_second']:>10.0f}{row['efficiency']:>11.0%}{row['cores_per_gpu']:>11.1f}  "
@@ -327,7 +329,9 @@ def _estimate_scaling(result: Plan, model: ScaleKDModel, config: ScaleKDConfig, 
     parts = {name: gib for name, gib in result.memory_gib.items() if name != "total"}
     result.launcher_gib = memory_by_launcher(parts, processes)
     gflops, accumulation = result.gflops_per_image["total"], config.gradient_accumulation_steps
-    result.scaling = scaling(gflops, config.per_device_train_batch_size, trained, accumulation)
+    result.precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
+    half = result.precision != "float32"
+    result.scaling = scaling(gflops, config.per_device_train_batch_size, trained, accumulation, half)
 
 
 def _remember_warnings(result: Plan, model: ScaleKDModel, config: ScaleKDConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["communication", "memory_by_launcher", "scaling"]
 
 GPUS_PER_NODE = 8
-FLOPS = 4e14  # of one H100 in bf16, at 40% of its peak
+FLOPS = 4e14, 2.7e13  # a second of one H100, in half precision and in float32 without TF32, at 40% of its peaks
 NODE_BANDWIDTH = 3e11  # bytes a second of one GPU to the others of its machine
 NETWORK_BANDWIDTH = 4e10  # bytes a second of one GPU to other machines, 400 Gb/s for each at 80%
 BACKWARD = 2 / 3  # of a step, which hides the exchange of gradients
@@ -48,20 +48,23 @@ def memory_by_launcher(parts: dict[str, float], processes: int) -> dict[str, flo
     }
 
 
-def scaling(gflops: float, batch: int, parameters: int, accumulation: int = 1) -> dict[str, dict[str, Any]]:
+def scaling(
+    gflops: float, batch: int, parameters: int, accumulation: int = 1, half: bool = True
+) -> dict[str, dict[str, Any]]:
     """Expected throughput with DDP on 8, 32 and 256 GPUs.
 
     Args:
         gflops: of a training step, per image.
         batch: images of one GPU and micro-batch.
         parameters, accumulation: see `communication`; micro-batches of a step.
+        half: computed in bf16 or fp16.
 
     Returns:
         For each number of GPUs: images a second, efficiency (the share of a step that is computing), CPU cores that
         each GPU needs for its images, and what limits the run.
     """
     rows = {}
-    computing = accumulation * batch * gflops * 1e9 / FLOPS
+    computing = accumulation * batch * gflops * 1e9 / FLOPS[0 if half else 1]
     cores = batch * accumulation / computing / IMAGES_PER_CORE
     for processes in (8, 32, 256):
         sent = communication(parameters, processes)["DDP"] * 1e9

@@ -20,6 +20,8 @@ from .settings import told_settings
 
 __all__ = ["PushedCheckpoints", "card_facts"]
 
+UNSET_IS_THE_STUDENTS = ("antialias",)  # so that False says something
+
 
 class PushedCheckpoints(TrainerCallback):
     """Pushes each checkpoint once it is whole, while training goes on, and waits for the last at the end.
@@ -113,7 +115,8 @@ def _changed_settings(args: ScaleKDConfig) -> dict[str, Any]:
     return {
         name: getattr(value, "value", value)
         for name, value in told_settings(args).items()
-        if value not in (None, defaults[name], defaults[name] or False)
+        if value not in (None, defaults[name])
+        and (value is not False or defaults[name] or name in UNSET_IS_THE_STUDENTS)
     }
 
 
