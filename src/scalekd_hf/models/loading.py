@@ -32,6 +32,7 @@ from transformers import (
 from ..borrowed.timm import construction_arguments
 from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS, ImageSpec
+from . import mixers  # noqa: F401  registers a mixer by its name
 
 
 __all__ = ["Classifier", "check_patches", "load_classifier", "patch_size"]

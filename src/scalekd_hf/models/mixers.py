@@ -1,7 +1,7 @@
 """MLP-Mixer-B with 14 px patches, a published student that timm has no name for.
 
-timm's own mixers fix the patch size in their name. Importing `scalekd_hf` registers this one, so a saved
-student of it loads in timm and transformers after that import.
+timm's own mixers fix the patch size in their name. Importing this module registers another, so a saved student of
+it loads in timm and transformers after `from scalekd_hf import mixer_b14_224`.
 """
 
 from __future__ import annotations

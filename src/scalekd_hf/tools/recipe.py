@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from transformers import HfArgumentParser
 
 from ..data.loading import DataArguments
 from ..training.config import ScaleKDConfig
+from .words import check_known, check_words, read_config, take_configs
 
 
 __all__ = ["DistillArguments", "TeacherArguments", "as_words", "mapping", "parse_config", "write_config"]
@@ -104,42 +104,19 @@ def parse_config(
     Raises:
         ValueError: a file that cannot be read, an unknown key or a value of the wrong kind.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    files: list[str | Path] = []
-    while words and not words[0].startswith("-"):
-        files.append(words.pop(0))
-    if not files and default_config is not None:
-        files.append(default_config)
+    named, words = take_configs(sys.argv[1:] if argv is None else argv)
+    files: list[str | Path] = [*named] if named or default_config is None else [default_config]
     parser = HfArgumentParser([arguments_class, ScaleKDConfig])  # type: ignore[list-item]
     known = {f.name for cls in (arguments_class, ScaleKDConfig) for f in fields(cls) if f.init}
     settings: dict[str, Any] = {}
     for file in files:
-        read = _read_yaml(Path(file))
+        read = read_config(file)
         for key in read:
-            _check_known(key, known, f"{file}: `{key}`")
+            check_known(key, known, f"{file}: `{key}`")
         settings |= read
-    for word in words:
-        if word.startswith("--") and word not in ("--help", "--no-help"):
-            name = word[2:].split("=")[0].replace("-", "_")
-            _check_known(name.removeprefix("no_"), known | {name} & {f"no_{k}" for k in known}, f"`--{name}`")
+    check_words(words, known)
     arguments, config = parser.parse_args_into_dataclasses([*as_words(settings), *words])
     return arguments, config
-
-
-def _check_known(name: str, known: set[str], shown: str) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"{shown} is not a setting.{f' Did you mean `{close[0]}`?' if close else ''}")
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(file.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"The configuration {str(file)!r} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"The configuration {str(file)!r} must be a mapping of settings, got {settings!r}.")
-    return settings
 
 
 def as_words(settings: dict[str, Any]) -> list[str]:

@@ -39,7 +39,13 @@ from .stopwatch import Stopwatch
 __all__ = ["HEADS_FILE", "Checkpoints", "RestoredSchedule", "load_checkpoint", "optimizer_in_parts"]
 
 HEADS_FILE = "mimicking_heads.safetensors"
-OPTIMIZER_SETTINGS = ("lr", "weight_decay", "betas", "eps", "momentum")  # of a group, where some optimisers keep state, too
+OPTIMIZER_SETTINGS = (
+    "lr",
+    "weight_decay",
+    "betas",
+    "eps",
+    "momentum",
+)  # of a group, where some optimisers keep state, too
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +280,9 @@ class RestoredSchedule(TrainerCallback):
 
     def remember(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Keep the settings of an optimiser, before the state of a checkpoint takes their place; returns the optimiser."""
-        self.asked = [{key: group[key] for key in OPTIMIZER_SETTINGS if key in group} for group in optimizer.param_groups]
+        self.asked = [
+            {key: group[key] for key in OPTIMIZER_SETTINGS if key in group} for group in optimizer.param_groups
+        ]
         return optimizer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:

@@ -1,0 +1,195 @@
+"""`scalekd`: one command for all that the recipes do. What can be said without torch is said at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from ..tools.fields import Field, launcher_options, settings_of
+from ..tools.words import check_known, check_words, nearest, read_config, take_configs
+
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "distill": "distil a teacher into a student",
+    "train-teacher": "fine-tune a classifier on your own data, so that it can teach",
+    "plan": "say what a distillation would do and cost, or why it would fail",
+    "evaluate": "evaluate a classifier on labelled images",
+    "export": "write a student as ONNX and `torch.export`",
+    "visualize": "draw where teacher and student agree",
+    "recipes": "list the published pairs; print or copy one",
+    "quickstart": "distil a small student on handwritten digits",
+    "env": "versions and devices, for a bug report",
+}
+MODULES = {"train-teacher": "train_teacher", "plan": "distill", "quickstart": "distill", "env": "environment"}
+SETTINGS = {"distill": "distill", "plan": "distill", "quickstart": "distill", "train-teacher": "train-teacher"}
+SETTINGS |= {"evaluate": "evaluate"}
+GROUPS = {
+    "DistillArguments": "The pair",
+    "TeacherArguments": "The teacher",
+    "EvaluateArguments": "The model",
+    "DataArguments": "Data",
+}
+USAGE = {
+    "distill": "scalekd distill [RECIPE or CONFIG.yaml ...] [--any_setting value ...]",
+    "plan": "scalekd plan [json] RECIPE or CONFIG.yaml ... [--any_setting value ...]",
+    "quickstart": "scalekd quickstart [--any_setting value ...]",
+    "train-teacher": "scalekd train-teacher CONFIG.yaml ... [--any_setting value ...]",
+    "evaluate": "scalekd evaluate MODEL or CONFIG.yaml [--any_setting value ...]",
+}
+USER_ERRORS = (ValueError, OSError, ImportError)
+STATUS = 2
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command that the words name; those of this process by default.
+
+    Raises:
+        SystemExit: with 2 after an error of the user's, which is told in one line.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    show_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(overview())
+        raise SystemExit(0 if words else STATUS)
+    try:
+        run(words[0], words[1:])
+    except USER_ERRORS as error:
+        if show_traceback:
+            traceback.print_exc()
+        elif int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"scalekd: {' '.join(str(error).split())} (`--traceback` shows where.)", file=sys.stderr)
+        raise SystemExit(STATUS) from None
+
+
+def run(command: str, words: list[str]) -> None:
+    """Run one command, by Accelerate's launcher where options of it are among the words.
+
+    Raises:
+        ValueError: an unknown command, configuration or setting.
+    """
+    if command == "--version":
+        command, words = "env", ["--version"]
+    if command not in COMMANDS:
+        raise ValueError(f"{command!r} is not a command.{nearest(command, COMMANDS)} `scalekd --help` lists them.")
+    if command in SETTINGS:
+        if {"--help", "-h", "--help-all"} & set(words):
+            print(settings_help(command, everything="--help-all" in words))
+            return
+        launcher, words = check(command, words)
+        if launcher:
+            raise SystemExit(launch(launcher, command, words))
+    if command == "plan":
+        kind = [words.pop(0)] if words and words[0] in ("json", "table") else []
+        words = [*words, "--plan", *kind]
+    if command == "quickstart":
+        words = ["quickstart", *words]
+    module = import_module(f"scalekd_hf.cli.{MODULES.get(command, command)}")
+    module.main(words=words)
+
+
+def check(command: str, words: list[str]) -> tuple[list[str], list[str]]:
+    """Refuse what no run can have, before anything is loaded; returns the launcher's words and the command's.
+
+    Raises:
+        ValueError: an unknown setting, or a configuration that cannot be read.
+    """
+    own, rest = settings_of(SETTINGS[command])
+    known = {field.name for field in (*own, *rest)}
+    named, words = take_configs(words)
+    is_model = command == "evaluate" and named and Path(named[0]).suffix not in (".yaml", ".yml")
+    files = named[1:] if is_model or (command == "plan" and named[:1] in (["json"], ["table"])) else named
+    for file in files:
+        for key in read_config(file):
+            check_known(key, known, f"{file}: `{key}`")
+    launcher, words = split_launcher(words, known | {"plan"})
+    check_words(words, known | {"plan"})
+    return launcher, [*named, *words]
+
+
+def split_launcher(words: list[str], known: set[str]) -> tuple[list[str], list[str]]:
+    """The options that are Accelerate's and no settings, with their values, and the rest."""
+    options = launcher_options()
+    launcher: list[str] = []
+    rest: list[str] = []
+    target, wants_value = rest, False
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].split("=")[0].replace("-", "_")
+            target = launcher if name in options and name not in known else rest
+            wants_value = target is launcher and options[name] and "=" not in word
+            target.append(word)
+        elif target is launcher and not wants_value:
+            rest.append(word)
+        else:
+            target.append(word)
+            wants_value = False
+    return launcher, rest
+
+
+def launch(options: list[str], command: str, words: list[str]) -> int:
+    """Start the command by Accelerate's launcher, in processes as its options say; returns the exit status."""
+    start = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *options,
+        "-m",
+        "scalekd_hf.cli.main",
+        command,
+        *words,
+    ]
+    if os.name == "posix":
+        os.execv(sys.executable, start)  # signals reach the launcher itself
+    return subprocess.call(start)
+
+
+def overview() -> str:
+    """All commands."""
+    lines = ["Distil strong vision transformers into small networks (ScaleKD, NeurIPS 2024).", ""]
+    lines += ["  scalekd COMMAND [WORDS ...]", ""]
+    lines += [f"  {name:<15}{what}" for name, what in COMMANDS.items()]
+    lines += [
+        "",
+        "`scalekd COMMAND --help` says more. Options of `accelerate launch`, such as `--num_processes 8` or `--config_file`, are",
+        "the launcher's, which is then started. `--traceback` shows where an error comes from.",
+    ]
+    return "\n".join(lines)
+
+
+def settings_help(command: str, everything: bool) -> str:
+    """The settings of a command, this project's first, by groups; `everything` adds those of `TrainingArguments`."""
+    own, rest = settings_of(SETTINGS[command])
+    width = max(80, min(shutil.get_terminal_size((120, 40)).columns, 160))
+    lines = [f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}.", "", f"  {USAGE[command]}"]
+    group = ""
+    for field in own:
+        title = GROUPS.get(field.group, field.group)
+        if title != group:
+            lines.append(f"\n{title}")
+            group = title
+        lines.append(_line(field, width))
+    if everything:
+        lines += ["\nOf transformers' TrainingArguments", *(_line(field, width) for field in rest)]
+    else:
+        lines.append(f"\n{len(rest)} more are transformers' `TrainingArguments`, such as learning_rate: --help-all.")
+    return "\n".join(lines)
+
+
+def _line(field: Field, width: int) -> str:
+    default = f" [{field.default}]" if field.default not in ("", "None", "''") else ""
+    text = f"  --{field.name:<27}{field.help}"
+    room = width - len(default)
+    return (text if len(text) <= room else text[: room - 1] + "…") + default
+
+
+if __name__ == "__main__":
+    main()

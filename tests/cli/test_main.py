@@ -1,0 +1,148 @@
+"""The `scalekd` command: what it says at once, what it hands over, and how it ends."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from helpers import ROOT
+from transformers import TrainingArguments
+
+from scalekd_hf import ScaleKDConfig
+from scalekd_hf.cli.main import COMMANDS, USAGE, main, split_launcher
+from scalekd_hf.cli.recipes import published
+from scalekd_hf.tools.fields import settings_of
+from scalekd_hf.tools.recipe import DistillArguments, TeacherArguments
+from scalekd_hf.tools.words import shipped_configs, shipped_folder
+
+
+HEAVY = ("torch", "transformers", "timm", "datasets", "accelerate")
+
+
+def scalekd(*words, cwd=None):
+    """The command in a process of its own, which then says what it has loaded."""
+    code = (
+        "import sys\nfrom scalekd_hf.cli.main import main\n"
+        f"try:\n    main()\nfinally:\n    print('LOADED', *[name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--help"], 0, "distil a teacher into a student"),
+        ([], 2, "scalekd COMMAND"),
+        (["--version"], 0, r"^\d+\.\d+"),
+        (["recipes"], 0, r"swin_l_to_resnet50 +Swin-L to ResNet-50, 300 epochs +78.64 +82.03"),
+        (["recipes", "swin_l_to_vit_s"], 0, "teacher: timm/swin_large"),
+        *[([command, "--help"], 0, re.escape(usage)) for command, usage in USAGE.items()],
+        (["distil"], 2, "'distil' is not a command. Did you mean `distill`"),
+        (["distill", "swin_l_to_resnet5"], 2, "no recipe of that name is shipped. Did you mean `swin_l_to_resnet50`"),
+        (["plan", "missing.yaml"], 2, "'missing.yaml' cannot be read"),
+        (["distill", "quickstart", "--learning_rte", "1"], 2, "`--learning_rte` is not a setting. Did you mean"),
+        (["evaluate", "timm/resnet18", "--datset", "x"], 2, "`--datset` is not a setting. Did you mean `dataset`"),
+    ],
+)
+def test_what_needs_no_model_is_said_without_loading_a_library(words, status, said):
+    result = scalekd(*words)
+    text, _, loaded = result.stdout.rpartition("LOADED")
+    assert result.returncode == status and re.search(said, text + result.stderr, re.MULTILINE), result.stderr
+    assert not loaded.split(), loaded
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 1
+
+
+def test_importing_the_package_loads_nothing_until_something_is_named():
+    code = f"import sys, scalekd_hf; print([name for name in {HEAVY!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stdout.strip() == "[]", result.stderr
+
+
+def test_help_shows_the_projects_own_settings_first_on_two_screens(capsys):
+    main(["distill", "--help"])
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) <= 100 and "--student " in short and "--learning_rate" not in short
+    assert short.index("The pair") < short.index("Data") < short.index("Method") < short.index("Images")
+    main(["distill", "--help-all"])
+    assert "--learning_rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"), [("distill", DistillArguments), ("train-teacher", TeacherArguments)]
+)
+def test_settings_read_from_the_source_are_those_of_the_dataclasses(command, arguments):
+    own, rest = settings_of(command)
+    expected = {name for cls in (arguments, ScaleKDConfig) for name, f in cls.__dataclass_fields__.items() if f.init}
+    assert {field.name for field in (*own, *rest)} >= expected
+    assert {field.name for field in rest} <= set(TrainingArguments.__dataclass_fields__)
+    assert all(field.help for field in own)
+
+
+def test_options_of_the_launcher_are_told_apart():
+    known = {"learning_rate", "crop_scale", "use_cpu", "gradient_accumulation_steps"}
+    words = ["--num_processes", "2", "--learning_rate", "1", "--crop_scale", "0.1", "1", "--multi_gpu", "--use_cpu"]
+    words += ["--config_file=a.yaml", "--gradient_accumulation_steps", "2"]
+    assert split_launcher(words, known) == (
+        ["--num_processes", "2", "--multi_gpu", "--config_file=a.yaml"],
+        ["--learning_rate", "1", "--crop_scale", "0.1", "1", "--use_cpu", "--gradient_accumulation_steps", "2"],
+    )
+
+
+def test_an_error_of_the_users_is_one_line_and_the_traceback_is_there_for_who_asks(tmp_path, capsys):
+    words = ["distill", "quickstart", "--output_dir", str(tmp_path), "--train_files", "nowhere/*.parquet", "--use_cpu"]
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    told = capsys.readouterr().err
+    assert told.startswith("scalekd: No file matches 'nowhere/*.parquet'") and told.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--traceback"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_recipe_is_printed_and_copied(tmp_path, capsys):
+    main(["recipes", "swin_l_to_resnet50"])
+    text = (ROOT / "recipes" / "configs" / "swin_l_to_resnet50.yaml").read_text()
+    assert capsys.readouterr().out == text
+    main(["recipes", "swin_l_to_resnet50", "--copy", str(tmp_path)])
+    assert (tmp_path / "swin_l_to_resnet50.yaml").read_text() == text
+    with pytest.raises(SystemExit):
+        main(["recipes", "swin_l_to_resnet50", "--copy", str(tmp_path)])
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_papers_numbers_are_those_of_the_documents():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    lines = [line for line in page.splitlines() if re.match(r"\| `\w+_to_\w+` \| (Swin|EVA)", line)]
+    rows = {
+        cells[1].strip(" `"): tuple(cell.strip() for cell in cells[5:7]) for cells in (x.split("|") for x in lines)
+    }
+    found = {name: published(file) for name, file in shipped_configs().items()}
+    assert rows == {name: row[1:] for name, row in found.items() if row} and len(rows) == 17
+
+
+def test_all_packages_and_files_are_in_the_wheel():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = set(re.findall(r'^    "(scalekd_hf[\w.]*)",$', text, re.MULTILINE))
+    folders = {path.parent.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("__init__.py")}
+    assert listed == {".".join(folder.parts) for folder in folders} | {"scalekd_hf.recipes"}
+    assert shipped_folder().samefile(ROOT / "recipes")
+
+
+@pytest.mark.slow
+def test_two_processes_start_by_options_of_the_launcher(tmp_path):
+    words = ["--cpu", "--num_processes", "2", "--max_steps", "2", "--baseline", "false", "--use_cpu"]
+    result = scalekd("quickstart", *words, "--output_dir", tmp_path / "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    resolved = yaml.safe_load((tmp_path / "run" / "config_resolved.yaml").read_text())
+    assert os.path.isabs(resolved["teacher"]) and resolved["max_steps"] == 2
+    assert "student distilled" in result.stdout
+
+
+def test_every_command_is_told(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {command} " in out for command in COMMANDS)
