@@ -14,6 +14,8 @@ import huggingface_hub
 import pyarrow.parquet
 from PIL import Image
 
+from .holdout import held_out_share, hold_out
+
 
 __all__ = ["DataArguments", "count_images", "holds_classes", "load_data", "load_split"]
 
@@ -31,7 +33,8 @@ class DataArguments:
         train_files, eval_files: glob patterns, or URLs, of Parquet, WebDataset or Arrow files, instead of `dataset`.
         dataset_config, revision: configuration and revision (branch, tag or commit) of the data set.
         cache_dir: where downloads are kept; by default the cache of `datasets`.
-        train_split, eval_split: its splits; `none` to evaluate on nothing.
+        train_split, eval_split: its splits; `none` to evaluate on nothing. A share such as 0.1 for `eval_split` holds out so
+            much of `train_split`, see `hold_out`.
         streaming: read while training, without a download first; a local folder of images is never copied anyway.
     """
 
@@ -40,7 +43,7 @@ class DataArguments:
     revision: str | None = field(default=None, metadata={"help": "Revision of the data set: branch, tag or commit."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads of the data set are kept."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on, or a share to hold out."})
     train_files: str | None = field(default=None, metadata={"help": "Files to train on, instead of `dataset`."})
     eval_files: str | None = field(default=None, metadata={"help": "Files to evaluate on, instead of `dataset`."})
     streaming: bool = field(default=True, metadata={"help": "Read while training, without a download first."})
@@ -55,6 +58,9 @@ def load_data(arguments: DataArguments) -> tuple[Any, Any]:
     if arguments.dataset is None and arguments.train_files is None:
         raise ValueError("There is no data: set `dataset`, or `train_files` and `eval_files`.")
     train = load_split(arguments, arguments.train_files, arguments.train_split)
+    share = held_out_share(arguments.eval_split) if arguments.eval_files is None else None
+    if share is not None:
+        return hold_out(train, share)
     evaluation = None
     evaluate = arguments.eval_split.lower() != "none"
     if arguments.eval_files is not None or (arguments.dataset is not None and evaluate):
@@ -101,12 +107,15 @@ def load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`dataset` {arguments.dataset!r} (configuration {arguments.dataset_config!r}, revision {arguments.revision!r}, "
-            f"split {split!r}) cannot be loaded: {error} {_access(str(arguments.dataset), error)}"
+            f"split {split!r}) cannot be loaded: {error} {_remedy(arguments, split, error)}"
         ) from error
 
 
-def _access(dataset: str, error: Exception) -> str:
-    """What to do about a data set that the Hub does not give out."""
+def _remedy(arguments: DataArguments, split: str, error: Exception) -> str:
+    """What to do about a data set that the Hub does not give out, or that lacks a split."""
+    dataset = str(arguments.dataset)
+    if "nknown split" in str(error) and split == arguments.eval_split:
+        return "Name one of these with `eval_split`, hold out a share of the others (`--eval_split 0.1`), or set it to none."
     if not isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return ""
     page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{dataset}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.dataset import dataset_labels
+from ..data.holdout import held_out_share, hold_out
 from ..data.imagenet import BENCHMARKS, ReaL, benchmark, check_classes, label_places, read_real_labels
 from ..data.loading import DataArguments, holds_classes, load_split
 from ..images import IGNORED_LABEL
@@ -52,7 +53,8 @@ class EvaluateArguments(DataArguments):
         model: name as `load_student` takes it: a folder, a Hub id, `timm/<name>` or `hf-hub:<id>`.
         model_args: further arguments of the model, as JSON or a mapping.
         benchmark: a labelled set for ImageNet's classes by its name, see `imagenet.BENCHMARKS`.
-        eval_split: by default the only one, else "validation"; of class folders that are not split, what to call them.
+        eval_split: by default the only one, else "validation"; of class folders that are not split, what to call them; or
+            the share that training held out.
         real_labels: the authors' real.json, for the benchmark imagenet-real; timm's copy by default.
         update_card: put the result into the model card: README.md of the folder, or the repository's on the Hub.
     """
@@ -166,7 +168,9 @@ def load_data(arguments: EvaluateArguments) -> Any:
                 f"they publish ({which.folder}), or to a data set with these class names."
             )
         arguments.dataset = which.hub_id
-    folder = Path(str(arguments.dataset))
+    share, folder = held_out_share(arguments.eval_split), Path(str(arguments.dataset))
+    if share is not None:
+        return hold_out(load_split(arguments, None, arguments.train_split), share)[1]
     if not folder.is_dir():
         arguments.eval_split = arguments.eval_split or "validation"
         return load_split(arguments, None, arguments.eval_split)
