@@ -141,6 +141,33 @@ def test_two_processes_start_by_options_of_the_launcher(tmp_path):
     assert "student distilled" in result.stdout
 
 
+@pytest.mark.slow
+def test_the_training_configuration_gives_the_same_student_again(tmp_path):
+    words = [
+        "--max_steps",
+        "4",
+        "--use_cpu",
+        "--baseline",
+        "false",
+        "--seed",
+        "7",
+        "--ema_decay",
+        "0.5",
+        "--hflip",
+        "0.3",
+    ]
+    words += ["--student_args", '{"patch_size": 2, "depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24]}', "--bf16", "true"]
+    first = scalekd("quickstart", *words, "--output_dir", "first", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr[-3000:]
+    file = tmp_path / "first" / "training_config.yaml"
+    assert "recipes/models/quickstart_teacher" in file.read_text() and str(ROOT) not in file.read_text()
+    again = scalekd("distill", file, "--output_dir", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    students = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again")]
+    assert students[0] == students[1]
+    assert (tmp_path / "again" / "training_config.yaml").read_text() == file.read_text()
+
+
 def test_every_command_is_told(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])

@@ -18,7 +18,7 @@ from ..models.students import load_student
 from ..models.teachers import Teacher, load_teacher
 from ..publishing.provenance import Source
 from ..tools.plan import plan_words
-from ..tools.recipe import DistillArguments, mapping, parse_config, write_config
+from ..tools.recipe import DistillArguments, given_arguments, mapping, parse_config, write_config
 from ..training.config import ScaleKDConfig
 from ..training.model import class_names
 from ..training.trainer import ScaleKDTrainer
@@ -44,6 +44,7 @@ def run(
         **mapping(arguments.student_args, "student_args"),
     )
     trainer = ScaleKDTrainer(student, teacher if distil else None, config, train, evaluation)
+    trainer.publisher.arguments = given_arguments(arguments)
     train_and_save(trainer)
     trainer.accelerator.wait_for_everyone()
     if evaluation is None or not config.has_labels:

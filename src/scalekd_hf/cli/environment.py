@@ -10,8 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 __all__ = ["main"]
 
-PACKAGES = ("scalekd-hf", "torch", "torchvision", "transformers", "accelerate", "timm", "datasets", "evaluate")
-PACKAGES += ("huggingface-hub", "safetensors", "numpy", "pillow", "deepspeed")
+PACKAGES = (
+    *("scalekd-hf", "torch", "torchvision", "transformers", "accelerate", "timm", "datasets", "evaluate"),
+    *("huggingface-hub", "safetensors", "numpy", "pillow", "deepspeed"),
+)
 
 
 def main(words: Sequence[str] | None = None) -> None:

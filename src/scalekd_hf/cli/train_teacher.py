@@ -10,7 +10,7 @@ from ..data.dataset import dataset_labels
 from ..data.loading import load_data
 from ..models.saving import load_student_weights
 from ..models.students import load_student
-from ..tools.recipe import TeacherArguments, mapping, parse_config, write_config
+from ..tools.recipe import TeacherArguments, given_arguments, mapping, parse_config, write_config
 from ..training.trainer import ScaleKDTrainer
 from .runs import resume_or_refuse, train_and_save
 
@@ -32,6 +32,7 @@ def main(words: Sequence[str] | None = None) -> None:
         **mapping(arguments.model_args, "model_args"),
     )
     trainer = ScaleKDTrainer(model, None, config, train, evaluation)
+    trainer.publisher.arguments = given_arguments(arguments)
     if config.process_index == 0:
         write_config(arguments, config, f"{config.output_dir}/config_resolved.yaml")
     train_and_save(trainer)

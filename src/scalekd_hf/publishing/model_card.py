@@ -45,7 +45,8 @@ class CardFacts:
         student_pretrained: the student began with the weights of `student`.
         results: metrics by the name of a row, such as "student distilled".
         facts: name and value of what the run was.
-        settings: those that differ from the defaults.
+        settings: those of method and training that differ from the defaults.
+        configuration: all that differ and are not about where and how the run reports.
         curves: whether there is a picture.
     """
 
@@ -61,6 +62,7 @@ class CardFacts:
     results: dict[str, dict[str, float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    configuration: dict[str, Any] = field(default_factory=dict)
     curves: bool = False
     license: str | None = None
     language: str | list[str] | None = None

@@ -43,12 +43,14 @@ class Publisher:
 
     Attributes:
         repo: the repository's id, once it is known to exist.
+        arguments: of the recipe that runs, beside the trainer's settings: what `training_config.yaml` rebuilds the run with.
     """
 
     def __init__(self, args: TrainingArguments, student: Any, teacher: Any):
         self.args = args
         self._student, self._teacher = student, teacher
         self.repo: str | None = None
+        self.arguments: dict[str, Any] = {}
         self._in_progress: Future | None = None
 
     @property
@@ -95,7 +97,7 @@ class Publisher:
         results = self._add_results(facts.results)
         facts = replace(facts, results=results, curves=draw_curves(history, self.folder / "curves.png"))
         models = {"student": facts.student.name, "teacher": facts.teacher.name if facts.teacher else None}
-        settings = yaml.safe_dump({**models, **facts.settings}, sort_keys=False)
+        settings = yaml.safe_dump({**models, **self.arguments, **facts.configuration}, sort_keys=False)
         (self.folder / "training_config.yaml").write_text(settings)
         card = self.folder / "README.md"
         if card.exists() and MARK not in card.read_text():

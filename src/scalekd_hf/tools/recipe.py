@@ -7,17 +7,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from ..data.loading import DataArguments
 from ..training.config import ScaleKDConfig
-from .words import check_known, check_words, read_config, take_configs
+from .words import check_known, check_words, read_config, shipped_folder, take_configs
 
 
-__all__ = ["DistillArguments", "TeacherArguments", "as_words", "mapping", "parse_config", "write_config"]
+__all__ = [
+    "DistillArguments",
+    "TeacherArguments",
+    "as_words",
+    "given_arguments",
+    "mapping",
+    "parse_config",
+    "write_config",
+]
 
 
 @dataclass
@@ -88,6 +96,13 @@ def mapping(value: Any, name: str) -> dict[str, Any]:
     return dict(value or {})
 
 
+class _Parser(HfArgumentParser):
+    """Raises what argparse would print together with a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message[:1].upper()}{message[1:]}.")
+
+
 def parse_config(
     arguments_class: type, argv: Sequence[str] | None = None, default_config: Path | None = None
 ) -> tuple[Any, ScaleKDConfig]:
@@ -106,7 +121,7 @@ def parse_config(
     """
     named, words = take_configs(sys.argv[1:] if argv is None else argv)
     files: list[str | Path] = [*named] if named or default_config is None else [default_config]
-    parser = HfArgumentParser([arguments_class, ScaleKDConfig])  # type: ignore[list-item]
+    parser = _Parser([arguments_class, ScaleKDConfig])  # type: ignore[list-item]
     known = {f.name for cls in (arguments_class, ScaleKDConfig) for f in fields(cls) if f.init}
     settings: dict[str, Any] = {}
     for file in files:
@@ -130,6 +145,18 @@ def as_words(settings: dict[str, Any]) -> list[str]:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         words += [f"--{key}", *(str(item) for item in values)]
     return words
+
+
+def given_arguments(arguments: Any) -> dict[str, Any]:
+    """The arguments of a recipe that are not the defaults, for a configuration that gives the same run elsewhere."""
+    folder = str(shipped_folder())
+    found: dict[str, Any] = {}
+    for field_ in fields(arguments):
+        value = getattr(arguments, field_.name)
+        if value not in (None, {}, field_.default):
+            is_shipped = isinstance(value, str) and value.startswith(folder)
+            found[field_.name] = f"recipes{value[len(folder) :]}" if is_shipped else value
+    return found
 
 
 def write_config(arguments: Any, config: ScaleKDConfig, file: str | Path) -> None:

@@ -6,6 +6,7 @@ A configuration is a YAML file by its path, or a recipe that is shipped with the
 from __future__ import annotations
 
 import difflib
+import glob
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,7 +63,9 @@ def find_config(name: str | Path) -> Path:
 
 
 def read_config(name: str | Path) -> dict[str, Any]:
-    """The settings in a configuration, see `find_config`; paths in a shipped one are those of the installation.
+    """The settings in a configuration, see `find_config`.
+
+    Paths in `recipes/` are those of the installation, in a shipped configuration, and where there are no such files here.
 
     Raises:
         ValueError: it cannot be read, or is no mapping.
@@ -75,10 +78,10 @@ def read_config(name: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"The configuration {str(file)!r} must be a mapping of settings, got {settings!r}.")
     folder = shipped_folder()
-    if folder.resolve() in file.resolve().parents:
-        for key, value in settings.items():
-            if isinstance(value, str) and value.startswith(SHIPPED):
-                settings[key] = str(folder / value.removeprefix(SHIPPED))
+    is_shipped = folder.resolve() in file.resolve().parents
+    for key, value in settings.items():
+        if isinstance(value, str) and value.startswith(SHIPPED) and (is_shipped or not glob.glob(value)):
+            settings[key] = str(folder / value.removeprefix(SHIPPED))
     return settings
 
 

@@ -15,7 +15,7 @@ from ..publishing.provenance import Source, hardware, versions
 from ..publishing.publisher import Publisher
 from .config import ScaleKDConfig
 from .epochs import images_per_step
-from .settings import told_settings
+from .settings import rebuilding_settings, told_settings
 
 
 __all__ = ["PushedCheckpoints", "card_facts"]
@@ -91,7 +91,8 @@ def card_facts(
         student_pretrained=student.pretrained,
         results=_own_results(trainer) | trainer.results,
         facts=facts,
-        settings=_changed_settings(args),
+        settings=_changed(told_settings(args)),
+        configuration=_changed(rebuilding_settings(args)),
         license=license,
         language=language,
         tags=[tags] if isinstance(tags, str) else list(tags or []),
@@ -109,12 +110,12 @@ def _own_results(trainer: Any) -> dict[str, dict[str, float]]:
     return {DISTILLED if trainer.distiller.teacher is not None else ALONE: own} if own else {}
 
 
-def _changed_settings(args: ScaleKDConfig) -> dict[str, Any]:
-    """Settings of the method and of the training that are not the defaults, as YAML holds them."""
+def _changed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that are not the defaults, as YAML holds them."""
     defaults = {f.name: _default(f) for f in fields(ScaleKDConfig)}
     return {
         name: getattr(value, "value", value)
-        for name, value in told_settings(args).items()
+        for name, value in settings.items()
         if value not in (None, defaults[name])
         and (value is not False or defaults[name] or name in UNSET_IS_THE_STUDENTS)
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from .config import ScaleKDConfig
 from .model import ScaleKDModel
 
 
-__all__ = ["run_settings", "settings_to_keep", "told_settings"]
+__all__ = ["rebuilding_settings", "run_settings", "settings_to_keep", "told_settings"]
 
 NOT_OF_THE_RUN = (
     "output_dir",
@@ -38,6 +39,18 @@ FREE = (
     *("remove_unused_columns", "ddp_find_unused_parameters", "logging_nan_inf_filter", "shard_teacher"),
     *("image_column", "shuffle_buffer_size", "repeated_augmentation", "max_bad_images", "images_per_epoch"),
 )
+WHERE = (
+    *(
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "allow_data_mismatch",
+        "allow_settings_mismatch",
+    ),
+    *("push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "local_rank", "ddp_backend"),
+    *("accelerator_config", "ignore_data_skip", "dataloader_pin_memory", "ddp_static_graph"),
+)
+REPORTING = ("hub_", "log", "trackio_")  # begin the names of settings that say where a run reports
 VALUES = 16  # of each tensor, that tell one teacher's weights from another's
 
 
@@ -54,6 +67,18 @@ def told_settings(args: ScaleKDConfig) -> dict[str, Any]:
         *OPTIMISATION,
     )
     return {name: getattr(args, name) for name in names}
+
+
+def rebuilding_settings(args: ScaleKDConfig) -> dict[str, Any]:
+    """Those that the same run needs again, wherever it is run."""
+    settings = _plain(args.to_dict())  # without tokens, which are masked
+    inits = {field.name for field in fields(args) if field.init}
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in inits - set(WHERE) and not name.endswith("_token") and not name.startswith(REPORTING)
+        if value not in (None, "", [], {})
+    }
 
 
 def settings_to_keep(args: ScaleKDConfig, model: ScaleKDModel) -> dict[str, Any]:
