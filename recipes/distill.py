@@ -7,10 +7,12 @@ alone, then distilled; minutes on a CPU. `--baseline` adds the student alone to 
 `--plan json`) prints what the run would do, in seconds and without weights, data or GPU, and stops.
 """
 
-from pathlib import Path
+import sys
 
-from scalekd_hf.cli.distill import main
+from scalekd_hf.cli.main import main
 
 
 if __name__ == "__main__":
-    main(default_config=Path(__file__).parent / "configs" / "quickstart.yaml")
+    words = sys.argv[1:]
+    named = bool(words) and not words[0].startswith("-")
+    main(["distill", *words] if named or "--help" in words else ["quickstart", *words])

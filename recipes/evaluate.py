@@ -23,6 +23,6 @@ if __name__ == "evaluate":
     sys.path[:] = paths
 
 if __name__ == "__main__":
-    from scalekd_hf.cli.evaluate import main
+    from scalekd_hf.cli.main import main
 
-    main()
+    main(["evaluate", *sys.argv[1:]])

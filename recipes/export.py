@@ -5,8 +5,10 @@
 STUDENT is a folder, a Hub id, `timm/<name>` or `hf-hub:<id>`. The files go into its folder, or into `export/`.
 """
 
-from scalekd_hf.cli.export import main
+import sys
+
+from scalekd_hf.cli.main import main
 
 
 if __name__ == "__main__":
-    main(description=__doc__)
+    main(["export", *sys.argv[1:]])

@@ -3,8 +3,10 @@
 accelerate launch recipes/train_teacher.py recipes/configs/quickstart_teacher.yaml [--any_field value ...]
 """
 
-from scalekd_hf.cli.train_teacher import main
+import sys
+
+from scalekd_hf.cli.main import main
 
 
 if __name__ == "__main__":
-    main()
+    main(["train-teacher", *sys.argv[1:]])

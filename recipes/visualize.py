@@ -7,8 +7,10 @@ CONFIG.yaml is the one that the run was started with; what its command line chan
 first images of the evaluation data. A run with an averaged student shows the average.
 """
 
-from scalekd_hf.cli.visualize import main
+import sys
+
+from scalekd_hf.cli.main import main
 
 
 if __name__ == "__main__":
-    main()
+    main(["visualize", *sys.argv[1:]])

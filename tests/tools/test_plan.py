@@ -30,7 +30,7 @@ PARAMETERS = {
     "eva_l_to_resnet50": (EVA_L, 25.56),
     "eva_l_to_mixer_b14": (EVA_L, 59.88),
     "eva_l_to_vit_b14": (EVA_L, 86.57),
-    "eva_l_to_eva02_s": (304.53, 22.13),
+    "eva_l_to_eva02_s": (304.53, 22.15),
     "swin_s_to_resnet50_traditional": (SWIN_S, 25.56),
     "swin_b_to_resnet50_traditional": (SWIN_B, 25.56),
     "swin_l_to_resnet50_traditional": (SWIN_L, 25.56),

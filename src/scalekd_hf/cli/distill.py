@@ -74,17 +74,12 @@ def evaluate(model: Any, config: ScaleKDConfig, evaluation: Any) -> dict[str, fl
     return {key.removeprefix("eval_"): value for key, value in metrics.items()}
 
 
-def main(default_config: Path | None = None, words: Sequence[str] | None = None) -> None:
-    """Distil as the words say, or plan it.
-
-    Args:
-        default_config: the configuration where the words name none.
-        words: of the command line; those of this process by default.
-    """
+def main(words: Sequence[str] | None = None) -> None:
+    """Distil as the words say, or plan it; those of this process by default."""
     plan_format, words = take_plan(sys.argv[1:] if words is None else words)
     if plan_format is not None:
-        raise SystemExit(print_plan(words, plan_format, default_config))
-    arguments, config = parse_config(DistillArguments, words, default_config)
+        raise SystemExit(print_plan(words, plan_format))
+    arguments, config = parse_config(DistillArguments, words)
     folder = str(Path(str(config.output_dir), "alone"))
     resume_or_refuse(config, *([folder] if arguments.baseline else []))
     data = load_data(arguments)
@@ -127,9 +122,9 @@ def source_of(arguments: DataArguments) -> Source:
     return Source(arguments.dataset, arguments.dataset, arguments.revision)
 
 
-def print_plan(words: list[str], plan_format: str, default_config: Path | None) -> int:
+def print_plan(words: list[str], plan_format: str) -> int:
     """Print what the run would do; 1 if it would fail."""
-    plan = plan_words(words, default_config)
+    plan = plan_words(words)
     print(json.dumps(plan.to_dict(), indent=2) if plan_format == "json" else plan.to_text())
     return int(plan.error is not None)
 

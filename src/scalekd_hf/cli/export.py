@@ -1,4 +1,7 @@
-"""Write a student as ONNX and as a `torch.export` program, and check both against it."""
+"""Write a student as ONNX and as a `torch.export` program, and check both against it.
+
+STUDENT is a folder, a Hub id, `timm/<name>` or `hf-hub:<id>`. The files go into its folder, or into `export/`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,9 @@ from ..tools.export import FORMATS, export_student
 __all__ = ["main"]
 
 
-def main(words: Sequence[str] | None = None, description: str | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Export as the words say; those of this process by default."""
-    parser = argparse.ArgumentParser(
-        description=description or __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="scalekd export", description=__doc__)
     parser.add_argument("student", help="Folder or name of the student.")
     parser.add_argument("--output_dir", help="Folder to write into. By default the student's own, else `export`.")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS), help="What to write.")

@@ -371,10 +371,10 @@ def plan(config: str | Path | Mapping[str, Any], processes: int | None = None) -
     return plan_words(as_words(dict(config)) if isinstance(config, Mapping) else [str(config)], processes=processes)
 
 
-def plan_words(words: Sequence[str], default_config: Path | None = None, processes: int | None = None) -> Plan:
+def plan_words(words: Sequence[str], processes: int | None = None) -> Plan:
     """Plan the run of a command line; settings that are refused are the plan's error."""
     try:
-        arguments, config = parse_config(DistillArguments, [*words, *without_gpu()], default_config)
+        arguments, config = parse_config(DistillArguments, [*words, *without_gpu()])
     except ValueError as error:
         return Plan(error=str(error))
     return plan_run(arguments, config, processes or arguments.plan_processes)
