@@ -38,7 +38,8 @@ COMMON = {
 SGD = COMMON | {
     **{"optimizer": "SGD", "optimizer's epsilon": None, "learning_rate": 0.1, "weight_decay": 1e-4, "decay_all": True},
     **{
-        "global batch": 256,
+        "base_batch_size": 256,
+        "per_device_train_batch_size": 32,
         "num_train_epochs": 100,
         "warm-up epochs": 0,
         "interpolation": "bilinear",
@@ -58,20 +59,29 @@ LAMB = COMMON | {
         "learning_rate": 5e-3,
         "weight_decay": 0.02,
         "decay_all": True,
-        "global batch": 2048,
+        "base_batch_size": 2048,
+        "per_device_train_batch_size": 64,
     },
     **{"num_train_epochs": 300, "warm-up epochs": 5, "warm-up from": 0.25, "lowest rate": 0, "activation": "ReLU"},
     **{"rand_augment": 8.75, "rand_augment_std": 0.625},
 }
 ADAMW = COMMON | {
-    **{"optimizer": "AdamW", "learning_rate": 1e-3, "weight_decay": 0.05, "decay_all": False, "global batch": 1024},
+    **{"optimizer": "AdamW", "learning_rate": 1e-3, "weight_decay": 0.05, "decay_all": False, "base_batch_size": 1024},
+    "per_device_train_batch_size": 32,
     **{"num_train_epochs": 300, "warm-up epochs": 20, "warm-up from": 1e-3, "lowest rate": 1e-5},
     **{"rand_augment": 9, "rand_augment_std": 0.5, "random_erasing": 0.25, "label_smoothing_factor": 0.1},
     **{"no_weight_decay": ["relative_position_bias_table"], "ema_decay": 0.9999, "activation": "GELU"},
 }
 MIXER = ADAMW | {
     **{"learning_rate": 7e-4, "weight_decay": 0.067, "decay_all": True, "no_weight_decay": ["pos_embed", "cls_token"]},
-    **{"global batch": 1536, "warm-up from": 1e-6, "lowest rate": 0, "rand_augment": 8, "rand_augment_std": 1 / 3},
+    **{
+        "base_batch_size": 1536,
+        "per_device_train_batch_size": 48,
+        "warm-up from": 1e-6,
+        "lowest rate": 0,
+        "rand_augment": 8,
+        "rand_augment_std": 1 / 3,
+    },
     **{"label_smoothing_factor": 0, "max_grad_norm": 1, "LayerNorm's epsilon": 1e-5},
 }
 VIT = ADAMW | {"no_weight_decay": ["pos_embed", "cls_token"], "max_grad_norm": 5, "LayerNorm's epsilon": 1e-6}
@@ -115,19 +125,32 @@ AS_RUN = {
         "stem_norm": "layer",
         "penultimate_norm": True,
     }
-    | {"drop path": 0.05, "max_grad_norm": 5, "classifier's initial std": 0.02, "LayerNorm's epsilon": 1e-5},
-    "swin_l_to_mixer_s": MIXER | swin_teacher(SWIN_L, 0.1, (8, 8)) | {"student": "timm/mixer_s16_224"},
+    | {
+        "drop path": 0.05,
+        "max_grad_norm": 5,
+        "per_device_train_batch_size": 16,
+        "classifier's initial std": 0.02,
+        "LayerNorm's epsilon": 1e-5,
+    },
+    "swin_l_to_mixer_s": MIXER
+    | swin_teacher(SWIN_L, 0.1, (8, 8))
+    | {"student": "timm/mixer_s16_224", "per_device_train_batch_size": 24},
     "swin_l_to_mixer_b": MIXER
     | swin_teacher(SWIN_L, 0.1, (8, 8))
     | {"student": "timm/mixer_b16_224", "drop path": 0.1, "ema_decay": 0},
     "swin_l_to_vit_s": VIT | swin_teacher(SWIN_L, 0.1, (8, 8)) | {"student": "timm/vit_small_patch16_224"},
     "swin_l_to_vit_b": VIT
     | swin_teacher(SWIN_L, 0.1, (8, 8))
-    | {"student": "timm/vit_base_patch16_224", "shorter side in evaluation": 224},
+    | {"student": "timm/vit_base_patch16_224", "shorter side in evaluation": 224, "per_device_train_batch_size": 16},
     "eva_l_to_resnet50": RESNET50 | eva_teacher() | {"softmax_scale": 0.2},
     "eva_l_to_mixer_b14": MIXER
     | eva_teacher()
-    | {"student": "timm/mixer_b14_224", "drop path": 0.1, "label_smoothing_factor": 0.1},
+    | {
+        "student": "timm/mixer_b14_224",
+        "drop path": 0.1,
+        "label_smoothing_factor": 0.1,
+        "per_device_train_batch_size": 24,
+    },
     "eva_l_to_vit_b14": VIT
     | eva_teacher()
     | {"student": "timm/vit_base_patch16_224", "ema_decay": 0, "norms after pooling": 1},
@@ -140,5 +163,5 @@ AS_RUN = {
         "activation": "SiLU",
         "gated MLP's norm": "LayerNorm",
     }
-    | {"LayerNorm's epsilon": 1e-5},
+    | {"LayerNorm's epsilon": 1e-5, "per_device_train_batch_size": 16},
 }

@@ -130,7 +130,7 @@ def test_the_rate_of_each_step(name, tmp_path):
     _, config = read(name, tmp_path)
     facts = AS_RUN[name]
     epochs, warm_up, base = facts["num_train_epochs"], facts["warm-up epochs"], facts["learning_rate"]
-    per_epoch = facts["images_per_epoch"] / facts["global batch"]
+    per_epoch = facts["images_per_epoch"] / facts["base_batch_size"]
     total = math.ceil(epochs * per_epoch)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base)
     (factor,) = own_schedule(optimizer, config, total, per_epoch).lr_lambdas

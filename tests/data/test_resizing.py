@@ -1,5 +1,6 @@
 """Resizing without antialiasing, as OpenCV does it."""
 
+import pickle
 import random
 
 import cv2
@@ -51,6 +52,13 @@ def test_training_without_antialiasing_is_opencvs_of_the_crop_that_timm_draws(tm
         crop = whole[top : top + height, left : left + width]
         theirs = cv2.resize(crop, (48, 64), interpolation=cv2.INTER_LINEAR)
         assert np.abs(pixels.astype(int) - theirs).max() <= 1
+
+
+def test_workers_of_any_kind_can_be_sent_the_transform():
+    image = picture(90, 100)
+    sent = pickle.loads(pickle.dumps(Preparation(PLAIN, training=False)))
+    ours, theirs = (p({"image": image}, 0, 0)["pixel_values"] for p in (sent, Preparation(PLAIN, training=False)))
+    assert (ours == theirs).all()
 
 
 def test_a_filter_that_always_smooths_is_refused_without_antialiasing(tmp_path):

@@ -99,6 +99,8 @@ def test_a_student_keeps_the_filter_it_was_trained_with(tmp_path, family):
     student.spec = student.spec.updated(size=32, crop_pct=0.8, interpolation="bilinear", antialias=False)
     save_student(student, tmp_path)
     assert load_student(str(tmp_path), pretrained=True).spec == student.spec
+    if family.startswith("timm"):
+        assert load_student(f"local-dir:{tmp_path}", pretrained=True).spec == student.spec
     assert load_student(AutoModelForImageClassification.from_pretrained(tmp_path)).spec == student.spec
     image = Image.fromarray((torch.rand(36, 40, 3) * 255).byte().numpy())
     smoothed = Preparation(student.spec.updated(antialias=True), training=False)({"image": image}, 0, 0)[

@@ -64,6 +64,7 @@ def test_what_is_pushed_is_the_student_alone_and_loads_everywhere(tmp_path, digi
         if library == "timm":
             loaded = timm.create_model("hf-hub:me/student", pretrained=True, cache_dir=tmp_path / "timm").eval()
             assert torch.allclose(loaded(images()), expected, atol=1e-6)
+            assert load_student("hf-hub:me/student@main", pretrained=True).spec == trainer.student.spec
     AutoImageProcessor.from_pretrained("me/student", cache_dir=tmp_path / "loaded")
     predicted = trainer.predict(digits).predictions[:, 0]
     classify = pipeline("image-classification", model="me/student", top_k=1)

@@ -176,6 +176,17 @@ def test_the_slurm_script_starts_its_tasks_and_puts_an_interrupted_run_in_the_qu
 
 
 @pytest.mark.slow
+def test_an_optimiser_of_deepspeeds_own_trains_and_resumes(tmp_path):
+    own = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}}}
+    deepspeed = {**WAYS["zero1"]["deepspeed"], **own}
+    options = {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1, "deepspeed": deepspeed}
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        (outcome,) = in_processes(tmp_path, lambda: train(tmp_path, "ddp", resume=resume, **options), group=True)  # noqa: B023
+        assert outcome.status == 0, outcome.text[-3000:]
+    assert len(result(tmp_path)["history"]) == 5
+
+
+@pytest.mark.slow
 def test_the_recipe_runs_to_its_end_under_zero3(tmp_path):
     words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "recipes/distill.py"]
     words += ["recipes/configs/quickstart.yaml", "--baseline", "false", "--max_steps", "4", "--use_cpu"]

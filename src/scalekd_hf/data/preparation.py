@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,16 +146,16 @@ def _evaluation_transform(spec: ImageSpec) -> Any:
             crop_pct=spec.crop_pct,
             normalize=False,  # to uint8
         )
+    return partial(_resize_and_crop, spec=spec)  # which workers of any kind can be sent
+
+
+def _resize_and_crop(image: Image.Image, spec: ImageSpec) -> Tensor:
     height, width = (math.floor(side / spec.crop_pct) for side in spec.size)
-
-    def transform(image: Image.Image) -> Tensor:
-        pixels = functional.pil_to_tensor(image)
-        ratio = min(pixels.shape[1] / height, pixels.shape[2] / width)
-        size = [round(side / ratio) for side in pixels.shape[1:]]
-        resized = functional.resize(pixels, size, InterpolationMode(spec.interpolation), antialias=False)
-        return functional.center_crop(resized, list(spec.size))
-
-    return transform
+    pixels = functional.pil_to_tensor(image)
+    ratio = min(pixels.shape[1] / height, pixels.shape[2] / width)
+    size = [round(side / ratio) for side in pixels.shape[1:]]
+    resized = functional.resize(pixels, size, InterpolationMode(spec.interpolation), antialias=False)
+    return functional.center_crop(resized, list(spec.size))
 
 
 _GENERATOR = np.random.MT19937()  # NumPy's global state is swapped for it: saving and restoring costs 60 µs

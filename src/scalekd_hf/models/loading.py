@@ -193,11 +193,21 @@ def _load_timm(
             f"`{role}` {name!r} could not be built by timm with {model_args or 'no arguments'}: {error}.{hint}"
         ) from error
     classifier = _timm_classifier(module, name)
-    antialias = None
-    if Path(name).is_dir() or name.startswith("hf-hub:"):
-        antialias = PreTrainedConfig.get_config_dict(name.removeprefix("hf-hub:"))[0].get("antialias")
-    classifier.spec = classifier.spec.updated(size=image_size, antialias=antialias)
+    classifier.spec = classifier.spec.updated(size=image_size, antialias=_saved_antialias(name))
     return classifier
+
+
+def _saved_antialias(name: str) -> bool | None:
+    """What the configuration of a student of ours says beside what timm reads; None where it says nothing."""
+    source, _, revision = name.removeprefix("hf-hub:").removeprefix("local-dir:").partition("@")
+    if not Path(source).is_dir() and not name.startswith("hf-hub:"):
+        return None
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision or None)
+    except (OSError, ValueError):  # timm has found what it needs
+        return None
+    found: bool | None = config.get("antialias")
+    return found
 
 
 def _timm_classifier(

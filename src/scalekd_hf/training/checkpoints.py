@@ -29,9 +29,9 @@ from .config import ScaleKDConfig
 from .epochs import count_steps
 from .feeding import ImageFeed
 from .loss_log import LossLog
-from .model import ScaleKDModel
+from .model import ScaleKDModel, attention_heads
 from .position import RUN_STATE_FILE, RunPosition
-from .settings import settings_to_keep
+from .settings import FIXED, models_to_keep, settings_to_keep
 from .sharding import full_state
 from .stopwatch import Stopwatch
 
@@ -78,9 +78,15 @@ class Checkpoints:
     ):
         self.args, self.feed, self.progress, self.stopwatch = args, feed, progress, stopwatch
         self.averaged, self.is_sharded = averaged, is_sharded
-        self.settings, self.student = settings_to_keep(args, model), model.student
+        heads = attention_heads(model.teacher, args) if model.heads is not None and model.teacher is not None else None
+        self._models, self.student = models_to_keep(model, heads), model.student
         self.distils_features = model.heads is not None
         self.schedule = RestoredSchedule()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Under which the run goes on now; those of `args` may have been set after the trainer was made."""
+        return settings_to_keep(self.args) | self._models
 
     def start(self, checkpoint: str | None, dataset: Any, epochs: float | None) -> RunPosition:
         """Begin where a checkpoint stands, or at the beginning.
@@ -120,10 +126,13 @@ class Checkpoints:
         check_checkpoint(checkpoint, self.is_sharded or accepts_loss)
         position = RunPosition.read(checkpoint)
         changed = position.changes(order)
-        if (checkpoint / TRAINED_FILE).exists() and self.averaged is None:
-            raise ValueError(
-                f"The checkpoint {str(checkpoint)!r} holds an averaged student: set its `ema_decay` again."
+        if (checkpoint / TRAINED_FILE).exists() != (self.averaged is not None):
+            what = (
+                "no average: leave `ema_decay` out"
+                if self.averaged is not None
+                else "an averaged student: set its `ema_decay` again"
             )
+            raise ValueError(f"The checkpoint {str(checkpoint)!r} holds {what}.")
         self._check_settings(checkpoint, position)
         self.schedule.is_changed = bool(changed or position.changed_settings(self.settings))
         if changed and not (self.args.allow_data_mismatch and is_stream):
@@ -148,7 +157,14 @@ class Checkpoints:
         """
         if position.settings is None and self.distils_features:
             self._check_mixer(checkpoint)
-        changed = position.changed_settings(self.settings)
+        settings = self.settings
+        if fixed := position.changed_settings({name: settings[name] for name in FIXED if name in settings}):
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} was written with other settings: {', '.join(fixed)}. Its optimiser and its "
+                "projectors are made for the former: go back to them, or begin a new run from its student, with "
+                f"`student` {str(checkpoint)!r} and `student_pretrained`."
+            )
+        changed = position.changed_settings(settings)
         if changed and not self.args.allow_settings_mismatch:
             raise ValueError(
                 f"The checkpoint {str(checkpoint)!r} was written with other settings: {', '.join(changed)}. Go back to them, or "
@@ -280,9 +296,8 @@ class RestoredSchedule(TrainerCallback):
 
     def remember(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Keep the settings of an optimiser, before the state of a checkpoint takes their place; returns the optimiser."""
-        self.asked = [
-            {key: group[key] for key in OPTIMIZER_SETTINGS if key in group} for group in optimizer.param_groups
-        ]
+        groups = getattr(optimizer, "param_groups", ())  # DeepSpeed makes one of its file's later
+        self.asked = [{key: group[key] for key in OPTIMIZER_SETTINGS if key in group} for group in groups]
         return optimizer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
@@ -291,11 +306,20 @@ class RestoredSchedule(TrainerCallback):
             schedule.load_state_dict(torch.load(self.file, weights_only=True))
             for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
                 group["lr"] = rate
-        if self.is_changed and isinstance(schedule, LambdaLR):
-            rates = [asked["lr"] for asked in self.asked]
-            for group, asked, factor in zip(
-                schedule.optimizer.param_groups, self.asked, schedule.lr_lambdas, strict=True
-            ):
-                group |= asked | {"initial_lr": asked["lr"], "lr": asked["lr"] * factor(schedule.last_epoch)}
-            now = [group["lr"] for group in schedule.optimizer.param_groups]
-            schedule.load_state_dict(schedule.state_dict() | {"base_lrs": rates, "_last_lr": now})
+        if not self.is_changed:
+            return
+        groups = getattr(getattr(schedule, "optimizer", None), "param_groups", ())
+        if not groups or len(groups) != len(self.asked):
+            logger.warning(
+                "The settings of the optimiser stay those of the checkpoint: it is not made by these settings."
+            )
+            return
+        for group, asked in zip(groups, self.asked, strict=True):
+            group |= {name: value for name, value in asked.items() if name != "lr"}
+        if isinstance(schedule, LambdaLR):
+            for group, asked, factor in zip(groups, self.asked, schedule.lr_lambdas, strict=True):
+                group |= {"initial_lr": asked["lr"], "lr": asked["lr"] * factor(schedule.last_epoch)}
+            rates = {"base_lrs": [asked["lr"] for asked in self.asked], "_last_lr": [group["lr"] for group in groups]}
+            schedule.load_state_dict(schedule.state_dict() | rates)
+        else:
+            logger.warning("The learning rate stays the checkpoint's: %s cannot begin anew.", type(schedule).__name__)

@@ -14,7 +14,7 @@ from .config import ScaleKDConfig
 from .loss_log import LossLog
 
 
-__all__ = ["EpochCounter", "count_epochs", "count_steps", "epoch_images", "images_per_step"]
+__all__ = ["EpochCounter", "count_epochs", "count_steps", "images_per_step", "steps_per_epoch"]
 
 
 class EpochCounter(TrainerCallback):
@@ -82,14 +82,28 @@ def count_steps(stream: ImageStream, args: ScaleKDConfig, images_seen: int = 0) 
     return math.ceil((args.num_train_epochs * images - images_seen) / images_per_step(args))
 
 
-def epoch_images(dataset: Any, args: Any) -> int:
-    """Images that count as an epoch of a training set; 1 where nobody knows, so that an epoch is a step."""
-    if args.images_per_epoch:
-        return int(args.images_per_epoch)
+def epoch_images(stream: ImageStream, args: Any) -> int:
+    """Images that count as an epoch of a stream."""
+    return int(getattr(args, "images_per_epoch", None) or len(stream.source))
+
+
+def steps_per_epoch(dataset: Any, args: Any) -> float:
+    """Optimiser steps of an epoch: of a stream so many images, of other data sets whole batches.
+
+    Raises:
+        ValueError: a data set of unknown length.
+    """
+    if isinstance(dataset, ImageStream):
+        return epoch_images(dataset, args) / images_per_step(args)
     try:
-        return len(dataset.source) if isinstance(dataset, ImageStream) else len(dataset)
+        count = len(dataset)
     except TypeError:
-        return 1
+        raise ValueError(
+            "`lr_by_epoch` needs to know an epoch, and `train_dataset` does not tell its length."
+        ) from None
+    batch = args.train_batch_size * args.world_size
+    batches = count // batch if args.dataloader_drop_last else math.ceil(count / batch)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def images_per_step(args: Any) -> int:

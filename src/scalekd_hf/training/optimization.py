@@ -93,7 +93,9 @@ def epoch_schedule(optimizer: Any, args: ScaleKDConfig, total_steps: int, steps_
     `min_lr_rate` as a share) and the share that the warm-up begins at (`warmup_lr_rate`).
     """
     options: dict[str, float] = dict(cast(dict, args.lr_scheduler_kwargs) or {})
-    lowest = options.get("min_lr_rate") or (options.get("min_lr") or 0.0) / optimizer.defaults["lr"]
+    lowest = options.get("min_lr_rate") or 0.0
+    if min_lr := options.get("min_lr"):
+        lowest = min_lr / optimizer.defaults["lr"] if optimizer.defaults["lr"] else 0.0
     first, warmup_steps = options.get("warmup_lr_rate") or 0.0, args.get_warmup_steps(total_steps)
 
     def factor(step: int) -> float:

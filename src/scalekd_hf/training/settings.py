@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import fields
+import math
+import re
+from dataclasses import asdict, fields
 from typing import Any
 
 from torch import nn
 
+from ..images import ImageSpec
 from .config import ScaleKDConfig
 from .model import ScaleKDModel
 
 
-__all__ = ["rebuilding_settings", "run_settings", "settings_to_keep", "told_settings"]
+__all__ = ["FIXED", "models_to_keep", "rebuilding_settings", "run_settings", "settings_to_keep", "told_settings"]
 
 NOT_OF_THE_RUN = (
     "output_dir",
@@ -38,6 +40,14 @@ LENGTH_AND_BATCH = (
 FREE = (
     *("remove_unused_columns", "ddp_find_unused_parameters", "logging_nan_inf_filter", "shard_teacher"),
     *("image_column", "shuffle_buffer_size", "repeated_augmentation", "max_bad_images", "images_per_epoch"),
+    # Kept as what they come to, see `models_to_keep`.
+    *("image_size", "teacher_image_size", "crop_pct", "interpolation", "antialias", "student_taps"),
+    *("penultimate_num_heads", "last_num_heads"),
+)
+# That no checkpoint can go on with: another optimiser's state, other groups of parameters, other projectors.
+FIXED = (
+    *("optim", "optim_args", "timm_optim", "decay_all", "no_weight_decay", "student_taps", "teacher_last_blocks"),
+    *("stem", "stem_norm", "penultimate_norm", "learned_last_queries", "teacher_perception"),
 )
 WHERE = (
     *(
@@ -51,7 +61,8 @@ WHERE = (
     *("accelerator_config", "ignore_data_skip", "dataloader_pin_memory", "ddp_static_graph"),
 )
 REPORTING = ("hub_", "log", "trackio_")  # begin the names of settings that say where a run reports
-VALUES = 16  # of each tensor, that tell one teacher's weights from another's
+PARTS = 4  # of a teacher, whose norms tell its weights from another's
+ACTIVATION = re.compile(r"elu|silu|swish|sigmoid|tanh|mish|act", re.IGNORECASE)
 
 
 def run_settings(args: ScaleKDConfig) -> dict[str, Any]:
@@ -81,27 +92,55 @@ def rebuilding_settings(args: ScaleKDConfig) -> dict[str, Any]:
     }
 
 
-def settings_to_keep(args: ScaleKDConfig, model: ScaleKDModel) -> dict[str, Any]:
-    """Those under which a run has to go on, by their names: of method, images and optimisation, and what the models are.
+def settings_to_keep(args: ScaleKDConfig) -> dict[str, Any]:
+    """Those of method, images and optimisation under which a run has to go on, by their names."""
+    kept = {name: value for name, value in told_settings(args).items() if name not in (*LENGTH_AND_BATCH, *FREE)}
+    if args.timm_optim is not None:
+        del kept["optim"]
+    elif str(_plain(kept)["optim"]).startswith("adamw_torch"):  # which of the two is torch's choice
+        kept["optim"] = "adamw_torch"
+    return _plain(kept)
+
+
+def models_to_keep(model: ScaleKDModel, heads: tuple[int, int] | None) -> dict[str, Any]:
+    """What the models of a run are, as it has to go on; read before anything of them is sharded.
 
     Args:
-        args: of the run.
-        model: before anything of it is sharded.
+        model: student, teacher and heads.
+        heads: attention heads of the projectors, where there are any.
     """
-    kept = {name: value for name, value in told_settings(args).items() if name not in (*LENGTH_AND_BATCH, *FREE)}
-    arguments = {name: value for name, value in model.student.classifier.model_args.items() if name != "num_classes"}
-    kept |= {"student_taps": [tap.module for tap in model.student.taps] if model.heads is not None else None}
-    return _plain(kept | {"student_args": arguments, "teacher": _fingerprint(model.teacher)})
+    student, teacher = model.student, model.teacher
+    leaves = [module for module in student.model.modules() if not any(True for _ in module.children())]
+    rates = {
+        getattr(leaf, "drop_prob", getattr(leaf, "p", None))
+        for leaf in leaves
+        if "drop" in type(leaf).__name__.lower()
+    }
+    kinds = {type(leaf).__name__ for leaf in leaves if not any(True for _ in leaf.parameters())}
+    return _plain(
+        {
+            "student_taps": [tap.module for tap in student.taps] if model.heads is not None else None,
+            "student's drop rates": sorted(round(rate, 4) for rate in rates if rate),
+            "student's activations": sorted(kind for kind in kinds if ACTIVATION.search(kind)),
+            "student's images": _images(student.spec),
+            "teacher's images": _images(teacher.spec) if teacher is not None else None,
+            "teacher's weights": _fingerprint(teacher) if teacher is not None else None,
+            "attention heads": heads,
+        }
+    )
 
 
-def _fingerprint(module: nn.Module | None) -> str | None:
-    """Tells weights apart, wherever they were loaded from."""
-    if module is None:
-        return None
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.flatten()[:VALUES].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _images(spec: ImageSpec) -> dict[str, Any]:
+    """Those that are trained on: the crop of an evaluation may change."""
+    return {name: value for name, value in asdict(spec).items() if name != "crop_pct"}
+
+
+def _fingerprint(module: nn.Module) -> list[str]:
+    """Norms of a few parts of a model, to four digits: another model has others, and another machine the same."""
+    tensors = [tensor for tensor in module.parameters()]
+    size = -(-len(tensors) // PARTS)
+    parts = [tensors[start : start + size] for start in range(0, len(tensors), size)]
+    return [f"{math.sqrt(sum(float(tensor.double().square().sum()) for tensor in part)):.4g}" for part in parts]
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .averaging import AveragedStudent
 from .checkpoints import Checkpoints
 from .config import ScaleKDConfig
 from .console import use_readable_log
-from .epochs import count_epochs, epoch_images, images_per_step
+from .epochs import count_epochs, steps_per_epoch
 from .facts import PushedCheckpoints, card_facts
 from .feeding import ImageFeed, prepare_images
 from .loss_log import LossLog
@@ -203,7 +203,7 @@ class ScaleKDTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
         """The parent's, or that of `lr_milestones` or `lr_by_epoch`."""
         if self.lr_scheduler is None:
-            steps = epoch_images(self.train_dataset, self.args) / images_per_step(self.args)
+            steps = steps_per_epoch(self.train_dataset, self.args) if self.args.lr_by_epoch else 1.0
             self.lr_scheduler = own_schedule(optimizer or self.optimizer, self.args, num_training_steps, steps)
             self._created_lr_scheduler = self.lr_scheduler is not None  # and not given: another `train` makes another
         return super().create_scheduler(num_training_steps, optimizer)
