@@ -73,8 +73,13 @@ def dimensions(tap):
 
 
 @pytest.mark.parametrize("name", AS_RUN)
-def test_what_is_tapped_and_which_norm_it_has_passed(name, tmp_path):
-    model, _ = models(name, tmp_path)
+def test_what_is_tapped_which_norm_it_has_passed_and_what_decays(name, tmp_path):
+    model, config = models(name, tmp_path)
+    check_taps(name, model)
+    check_decay(name, model, config)
+
+
+def check_taps(name, model):
     student, teacher, (penultimate, last, norm) = model.student, model.teacher, STUDENTS[name]
     assert tuple(dimensions(tap) for tap in student.taps) == (penultimate, last)
     assert [tap.prefix for tap in student.taps] == [PREFIX.get(name, 0)] * 2
@@ -107,9 +112,7 @@ def is_decayed(name, parameter, recipe):
     return vectors_decay or parameter.ndim > 1
 
 
-@pytest.mark.parametrize("name", AS_RUN)
-def test_which_parameters_decay(name, tmp_path):
-    model, config = models(name, tmp_path)
+def check_decay(name, model, config):
     decayed = set(decayed_parameters(model, config.decay_all, config.no_weight_decay))
     parameters = dict(model.named_parameters())
     assert decayed == {key for key, parameter in parameters.items() if is_decayed(key, parameter, name)}

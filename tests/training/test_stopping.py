@@ -14,6 +14,7 @@ from stopped_runs import EVALUATING, Trainer, result, train, trainer_for
 from transformers import TrainerCallback
 
 from scalekd_hf.data import sources
+from scalekd_hf.training.stopping import RunCancelled, Stopping
 
 
 def wait_for_steps(started):
@@ -35,6 +36,35 @@ def test_sigterm_saves_a_checkpoint_and_the_same_call_resumes(tmp_path, shards, 
     train(stopped, shards, **options)
     assert result(stopped) == result(whole)
     assert not (stopped / "_interrupted.json").exists()
+
+
+@pytest.mark.parametrize("place", some_slow(["step", "evaluation"], 1))
+def test_ctrl_c_saves_a_checkpoint_and_the_same_call_resumes(tmp_path, shards, place):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = {**EVALUATING, "dataloader_num_workers": 2}
+    train(whole, shards, **options)
+
+    def cancelled():
+        with pytest.raises(RunCancelled):
+            train(stopped, shards, at=(place, 3), how=signal.SIGINT, **options)
+
+    outcome = in_child(tmp_path, cancelled)
+    assert outcome.status == 0, outcome.text[-3000:]
+    assert list(stopped.glob("checkpoint-*"))
+    train(stopped, shards, **options)
+    assert result(stopped) == result(whole)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_one_that_a_launcher_repeats_does_not(monkeypatch, caplog):
+    stopping, now = Stopping(lambda: False), [0.0]
+    monkeypatch.setattr("scalekd_hf.training.stopping.time.monotonic", lambda: now[0])
+    stopping._cancel()
+    assert stopping.terminated and "Once more ends it at once" in caplog.text
+    now[0] = 0.5
+    stopping._cancel()
+    now[0] = 2.0
+    with pytest.raises(KeyboardInterrupt):
+        stopping._cancel()
 
 
 def test_sigterm_in_an_evaluation_is_answered_before_its_next_batch(tmp_path, shards):

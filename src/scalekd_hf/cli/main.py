@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from ..tools.fields import Field, launcher_options, settings_of
 from ..tools.words import check_known, check_words, nearest, read_config, take_configs
@@ -46,6 +49,8 @@ USAGE = {
 }
 USER_ERRORS = (ValueError, OSError, ImportError)
 STATUS = 2
+CANCELLED = 130  # as shells have it
+TRY_AGAIN_LATER = 75  # as the trainer has it
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -62,6 +67,14 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit(0 if words else STATUS)
     try:
         run(words[0], words[1:])
+    except KeyboardInterrupt as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            saved = type(error) is not KeyboardInterrupt
+            print(
+                f"scalekd: stopped{'; the same command goes on from the checkpoint' if saved else ''}.",
+                file=sys.stderr,
+            )
+        raise SystemExit(CANCELLED) from None
     except USER_ERRORS as error:
         if show_traceback:
             traceback.print_exc()
@@ -137,19 +150,30 @@ def split_launcher(words: list[str], known: set[str]) -> tuple[list[str], list[s
 
 def launch(options: list[str], command: str, words: list[str]) -> int:
     """Start the command by Accelerate's launcher, in processes as its options say; returns the exit status."""
-    start = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *options,
-        "-m",
-        "scalekd_hf.cli.main",
-        command,
-        *words,
-    ]
-    if os.name == "posix":
-        os.execv(sys.executable, start)  # signals reach the launcher itself
-    return subprocess.call(start)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options, "-m", "scalekd_hf.cli.main"]
+    # Apart from the terminal, whose Ctrl-C would end the launcher and leave the processes behind it.
+    started = subprocess.Popen([*launcher, command, *words], start_new_session=True)
+    passed: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        passed.append(number)
+        _send(number, started.pid)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    status = started.wait()
+    return CANCELLED if signal.SIGINT in passed else TRY_AGAIN_LATER if passed and status else status
+
+
+def _send(number: int, launcher: int) -> None:
+    """Send a signal to the processes that a launcher has started, not to the launcher, which would leave them behind."""
+    import psutil  # which Accelerate needs as well
+
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(launcher).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "scalekd_hf.cli.main" in child.cmdline():
+                    child.send_signal(number)
 
 
 def overview() -> str:

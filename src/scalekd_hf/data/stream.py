@@ -291,5 +291,6 @@ class StreamLoader(DataLoaderShard):
 
 
 def outlive_sigterm(worker: int) -> None:
-    """Let a worker live on after a first SIGTERM, which a whole group of processes may get: its trainer still needs it."""
+    """Let a worker live on after Ctrl-C and a first SIGTERM, which a whole group may get: its trainer still needs it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -60,7 +60,7 @@ WHERE = (
     *("push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "local_rank", "ddp_backend"),
     *("accelerator_config", "ignore_data_skip", "dataloader_pin_memory", "ddp_static_graph"),
 )
-REPORTING = ("hub_", "log", "trackio_")  # begin the names of settings that say where a run reports
+REPORTING = ("hub_", "log_", "logging_", "trackio_")  # begin the names of settings that say where a run reports
 PARTS = 4  # of a teacher, whose norms tell its weights from another's
 ACTIVATION = re.compile(r"elu|silu|swish|sigmoid|tanh|mish|act", re.IGNORECASE)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,10 +22,11 @@ from ..data.sources import StreamReadError
 from .run_folder import RunFolder
 
 
-__all__ = ["STOPPING_FAILURES", "EvaluationStopped", "RunInterrupted", "Stopping"]
+__all__ = ["STOPPING_FAILURES", "EvaluationStopped", "RunCancelled", "RunInterrupted", "Stopping"]
 
 STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError)  # the images have ended
 TRY_AGAIN_LATER = 75  # exit status, EX_TEMPFAIL of sysexits.h
+SAME_KEY = 1.0  # seconds within which a launcher passes on what the terminal has sent already
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +38,16 @@ class RunInterrupted(SystemExit):
         super().__init__(TRY_AGAIN_LATER)
 
 
+class RunCancelled(KeyboardInterrupt):
+    """Raised by `train()` after Ctrl-C and a checkpoint. The same call resumes the run."""
+
+
 class EvaluationStopped(Exception):  # noqa: N818
     """Ends an evaluation during training, on all processes before the same batch."""
 
 
 class Stopping(TrainerCallback):
-    """Has all processes stop where one of them must: for SIGTERM, or for want of images.
+    """Has all processes stop where one of them must: for SIGTERM or Ctrl-C, or for want of images.
 
     They ask each other before each step, before each batch of an evaluation, which may take longer than a scheduler
     waits, and after the last step. The answer travels between the processes' CPUs; no device is waited for.
@@ -50,7 +57,8 @@ class Stopping(TrainerCallback):
 
     Attributes:
         failure: of this process, which then must stop.
-        terminated: this process got SIGTERM.
+        terminated: this process got SIGTERM or Ctrl-C.
+        cancelled: one of the processes got Ctrl-C.
         stopped: the run ends, on all processes.
         saved_step: of the last checkpoint that the run can go on from.
     """
@@ -58,20 +66,22 @@ class Stopping(TrainerCallback):
     def __init__(self, epoch_end_is_repeated: Callable[[], bool]):
         self.epoch_end_is_repeated = epoch_end_is_repeated
         self.failure: Exception | None = None
-        self.terminated = self.stopped = False
+        self.terminated = self.cancelled = self.stopped = False
         self.saved_step = 0
         self._is_training = self._is_watched = False  # training goes on; an evaluation may end it
-        self._handler: Any = None
+        self._handlers: dict[int, Any] = {}
+        self._pressed = -math.inf  # when Ctrl-C came first
         self._group: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.failure, self.terminated, self.stopped = None, False, False
+        self.failure, self.terminated, self.cancelled, self.stopped = None, False, False, False
         self.saved_step = state.global_step
         if args.world_size > 1 and self._group is None:
             timeout = timedelta(seconds=args.ddp_timeout)
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._terminate)
+            for number, handler in ((signal.SIGTERM, self._terminate), (signal.SIGINT, self._cancel)):
+                self._handlers[number] = signal.signal(number, handler)
         self._is_training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -110,7 +120,8 @@ class Stopping(TrainerCallback):
         Once the run stops, evaluations that callbacks start are not cut short.
 
         Raises:
-            RunInterrupted, StreamReadError, TooManyBadImagesError: in training, after `save` has run on all processes.
+            RunInterrupted, RunCancelled, StreamReadError, TooManyBadImagesError: in training, after `save` has run on all
+                processes.
         """
         was_watched, self._is_watched = self._is_watched, self._is_training and not self.stopped
         try:
@@ -140,23 +151,21 @@ class Stopping(TrainerCallback):
     def any_must_stop(self, world_size: int) -> bool:
         """Whether one of the processes must stop; every one of them must ask."""
         stops = self.terminated or self.failure is not None
-        if world_size == 1:
-            return stops
-        wanted = torch.tensor([int(stops)])
-        torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(wanted.item())
+        if world_size > 1:
+            wanted = torch.tensor([int(stops), int(self.cancelled)])
+            torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=self._group)
+            stops, self.cancelled = (bool(value) for value in wanted.tolist())
+        return stops
 
     @contextmanager
     def within_training(self, folder: RunFolder) -> Iterator[None]:
-        """After the training inside, SIGTERM has its former meaning again, and the folder of a stopped run says so."""
+        """After the training inside, signals have their former meaning again, and the folder of a stopped run says so."""
         self.stopped = False
         try:
             yield
         finally:
             self._is_training = False
-            if self._handler is not None:
-                signal.signal(signal.SIGTERM, self._handler)
-                self._handler = None
+            self._restore_handlers()
             if self.stopped:
                 folder.note_interruption()
 
@@ -164,7 +173,7 @@ class Stopping(TrainerCallback):
         """Raise what stopped the run, if anything did, on all processes.
 
         Raises:
-            RunInterrupted: SIGTERM, to this process or another.
+            RunInterrupted, RunCancelled: SIGTERM or Ctrl-C, to this process or another.
             Exception: the failure of this process.
         """
         if not self.stopped:
@@ -172,7 +181,23 @@ class Stopping(TrainerCallback):
         accelerator.wait_for_everyone()  # a process that leaves early has its launcher end the others
         if self.failure is not None:
             raise self.failure
-        raise RunInterrupted
+        raise RunCancelled if self.cancelled else RunInterrupted
 
     def _terminate(self, *_: Any) -> None:
         self.terminated = True
+
+    def _cancel(self, *_: Any) -> None:
+        """The first time as SIGTERM; the second time at once."""
+        now = time.monotonic()
+        if not self.cancelled:
+            self.terminated = self.cancelled = True
+            self._pressed = now
+            logger.warning("Ctrl-C: the run stops after this step, with a checkpoint. Once more ends it at once.")
+        elif now > self._pressed + SAME_KEY:
+            self._restore_handlers()
+            raise KeyboardInterrupt
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}

@@ -120,7 +120,7 @@ class ScaleKDTrainer(Trainer):
             ValueError: `output_dir` holds a run and neither resuming nor overwriting was asked for, or another run writes
                 into it; or a checkpoint that cannot be used.
             NonFiniteLossError: a loss that is not finite.
-            RunInterrupted: SIGTERM came. It is a `SystemExit` with status 75; the same call resumes the run.
+            RunInterrupted, RunCancelled: SIGTERM, a `SystemExit` with status 75, or Ctrl-C; the same call resumes the run.
             StreamReadError, TooManyBadImagesError: the images ended. In both cases a checkpoint is saved.
         """
         check_untrained(self)
