@@ -179,4 +179,5 @@ def test_what_is_sent_and_how_it_scales_follows_from_flops_and_parameters():
     assert scaling(200.0, 64, 200_000_000, half=False)["8"]["images_per_second"] < rows["8"]["images_per_second"] / 10
     small = scaling(10.0, 256, 1_000_000)["8"]
     assert small["limit"] == "data" and small["cores_per_gpu"] > 16
+    assert small["images_per_second"] == pytest.approx(8 * 16 * 520)  # what the cores decode
     assert scaling(200.0, 64, 2_000_000_000, accumulation=8)["256"]["efficiency"] > large["256"]["efficiency"]

@@ -24,6 +24,7 @@ from ..training.config import ScaleKDConfig
 from ..training.model import ScaleKDModel, attention_heads, build_model, class_names
 from ..training.optimization import scaled_learning_rate, timm_optimizer
 from ..training.run_folder import check_output_dir
+from .plan_text import plan_text, shown
 from .recipe import DistillArguments, as_words, parse_config
 from .scaling import communication, memory_by_launcher, scaling
 
@@ -49,6 +50,7 @@ class Plan:
     launcher_gib: dict[str, float] = field(default_factory=dict)
     scaling: dict[str, dict[str, Any]] = field(default_factory=dict)
     precision: str = "float32"
+    notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
 
@@ -58,44 +60,7 @@ class Plan:
 
     def to_text(self) -> str:
         """A table for people."""
-        lines = []
-        for name, model in self.models.items():
-            lines.append(f"{name:<9} {model['name']}")
-            lines.append(
-                f"          {model['parameters'] / 1e6:.2f} M parameters, {model['gflops']:.1f} GFLOP forward"
-            )
-            for stage in ("penultimate", "last"):
-                grid, dim = model[f"{stage}_grid"], model[f"{stage}_dim"]
-                tap = f", tapped at {model[f'{stage}_tap']}" if f"{stage}_tap" in model else ""
-                lines.append(f"          {stage:<12} grid {grid[0]}x{grid[1]}, width {dim}{tap}")
-        if self.projectors:
-            lines.append(f"{'projectors':<24}{'heads':>6}{'M params':>10}{'GFLOP':>8}  maps")
-        for name, row in self.projectors.items():
-            lines.append(
-                f"  {name:<22}{row['heads']:>6}{row['parameters'] / 1e6:>10.2f}{row['gflops']:>8.1f}  {row['maps']}"
-            )
-        lines += _block("GFLOP of a training step, per image", self.gflops_per_image, "{:.1f}")
-        lines += _block("memory per process, GiB (estimated)", self.memory_gib, "{:.2f}")
-        lines += _block("schedule", self.schedule, "{:g}")
-        lines += _block("GB that each GPU sends in a step", self.communication_gb, "{:.2f}")
-        lines += _block("GiB on each GPU", self.launcher_gib, "{:.2f}")
-        if self.scaling:
-            title = f"GPUs (H100, {self.precision})"
-            lines.append(f"{title:<24}{'images/s':>10}{'computing':>11}{'cores/GPU':>11}  limit (estimated)")
-        for name, row in self.scaling.items():
-            lines.append(
-                f"  {name:<22}{row['images_per_second']:>10.0f}{row['efficiency']:>11.0%}{row['cores_per_gpu']:>11.1f}  "
-                f"{row['limit']}"
-            )
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        if self.error:
-            lines.append(f"This run would fail: {self.error}")
-        return "\n".join(lines)
-
-
-def _block(title: str, values: dict[str, Any], number: str) -> list[str]:
-    rows = [f"  {name:<30}{number.format(v) if isinstance(v, float) else v}" for name, v in values.items()]
-    return [title, *rows] if rows else []
+        return plan_text(self)
 
 
 def plan_run(arguments: DistillArguments, config: ScaleKDConfig, processes: int | None = None) -> Plan:
@@ -117,6 +82,7 @@ def plan_run(arguments: DistillArguments, config: ScaleKDConfig, processes: int 
         _schedule(result, arguments, config, processes or config.world_size, images)
         _estimate_scaling(result, model, config, processes or config.world_size)
         _remember_warnings(result, model, config)
+        _note_hours(result, arguments, processes or config.world_size)
     except Exception as error:  # whatever would stop the run is the answer
         result.error = str(error) or repr(error)
     return result
@@ -334,12 +300,27 @@ def _estimate_scaling(result: Plan, model: ScaleKDModel, config: ScaleKDConfig, 
     result.scaling = scaling(gflops, config.per_device_train_batch_size, trained, accumulation, half)
 
 
+def _note_hours(result: Plan, arguments: DistillArguments, processes: int) -> None:
+    images, per_gpu = result.schedule.get("images seen"), result.scaling["8"]["images_per_second"] / 8
+    if images:
+        hours = images / per_gpu / 3600
+        result.notes.append(
+            f"{shown(hours)} GPU-hours on {processes} H100 ({result.precision}, estimated), without evaluations."
+        )
+    if arguments.baseline:
+        work = result.gflops_per_image
+        share = work["student"] / work["total"]
+        result.notes.append(
+            f"`baseline` first trains the student alone, for as many steps: {share:.0%} of this work more."
+        )
+
+
 def _remember_warnings(result: Plan, model: ScaleKDModel, config: ScaleKDConfig) -> None:
     student, teacher = model.student, model.teacher
     assert teacher is not None
     asked = (config.penultimate_num_heads, config.last_num_heads)
     if model.heads is not None and None in asked:
-        result.warnings.append(f"the projectors' heads were chosen: {attention_heads(teacher, config)}.")
+        result.notes.append(f"the projectors' heads are chosen: {attention_heads(teacher, config)}.")
     if config.stem != "full":
         result.warnings.append(f"`stem` {config.stem!r} is lighter than the paper's: this is another method.")
     if teacher.spec.size != student.spec.size:

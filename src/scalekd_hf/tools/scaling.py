@@ -74,10 +74,13 @@ def scaling(
         exposed = max(0.0, sending - BACKWARD * computing / accumulation)
         step = computing + exposed
         limit = "network" if exposed > 0 else "computing"
+        needed = cores * computing / step
+        if needed > CORES_PER_GPU:  # the GPUs wait for images
+            limit, step = "data", cores * computing / CORES_PER_GPU
         rows[str(processes)] = {
             "images_per_second": processes * batch * accumulation / step,
             "efficiency": computing / step,
-            "cores_per_gpu": cores * computing / step,
-            "limit": "data" if cores * computing / step > CORES_PER_GPU else limit,
+            "cores_per_gpu": needed,
+            "limit": limit,
         }
     return rows

@@ -119,10 +119,11 @@ def build_model(
 
 
 def _build_teacher(teacher: str | nn.Module | Teacher, args: ScaleKDConfig) -> Teacher:
-    if not isinstance(teacher, str):
-        _check_built_size("teacher_image_size", args.teacher_image_size, teacher)
     size: dict[str, Any] = {"image_size": args.teacher_image_size} if isinstance(teacher, str) else {}
-    return load_teacher(teacher, last_blocks=args.teacher_last_blocks, drop_path=args.teacher_drop_path, **size)
+    loaded = load_teacher(teacher, last_blocks=args.teacher_last_blocks, drop_path=args.teacher_drop_path, **size)
+    if not isinstance(teacher, str):
+        _check_built_size("teacher_image_size", args.teacher_image_size, loaded)
+    return loaded
 
 
 def _build_student(student: str | nn.Module | Student, args: ScaleKDConfig, labels: list[str] | None) -> Student:
