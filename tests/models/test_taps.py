@@ -76,6 +76,25 @@ def test_the_last_map_of_mixers_has_not_passed_their_final_norm(name, last):
         assert load_student(f"timm/{name}", labels=["a", "b"]).taps[1].module == last
 
 
+@pytest.mark.parametrize("name", ["resnetv2_50", "dpn48b", "dla34"])
+def test_a_classifier_of_two_classes_that_is_a_convolution_is_no_map(name):
+    with torch.device("meta"):
+        assert load_student(f"timm/{name}", labels=["a", "b"]).taps[1].grid == (7, 7)
+
+
+def test_a_last_stage_of_one_cell_is_said_and_nothing_is_said_of_pooling(caplog):
+    with torch.device("meta"):
+        taps = load_student("timm/resnet18", num_classes=10, image_size=32).taps
+        assert taps[1].grid == (2, 2) and "ends in a single cell at 32x32 px" in caplog.text
+        caplog.clear()
+        for name in ("resnet18", "vgg11", "mobilenetv3_large_100", "swin_tiny_patch4_window7_224"):
+            student = load_student(
+                f"timm/{name}", labels=["a", "b"], taps=["features.14", "features.19"] if "vgg" in name else None
+            )
+            assert student.taps
+    assert "single cell" not in caplog.text
+
+
 def test_prefix_tokens_are_left_out_of_the_maps():
     model = timm.create_model(
         "vit_tiny_patch16_224",

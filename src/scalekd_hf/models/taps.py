@@ -8,6 +8,7 @@ isotropic students without attention: of mixers the method takes the last block'
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ from ..images import ImageSpec
 
 __all__ = ["Tap", "dry_run", "find_taps", "first_tensor"]
 
+logger = logging.getLogger(__name__)
+
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 MAX_PREFIX_TOKENS = 16
+HALVED = 4  # cells, 2x2, of which a stage makes a single one
 
 
 class Tapped(Protocol):
@@ -66,6 +70,7 @@ class Visit:
     tap: Tap
     node: Any  # autograd node of its output
     plain: bool  # its output is a tensor, not a tuple or model output
+    entering: int = 0  # cells of its input, where that is a map
 
 
 def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[Tap, Tap]:
@@ -81,6 +86,8 @@ def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[Tap, Ta
     visits, logits = dry_run(student)
     if student.tap_names is not None:
         return _named_taps(student, visits, student.tap_names)
+    one_cell = _halved_to_one_cell(visits, logits.grad_fn)
+    visits = [visit for visit in visits if visit.tap.grid != (1, 1)]
     cuts = [visit for visit in visits if _is_cut(visit.node, logits.grad_fn)]
     if not cuts:
         raise ValueError(
@@ -90,6 +97,14 @@ def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[Tap, Ta
         )
     same = [visit for visit in cuts if visit.node is cuts[-1].node]  # modules that hand on one tensor
     last = min(same, key=lambda visit: (not visit.plain, len(visit.name)))
+    if one_cell:
+        logger.warning(
+            "`student` %r ends in a single cell at %dx%d px, which has no place and no second view: its last map is %s, before "
+            "it, and the last stage learns from the logits alone. Larger images give it a map (`image_size`).",
+            student.name,
+            *student.spec.size,
+            last.name,
+        )
     blocks = [visit for visit in cuts if any(True for _ in visit.module.children()) and _has_matrix(visit.module)]
     here = [visit for visit in blocks if visit.tap.grid == last.tap.grid]
     before = [visit for visit in blocks if visit.tap.grid != last.tap.grid]
@@ -192,7 +207,7 @@ def dry_run(student: Tapped) -> tuple[list[Visit], Tensor]:
         x = first_tensor(output)
         tap = _read_layout(names[module], x, student, grids) if isinstance(x, Tensor) and x.requires_grad else None
         if tap is not None:
-            visits.append(Visit(tap.module, module, tap, x.grad_fn, x is output))
+            visits.append(Visit(tap.module, module, tap, x.grad_fn, x is output, _cells(first_tensor(args), tap)))
 
     hooks = [module.register_forward_hook(record) for module in names]
     was_training = [(module, module.training) for module in student.model.modules()]
@@ -215,9 +230,31 @@ def dry_run(student: Tapped) -> tuple[list[Visit], Tensor]:
     return visits, logits
 
 
+def _halved_to_one_cell(visits: list[Visit], logits_node: Any) -> bool:
+    """Whether a stage with weights ends in a single cell, and not pooling, or a convolution over a whole map."""
+    shrinks = (v for v in visits if v.tap.grid == (1, 1) and v.entering > 1 and _is_cut(v.node, logits_node))
+    first = next(shrinks, None)
+    return first is not None and first.entering <= HALVED and _has_matrix(first.module)
+
+
+def _is_single(x: Tensor) -> bool:
+    return x.ndim == 4 and (x.shape[2:] == (1, 1) or x.shape[1:3] == (1, 1))
+
+
+def _cells(x: Any, tap: Tap) -> int:
+    """Cells of what a module was given, 0 for no map."""
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        return 0
+    return x.shape[1] * x.shape[2] if tap.layout == "NHWC" else x.shape[2] * x.shape[3]
+
+
 def _read_layout(name: str, x: Tensor, student: Tapped, grids: list[tuple[int, int]]) -> Tap | None:
-    """How to read an output as a map larger than 1x1 with the image's aspect ratio, or None if it is none."""
+    """How to read an output as a map with the image's aspect ratio, or as a single cell; None if it is neither."""
     height, width = student.spec.size
+    if _is_single(x):
+        return (
+            Tap(name, "NCHW", x.shape[1], (1, 1)) if x.shape[2:] == (1, 1) else Tap(name, "NHWC", x.shape[3], (1, 1))
+        )
 
     def fits(h: int, w: int) -> bool:
         return h * w > 1 and abs(h * width - w * height) <= max(height, width) and h <= height and w <= width

@@ -64,6 +64,12 @@ def line(logs: dict[str, Any], state: TrainerState, clock: Clock) -> str:
     return f"{place} | {'end of training' if ended else 'evaluation' if evaluated else 'log'}: {values}"
 
 
+def tapped(student: Any) -> str:
+    """Where a student is tapped, as a line."""
+    maps = [f"{tap.module} ({tap.dim} channels, {tap.grid[0]}x{tap.grid[1]})" for tap in student.taps]
+    return f"The student is tapped at {' and '.join(maps)}."
+
+
 def _number(name: str, value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
@@ -77,9 +83,11 @@ class _Readable(TrainerCallback):
         super().__init__()
         self.clock = Clock()
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.clock.start(state.global_step)
+        if state.is_world_process_zero and getattr(model, "heads", None) is not None:
+            self.write(tapped(model.student))
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
