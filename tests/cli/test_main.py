@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from helpers import ROOT
 from transformers import TrainingArguments
@@ -15,7 +16,7 @@ from scalekd_hf.cli.main import COMMANDS, USAGE, main, split_launcher
 from scalekd_hf.cli.recipes import published
 from scalekd_hf.tools.fields import settings_of
 from scalekd_hf.tools.recipe import DistillArguments, TeacherArguments
-from scalekd_hf.tools.words import shipped_configs, shipped_folder
+from scalekd_hf.tools.words import installed, shipped_configs, shipped_folder
 
 
 HEAVY = ("torch", "transformers", "timm", "datasets", "accelerate")
@@ -81,6 +82,25 @@ def test_settings_read_from_the_source_are_those_of_the_dataclasses(command, arg
     assert all(field.help for field in own)
 
 
+def test_paths_in_recipes_are_those_of_the_installation_where_there_are_none_here(tmp_path, monkeypatch):
+    shipped = str(shipped_folder() / "accelerate" / "zero2.json")
+    monkeypatch.chdir(tmp_path)
+    assert installed("recipes/accelerate/zero2.json") == shipped
+    assert installed("--deepspeed=recipes/accelerate/zero2.json") == f"--deepspeed={shipped}"
+    assert installed("--cpu") == "--cpu" and installed("photos/a=b") == "photos/a=b"
+    (tmp_path / "recipes" / "accelerate").mkdir(parents=True)
+    (tmp_path / "recipes" / "accelerate" / "zero2.json").touch()
+    assert installed("recipes/accelerate/zero2.json") == "recipes/accelerate/zero2.json"
+
+
+def test_bf16_without_a_gpu_names_the_settings(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(SystemExit):
+        main(["quickstart", "--bf16", "true", "--output_dir", str(tmp_path)])
+    assert "Set `bf16` to false, or `use_cpu` to true" in capsys.readouterr().err
+
+
 def test_options_of_the_launcher_are_told_apart():
     known = {"learning_rate", "crop_scale", "use_cpu", "gradient_accumulation_steps"}
     words = ["--num_processes", "2", "--learning_rate", "1", "--crop_scale", "0.1", "1", "--multi_gpu", "--use_cpu"]
@@ -132,8 +152,10 @@ def test_all_packages_and_files_are_in_the_wheel():
 
 
 @pytest.mark.slow
-def test_two_processes_start_by_options_of_the_launcher(tmp_path):
-    words = ["--cpu", "--num_processes", "2", "--max_steps", "2", "--baseline", "false", "--use_cpu"]
+@pytest.mark.parametrize("engine", [[], ["--deepspeed", "recipes/accelerate/zero2.json"]], ids=["ddp", "zero2"])
+def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch, engine):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    words = ["--cpu", "--num_processes", "2", "--max_steps", "2", "--baseline", "false", "--use_cpu", *engine]
     result = scalekd("quickstart", *words, "--output_dir", tmp_path / "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     resolved = yaml.safe_load((tmp_path / "run" / "config_resolved.yaml").read_text())

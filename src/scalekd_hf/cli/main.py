@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tools.fields import Field, launcher_options, settings_of
-from ..tools.words import check_known, check_words, nearest, read_config, take_configs
+from ..tools.words import check_known, check_words, installed, nearest, read_config, take_configs
 
 
 __all__ = ["main"]
@@ -123,7 +123,7 @@ def check(command: str, words: list[str]) -> tuple[list[str], list[str]]:
     for file in files:
         for key in read_config(file):
             check_known(key, known, f"{file}: `{key}`")
-    launcher, words = split_launcher(words, known | {"plan"})
+    launcher, words = split_launcher([installed(word) for word in words], known | {"plan"})
     check_words(words, known | {"plan"})
     return launcher, [*named, *words]
 

@@ -19,6 +19,7 @@ __all__ = [
     "check_known",
     "check_words",
     "find_config",
+    "installed",
     "nearest",
     "read_config",
     "shipped_configs",
@@ -77,12 +78,16 @@ def read_config(name: str | Path) -> dict[str, Any]:
         raise ValueError(f"The configuration {str(file)!r} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"The configuration {str(file)!r} must be a mapping of settings, got {settings!r}.")
-    folder = shipped_folder()
-    is_shipped = folder.resolve() in file.resolve().parents
-    for key, value in settings.items():
-        if isinstance(value, str) and value.startswith(SHIPPED) and (is_shipped or not glob.glob(value)):
-            settings[key] = str(folder / value.removeprefix(SHIPPED))
-    return settings
+    is_shipped = shipped_folder().resolve() in file.resolve().parents
+    return {key: installed(value, is_shipped) if isinstance(value, str) else value for key, value in settings.items()}
+
+
+def installed(path: str, always: bool = False) -> str:
+    """A path in `recipes/` as that of the installation, `always` or where there is no such file here; any other as it is."""
+    option, equals, value = path.rpartition("=") if path.startswith("--") else ("", "", path)
+    if value.startswith(SHIPPED) and (always or not glob.glob(value)):
+        value = str(shipped_folder() / value.removeprefix(SHIPPED))
+    return f"{option}{equals}{value}"
 
 
 def take_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -350,7 +350,14 @@ class ScaleKDConfig(TrainingArguments):
             )
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "support bf16" not in str(error):
+                raise
+            raise ValueError(
+                "`bf16` is on, and there is no GPU here that computes in it. Set `bf16` to false, or `use_cpu` to true for a CPU."
+            ) from error
         if super().n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible to this one process, which uses the first. `accelerate launch` (or `torchrun`) starts a "
