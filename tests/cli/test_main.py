@@ -122,6 +122,26 @@ def test_an_error_of_the_users_is_one_line_and_the_traceback_is_there_for_who_as
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_no_process_fails_without_a_word_and_a_late_error_shows_where(tmp_path, capsys, monkeypatch):
+    words = ["distill", str(tmp_path / "missing.yaml")]
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert capsys.readouterr().err.startswith("scalekd, process 3: The configuration")
+    monkeypatch.setattr("scalekd_hf.cli.main.AT_ONCE", -1)
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_versions_are_told_where_torch_cannot_be_loaded(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["env"])
+    told = capsys.readouterr()
+    assert re.search(r"^timm +\d", told.out, re.MULTILINE) and "torch" in told.err
+
+
 def test_a_recipe_is_printed_and_copied(tmp_path, capsys):
     main(["recipes", "swin_l_to_resnet50"])
     text = (ROOT / "recipes" / "configs" / "swin_l_to_resnet50.yaml").read_text()

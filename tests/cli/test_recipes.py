@@ -81,7 +81,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 
 
 def test_the_resolved_configuration_gives_the_same_run_again(tmp_path):
-    first = parse_config(DistillArguments, ["--output_dir", str(tmp_path), "--use_cpu"], default_config=QUICKSTART)
+    first = parse_config(DistillArguments, [str(QUICKSTART), "--output_dir", str(tmp_path), "--use_cpu"])
     write_config(*first, tmp_path / "resolved.yaml")
     second = parse_config(DistillArguments, [str(tmp_path / "resolved.yaml")])
     assert first[0] == second[0]
@@ -102,7 +102,7 @@ def test_every_configuration_can_be_read(file, tmp_path):
 
 def test_data_is_streamed_from_files_or_loaded_whole(monkeypatch):
     monkeypatch.chdir(ROOT)
-    arguments, _ = parse_config(DistillArguments, ["--use_cpu"], default_config=QUICKSTART)
+    arguments, _ = parse_config(DistillArguments, [str(QUICKSTART), "--use_cpu"])
     train, evaluation = load_data(arguments)
     assert train.num_shards == 4 and evaluation.num_shards == 2
     whole, held_out = load_data(dataclasses.replace(arguments, streaming=False))
@@ -120,7 +120,7 @@ def test_data_is_streamed_from_files_or_loaded_whole(monkeypatch):
 )
 def test_missing_data_is_refused(monkeypatch, changes, message):
     monkeypatch.chdir(ROOT)
-    arguments, _ = parse_config(DistillArguments, ["--use_cpu"], default_config=QUICKSTART)
+    arguments, _ = parse_config(DistillArguments, [str(QUICKSTART), "--use_cpu"])
     with pytest.raises(ValueError, match=message):
         load_data(dataclasses.replace(arguments, **changes))
 

@@ -63,6 +63,15 @@ def test_files_of_tables_are_divided_as_well_and_streams_are_not():
         load_data(arguments)
 
 
+def test_a_share_beside_files_is_refused_in_training_and_meant_in_evaluation():
+    files = str(DIGITS / "train-*.parquet")
+    with pytest.raises(ValueError, match="holds out a share, but there are `eval_files`, too"):
+        load_data(DataArguments(train_files=files, eval_files=files, eval_split="0.1", streaming=False))
+    _, held_out = load_data(DataArguments(train_files=files, eval_split="0.1", streaming=False))
+    again = load_evaluation_data(EvaluateArguments(model="m", eval_files=files, eval_split="0.1", streaming=False))
+    assert contents(again) == contents(held_out)
+
+
 def test_what_is_no_share_is_refused(photos):
     assert held_out_share("validation") is None and held_out_share("") is None
     with pytest.raises(ValueError, match="`eval_split` '1.5' is a share of the images"):

@@ -164,6 +164,17 @@ def test_the_command_prints_a_table_or_json(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_share_of_a_stream_is_refused_in_a_plan_as_in_the_run():
+    pair = {
+        "student": "timm/resnet18",
+        "teacher": "timm/vit_tiny_patch16_224",
+        "dataset": "team/photos",
+        "eval_split": "0.1",
+    }
+    assert "set `streaming` to false" in str(scalekd_hf.plan({**pair, "use_cpu": True}).error)
+    assert scalekd_hf.plan({**pair, "use_cpu": True, "streaming": False, "logit_weight": 0}).error is None
+
+
 def test_what_is_sent_and_how_it_scales_follows_from_flops_and_parameters():
     sent = communication(1_000_000, 4)
     assert sent == {"DDP": 0.006, "ZeRO-1, ZeRO-2": 0.006, "ZeRO-3, FSDP2": pytest.approx(0.009)}

@@ -163,6 +163,10 @@ def test_the_recipe_says_what_is_wrong(unmoved, tmp_path):
         (["--checkpoint", unmoved], f"`--checkpoint` is '{unmoved}', which has no {HEADS_FILE}"),
         (["--checkpoint", unmoved], f"in this one: {good}"),
         (["--checkpoint", tmp_path / "none"], "which is not a folder. Give a `checkpoint-N` folder"),
+        (
+            ["--checkpoint", good, "--student_taps", "stages.0", "stages.1"],
+            "it would be tapped at stages.0, stages.1 now",
+        ),
         (["--checkpoint", good, "--images", 0], "`--images` is 0, and a picture needs at least 1"),
         (["--checkpoint", good, "--images", 361], "`--images` is 361, but the evaluation data holds 360"),
     ]:

@@ -29,13 +29,14 @@ def main(words: Sequence[str] | None = None) -> None:
             rows[package] = version(package)
         except PackageNotFoundError:
             rows[package] = "not installed"
-    for name, value in {**rows, **devices()}.items():
-        print(f"{name:<18}{value}")
+    for found in (lambda: rows, devices):  # the latter needs a torch that can be loaded
+        for name, value in found().items():
+            print(f"{name:<18}{value}")
 
 
 def devices() -> dict[str, str]:
     """What torch computes on."""
-    import torch  # takes seconds: versions are printed without
+    import torch
 
     rows = {"CPU threads": str(torch.get_num_threads()), "CUDA of torch": str(torch.version.cuda)}
     if not torch.cuda.is_available():

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -48,6 +49,7 @@ USAGE = {
     "evaluate": "scalekd evaluate MODEL or CONFIG.yaml [--any_setting value ...]",
 }
 USER_ERRORS = (ValueError, OSError, ImportError)
+AT_ONCE = 60  # seconds, after which an error is no longer of what was typed, and costs too much to be seen again
 STATUS = 2
 CANCELLED = 130  # as shells have it
 TRY_AGAIN_LATER = 75  # as the trainer has it
@@ -65,10 +67,11 @@ def main(words: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("--help", "-h", "help"):
         print(overview())
         raise SystemExit(0 if words else STATUS)
+    rank, start = int(os.environ.get("RANK", 0)), time.monotonic()
     try:
         run(words[0], words[1:])
     except KeyboardInterrupt as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if rank == 0:
             saved = type(error) is not KeyboardInterrupt
             print(
                 f"scalekd: stopped{'; the same command goes on from the checkpoint' if saved else ''}.",
@@ -76,10 +79,11 @@ def main(words: Sequence[str] | None = None) -> None:
             )
         raise SystemExit(CANCELLED) from None
     except USER_ERRORS as error:
-        if show_traceback:
+        where = f", process {rank}" if rank else ""  # it may have failed alone
+        if show_traceback or time.monotonic() - start > AT_ONCE:
             traceback.print_exc()
-        elif int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"scalekd: {' '.join(str(error).split())} (`--traceback` shows where.)", file=sys.stderr)
+        else:
+            print(f"scalekd{where}: {' '.join(str(error).split())} (`--traceback` shows where.)", file=sys.stderr)
         raise SystemExit(STATUS) from None
 
 

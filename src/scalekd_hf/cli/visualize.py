@@ -17,10 +17,11 @@ from ..data.stream import ImageStream
 from ..models.students import Student, load_student
 from ..tools.recipe import DistillArguments, mapping, parse_config
 from ..tools.visualize import agreement_maps, draw_agreement
-from ..training.checkpoints import HEADS_FILE, load_checkpoint
+from ..training.checkpoints import HEADS_FILE, check_taps, load_checkpoint
 from ..training.config import ScaleKDConfig
 from ..training.feeding import prepare_images
 from ..training.model import ScaleKDModel, build_model, class_names
+from ..training.position import RunPosition
 from .distill import load_teacher_of
 
 
@@ -98,6 +99,7 @@ def main(words: Sequence[str] | None = None) -> None:
     own, arguments, config = parse(words)
     train, evaluation = load_data(arguments)
     model = fresh_model(arguments, config, train)
+    check_taps(own.checkpoint, model.student, RunPosition.read(own.checkpoint).settings)
     images = first_images(evaluation, own.images, model.student, config)
     pixel_values = model.normaliser.for_student(images).to(config.device)
     before = agreement_maps(model.to(config.device), pixel_values)

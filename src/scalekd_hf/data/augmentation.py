@@ -91,10 +91,8 @@ class Augmentation:
             image = to_rgb(image)  # turned upright before the crop is drawn
         full_width, full_height = image.size
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, self.crop_scale, RATIO)
-        reduction = (
-            min(height / self.size[0], width / self.size[1]) if self.antialias else 1.0
-        )  # a reduced one is smoothed
-        image = to_rgb(image, reduction)
+        reduction = min(height / self.size[0], width / self.size[1])
+        image = to_rgb(image, reduction if self.antialias else 1.0)  # decoding at less smooths
         rows, columns = _span(top, height, full_height, image.height), _span(left, width, full_width, image.width)
         with pillow_errors():
             return self._resize(image.crop((columns[0], rows[0], columns[1], rows[1])))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 
 
-__all__ = ["held_out_share", "hold_out"]
+__all__ = ["held_out_share", "hold_out", "refuse_stream"]
 
 PART = 4096  # bytes at the beginning and at the end of a file that tell it from others, with its length
 
@@ -36,6 +36,11 @@ def held_out_share(split: str) -> float | None:
     return share
 
 
+def refuse_stream(share: float) -> NoReturn:
+    """A stream is not divided: all of it would have to be read first."""
+    raise ValueError(f"`eval_split` {share:g} holds out images of a whole data set: set `streaming` to false.")
+
+
 def hold_out(dataset: Any, share: float) -> tuple[Any, Any]:
     """Divide a data set into what is trained on and what is held out.
 
@@ -47,7 +52,7 @@ def hold_out(dataset: Any, share: float) -> tuple[Any, Any]:
         ValueError: a stream, no column of images, or one part would be empty.
     """
     if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(f"`eval_split` {share:g} holds out images of a whole data set: set `streaming` to false.")
+        refuse_stream(share)
     column = next((name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
         raise ValueError(f"`eval_split` {share:g} needs a column of images; the columns are {list(dataset.features)}.")

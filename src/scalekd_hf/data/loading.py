@@ -58,7 +58,12 @@ def load_data(arguments: DataArguments) -> tuple[Any, Any]:
     if arguments.dataset is None and arguments.train_files is None:
         raise ValueError("There is no data: set `dataset`, or `train_files` and `eval_files`.")
     train = load_split(arguments, arguments.train_files, arguments.train_split)
-    share = held_out_share(arguments.eval_split) if arguments.eval_files is None else None
+    share = held_out_share(arguments.eval_split)
+    if share is not None and arguments.eval_files is not None:
+        raise ValueError(
+            f"`eval_split` {arguments.eval_split!r} holds out a share, but there are `eval_files`, too: which is meant? Leave one "
+            "out."
+        )
     if share is not None:
         return hold_out(train, share)
     evaluation = None

@@ -115,7 +115,7 @@ class ImageStream(IterableDataset):
         self._log_reading()
         # A generator of its own: the global one stays as it is, which a resumed run relies on.
         generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self, partition.batch_size, worker_init_fn=outlive_sigterm, generator=generator, **options)
+        return DataLoader(self, partition.batch_size, worker_init_fn=outlive_signals, generator=generator, **options)
 
     def evaluation_loader(self, batch_size: int, rank: int, world_size: int, **options: Any) -> StreamLoader:
         """The data loader of one rank for a single pass; the last batch is filled up with blanks, which are cut off."""
@@ -125,7 +125,7 @@ class ImageStream(IterableDataset):
         logger.info("Evaluation of %d images; %d blanks fill the last batch and do not count.", len(self), padding)
         generator = torch.Generator().manual_seed(self.seed)
         return StreamLoader(
-            self, batch_size=batch_size, worker_init_fn=outlive_sigterm, generator=generator, **options
+            self, batch_size=batch_size, worker_init_fn=outlive_signals, generator=generator, **options
         )
 
     def row_order(self) -> np.ndarray:
@@ -290,7 +290,7 @@ class StreamLoader(DataLoaderShard):
         return int(self.dataset.partition.step)
 
 
-def outlive_sigterm(worker: int) -> None:
+def outlive_signals(worker: int) -> None:
     """Let a worker live on after Ctrl-C and a first SIGTERM, which a whole group may get: its trainer still needs it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -159,8 +159,10 @@ def load_data(arguments: EvaluateArguments) -> Any:
         ValueError: none are named, or they cannot be loaded.
     """
     which = benchmark(arguments.benchmark) if arguments.benchmark else None
+    share = held_out_share(arguments.eval_split)
     if arguments.eval_files is not None:
-        return load_split(arguments, arguments.eval_files, arguments.eval_split)
+        images = load_split(arguments, arguments.eval_files, arguments.eval_split)
+        return images if share is None else hold_out(images, share)[1]
     if arguments.dataset is None and which is not None:
         if which.hub_id is None:
             raise ValueError(
@@ -168,7 +170,7 @@ def load_data(arguments: EvaluateArguments) -> Any:
                 f"they publish ({which.folder}), or to a data set with these class names."
             )
         arguments.dataset = which.hub_id
-    share, folder = held_out_share(arguments.eval_split), Path(str(arguments.dataset))
+    folder = Path(str(arguments.dataset))
     if share is not None:
         return hold_out(load_split(arguments, None, arguments.train_split), share)[1]
     if not folder.is_dir():

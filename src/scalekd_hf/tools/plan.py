@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import Trainer, get_scheduler
 
 from ..data.dataset import check_dataset, dataset_labels
+from ..data.holdout import held_out_share, refuse_stream
 from ..data.loading import count_images, load_data
 from ..data.preparation import Preparation
 from ..images import ImageSpec
@@ -91,6 +92,9 @@ def plan_run(arguments: DistillArguments, config: ScaleKDConfig, processes: int 
 def _local_data(arguments: DistillArguments, config: ScaleKDConfig) -> tuple[list[str] | None, int | None]:
     """Class names and number of training images, where the data is here; refuses data that the run would refuse."""
     if arguments.dataset is not None and not Path(arguments.dataset).is_dir():
+        share = held_out_share(arguments.eval_split)
+        if share is not None and arguments.streaming:
+            refuse_stream(share)
         return None, None
     labels = None
     train, evaluation = load_data(arguments)

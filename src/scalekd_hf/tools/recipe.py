@@ -103,15 +103,12 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message[:1].upper()}{message[1:]}.")
 
 
-def parse_config(
-    arguments_class: type, argv: Sequence[str] | None = None, default_config: Path | None = None
-) -> tuple[Any, ScaleKDConfig]:
+def parse_config(arguments_class: type, argv: Sequence[str] | None = None) -> tuple[Any, ScaleKDConfig]:
     """Read `[CONFIG.yaml ...] [--any_field value ...]`; a later file wins over an earlier one, the command line over all.
 
     Args:
         arguments_class: the recipe's own dataclass, beside `ScaleKDConfig`.
         argv: the words after the script; those of this process by default.
-        default_config: the file to read where none is named.
 
     Returns:
         An instance of `arguments_class`, and the `ScaleKDConfig`.
@@ -119,8 +116,7 @@ def parse_config(
     Raises:
         ValueError: a file that cannot be read, an unknown key or a value of the wrong kind.
     """
-    named, words = take_configs(sys.argv[1:] if argv is None else argv)
-    files: list[str | Path] = [*named] if named or default_config is None else [default_config]
+    files, words = take_configs(sys.argv[1:] if argv is None else argv)
     parser = _Parser([arguments_class, ScaleKDConfig])  # type: ignore[list-item]
     known = {f.name for cls in (arguments_class, ScaleKDConfig) for f in fields(cls) if f.init}
     settings: dict[str, Any] = {}

@@ -36,7 +36,7 @@ from .sharding import full_state
 from .stopwatch import Stopwatch
 
 
-__all__ = ["HEADS_FILE", "Checkpoints", "RestoredSchedule", "load_checkpoint", "optimizer_in_parts"]
+__all__ = ["HEADS_FILE", "Checkpoints", "RestoredSchedule", "check_taps", "load_checkpoint", "optimizer_in_parts"]
 
 HEADS_FILE = "mimicking_heads.safetensors"
 OPTIMIZER_SETTINGS = (
@@ -156,7 +156,7 @@ class Checkpoints:
             ValueError: with those that have changed.
         """
         if position.settings is None and self.distils_features:
-            self._check_mixer(checkpoint)
+            check_taps(checkpoint, self.student, None)
         settings = self.settings
         if fixed := position.changed_settings({name: settings[name] for name in FIXED if name in settings}):
             raise ValueError(
@@ -169,15 +169,6 @@ class Checkpoints:
             raise ValueError(
                 f"The checkpoint {str(checkpoint)!r} was written with other settings: {', '.join(changed)}. Go back to them, or "
                 "accept it with `allow_settings_mismatch=True`: the run then goes on with the new ones."
-            )
-
-    def _check_mixer(self, checkpoint: Path) -> None:
-        """A mixer was tapped after its final norm when checkpoints did not tell their settings."""
-        then, now = (tuple(tap.module for tap in taps) for taps in (find_taps(self.student, True), self.student.taps))
-        if then != now and self.student.tap_names is None:
-            raise ValueError(
-                f"The checkpoint {str(checkpoint)!r} is of a student that was tapped at {', '.join(then)}; it would be tapped at "
-                f"{', '.join(now)} now. Set `student_taps` to the former to go on with this run."
             )
 
     def synchronise_average(self, accelerator: Accelerator) -> None:
@@ -208,6 +199,29 @@ class Checkpoints:
         """Load the average alone, where an engine loads the other weights."""
         if self.averaged is not None:
             self.averaged.restore(folder)
+
+
+def check_taps(folder: Path, student: Student, settings: dict[str, Any] | None) -> None:
+    """Refuse heads that were trained at other taps of a student.
+
+    Args:
+        folder: the checkpoint.
+        student: as it is tapped now.
+        settings: that the checkpoint tells; None for one of before, when a mixer was tapped after its final norm.
+
+    Raises:
+        ValueError: with both.
+    """
+    now = [tap.module for tap in student.taps]
+    if settings is not None:
+        then = settings["student_taps"]
+    else:
+        then = now if student.tap_names is not None else [tap.module for tap in find_taps(student, True)]
+    if then is not None and then != now:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} is of a student that was tapped at {', '.join(then)}; it would be tapped at "
+            f"{', '.join(now)} now. Set `student_taps` to the former to go on with this run."
+        )
 
 
 def load_checkpoint(student: Student, heads: nn.Module | None, folder: str | Path) -> None:

@@ -21,7 +21,7 @@ from ..data.bad_images import BadImages
 from ..data.dataset import prepare_dataset
 from ..data.preparation import Preparation
 from ..data.sources import Shards, Table
-from ..data.stream import ImageStream, Partition, outlive_sigterm
+from ..data.stream import ImageStream, Partition, outlive_signals
 from ..images import Normaliser
 from ..models.students import Student
 from .config import ScaleKDConfig
@@ -106,7 +106,7 @@ class ImageFeed:
         else:
             loader = make_loader(dataset)
             own = getattr(loader, "base_dataloader", loader)
-            own.worker_init_fn = outlive_sigterm
+            own.worker_init_fn = outlive_signals
             own.generator = torch.Generator()  # so that training draws the same with an evaluation and without
         return cast(DataLoader, loader)
 
