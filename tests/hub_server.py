@@ -20,12 +20,13 @@ class HubServer:
         requests: method and path of each request.
         failing: how many of the next requests that send something are answered with 503.
         hidden: a file that the Hub fails to give out.
+        cut: a file of which each answer ends in the middle.
         dying: after so many bytes of large files the server goes away in the middle of one.
     """
 
     def __init__(self, port):
         self.port, self.repos, self.blobs = port, {}, {}
-        self.hidden = None
+        self.hidden = self.cut = None
         self.requests, self.failing, self.dying, self.authorizations = [], 0, None, []
 
     @property
@@ -191,6 +192,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(404, {}, {"X-Error-Code": "EntryNotFound", **headers})
         content = files[path]
         headers |= {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Length": str(len(content))}
+        if path == self.hub.cut and self.command == "GET":
+            self.answer(200, content[: len(content) // 2], headers)
+            return self.connection.close()
         return self.answer(200, content, headers)
 
     def valid(self, body):

@@ -66,8 +66,37 @@ def test_bad_images_are_listed_once_with_their_place_and_training_goes_on(tmp_pa
     assert [(entry["row"], entry["kind"]) for entry in found] == [(4, "empty"), (5, "not an image"), (17, "truncated")]
     if kind == "stream":
         assert [(entry["shard"], entry["shard_row"]) for entry in found] == [(0, 4), (0, 5), (1, 7)]
-    assert sum(trainer.feed.bad_images["training"].kinds.values()) == pytest.approx(9, abs=2)  # three a pass
+    assert trainer.feed.bad_images["training"].kinds == {
+        "empty": 1,
+        "not an image": 1,
+        "truncated": 1,
+    }  # in three passes
     assert "Undecodable images met in training: " in caplog.text and "bad_images.jsonl" in caplog.text
+    shard = " (row 7 of shard 1)" if kind == "stream" else ""
+    assert caplog.text.count(f"Left out of the training data: row 17{shard}. An image is truncated") == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_files_of_a_folder_are_named(tmp_path, caplog, streaming):
+    for number in range(12):
+        folder = tmp_path / "photos" / ("cat", "great tit")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02}.jpg").write_bytes(encoded(number) if number != 5 else b"")
+    data = datasets.load_dataset("imagefolder", data_dir=tmp_path / "photos", split="train", streaming=streaming)
+    args = settings(tmp_path / "run", max_steps=9, max_bad_images=0.1, save_strategy="no")
+    trainer = ScaleKDTrainer(small_student(num_classes=2), None, args, data, data)
+    trainer.train()
+    trainer.evaluate()
+    file = str(tmp_path / "photos" / "great tit" / "05.jpg")
+    assert [(entry["data"], entry["file"]) for entry in listed(tmp_path / "run")] == [
+        ("training", file),
+        ("evaluation", file),
+    ]
+    assert caplog.text.count(f"Left out of the training data: {file}. An image is empty") == 1
+    resumed = trainer.feed.bad_images["training"]
+    again = BadImages(resumed.file, 0.1)
+    again.add("training", [])
+    assert again.kinds == resumed.kinds == {"empty": 1}
 
 
 @pytest.mark.parametrize("kind", some_slow(["stream", "map"], 1))

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import build, images, run, settings, small_student, some_slow, timm_swin
+from helpers import TEACHER, build, images, run, settings, small_student, some_slow, timm_swin, transformers_vit
 from hub_server import READ, WRITE
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -17,7 +17,7 @@ from processes import in_processes
 from safetensors.torch import load, load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, pipeline
 
-from scalekd_hf import ScaleKDTrainer, load_student
+from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
 from scalekd_hf.publishing.hub import PushError, create_repository
 from scalekd_hf.publishing.model_card import update_evaluation
 
@@ -255,7 +255,7 @@ def test_the_log_on_the_screen_is_one_line_with_all_that_matters(tmp_path, digit
         r"\d:\d\d:\d\d left",
         lines[0],
     )
-    assert re.match(r"step 2/2 \| evaluation: loss [\d.]+, top1 [\d.]+%, top5 [\d.]+%, runtime", lines[2])
+    assert re.match(r"step 2/2 \| evaluation of ConvNeXt: loss [\d.]+, top1 [\d.]+%, top5 [\d.]+%, runtime", lines[2])
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
@@ -318,3 +318,21 @@ def test_whatever_fails_in_a_push_beside_training_does_not_end_it(tmp_path, digi
     trainer = trainer_for(tmp_path, digits, save_strategy="steps", save_steps=1, hub_always_push=True)
     trainer.train()
     assert trainer.state.global_step == 2 and caplog.text.count("A push has failed: the disk has gone") == 2
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_a_download_that_breaks_off_is_told_by_the_setting_that_asked_for_it(tmp_path, hub, monkeypatch, kind):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)  # between its tries
+    folder = TEACHER if kind == "timm" else tmp_path / "vit"
+    if kind == "transformers":
+        transformers_vit().save_pretrained(folder)
+    files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    hub.repos["me/it"] = {"private": False, "branches": {"main": {"files": files, "commits": []}}}
+    hub.cut = "model.safetensors"
+    name = "timm/hf-hub:me/it" if kind == "timm" else "me/it"
+    with pytest.raises(
+        ValueError, match=f"`teacher` '{name}' was not downloaded whole: RemoteProtocolError, peer closed"
+    ):
+        load_teacher(name)
+    hub.cut = None
+    assert load_teacher(name).grid == (4, 4)

@@ -11,7 +11,7 @@ from typing import Any
 from .decoding import BadImageError
 
 
-__all__ = ["BadImages", "TooManyBadImagesError", "describe"]
+__all__ = ["BadImages", "TooManyBadImagesError", "describe", "where"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class TooManyBadImagesError(ValueError):
         cls, bad: list[dict[str, Any]], share: float, images: int, file: Path | None = None
     ) -> TooManyBadImagesError:
         """The error, with the first of the images."""
-        shown = ", ".join(f"row {entry['row']} ({entry['kind']})" for entry in bad[:SHOWN])
+        shown = ", ".join(f"{where(entry)} ({entry['kind']})" for entry in bad[:SHOWN])
         more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         return cls(
             f"{len(bad)} images cannot be decoded, more than `max_bad_images` ({share:g}) of {images} allows: {shown}{more}. "
@@ -34,13 +34,21 @@ class TooManyBadImagesError(ValueError):
         )
 
 
-def describe(error: BadImageError, number: int, place: dict[str, int]) -> dict[str, Any]:
-    """What is known of an image that could not be decoded: its row, its shard where there are shards, and why."""
-    return {"row": number, **place, "kind": error.kind, "reason": str(error)}
+def describe(error: BadImageError, number: int, place: dict[str, int], value: Any) -> dict[str, Any]:
+    """What is known of an image that could not be decoded: its row, its shard where there are shards, its file and why."""
+    path = value.get("path") if isinstance(value, dict) else value
+    file = {"file": str(path)} if isinstance(path, (str, Path)) else {}
+    return {"row": number, **place, **file, "kind": error.kind, "reason": str(error)}
+
+
+def where(entry: dict[str, Any]) -> str:
+    """How an image is found again, in words: by its file, or by its row, and where there are shards by the row in its own."""
+    shard = f" (row {entry['shard_row']} of shard {entry['shard']})" if "shard" in entry else ""
+    return entry["file"] if "file" in entry else f"row {entry['row']}{shard}"
 
 
 class BadImages:
-    """Counts the undecodable images of this process by kind, and lists each once in a file of JSON lines.
+    """Counts the undecodable images of this process by kind, each once, and lists them in a file of JSON lines.
 
     Args:
         file: made with the first of them.
@@ -50,29 +58,30 @@ class BadImages:
     def __init__(self, file: Path, share: float):
         self.file, self.share = file, share
         self.kinds: Counter[str] = Counter()
-        self._listed: set[tuple[str, int]] | None = None
+        self._listed: set[tuple[int, str | None]] | None = None  # rows and files of its data
         self._by_pass: dict[int, list[dict[str, Any]]] = {}
 
     def add(self, data: str, entries: list[dict[str, Any]]) -> None:
-        """Take in what a batch said; `data` names the data set."""
+        """Take in what a batch said; `data` names the data set, always the same."""
         if self._listed is None:
             lines = self.file.read_text().splitlines() if self.file.exists() else []
-            self._listed = {(entry["data"], entry["row"]) for entry in map(json.loads, lines)}
+            listed = [entry for entry in map(json.loads, lines) if entry["data"] == data]
+            self._listed = {(entry["row"], entry.get("file")) for entry in listed}
+            self.kinds.update(entry["kind"] for entry in listed)
         for entry in entries:
             # Workers end a pass at different times, so that two passes mingle about its end.
             self._by_pass.setdefault(entry.get("pass", 0), []).append(entry)
             for ended in [number for number in self._by_pass if number < max(self._by_pass) - 1]:
                 del self._by_pass[ended]
-            self.kinds[entry["kind"]] += 1
-            if (data, entry["row"]) not in self._listed:
-                self._listed.add((data, entry["row"]))
+            key = (entry["row"], entry.get("file"))
+            if key not in self._listed:
+                self._listed.add(key)
+                self.kinds[entry["kind"]] += 1
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with self.file.open("a") as opened:
                     opened.write(json.dumps({"data": data, **entry}) + "\n")
                 if len(self._listed) <= SHOWN:
-                    logger.warning(
-                        "An image of the %s data is left out: row %d, %s.", data, entry["row"], entry["reason"]
-                    )
+                    logger.warning("Left out of the %s data: %s. %s", data, where(entry), entry["reason"])
 
     def restart(self) -> None:
         """A new pass over the data begins."""

@@ -194,7 +194,9 @@ def pillow_errors() -> Iterator[None]:
     except (BadImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise what they like on damaged files
-        raise _bad(_kind(error), f"{type(error).__name__}, {error}") from error
+        unknown = isinstance(error, UnidentifiedImageError)  # it would name a buffer, at an address
+        detail = "Pillow knows no format that begins like it" if unknown else f"{type(error).__name__}, {error}"
+        raise _bad(_kind(error), detail) from error
 
 
 def _kind(error: Exception) -> str:

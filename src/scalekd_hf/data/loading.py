@@ -14,11 +14,13 @@ import huggingface_hub
 import pyarrow.parquet
 from PIL import Image
 
+from ..network import lost_connection
 from .holdout import held_out_share, hold_out
 
 
 __all__ = ["DataArguments", "count_images", "holds_classes", "load_data", "load_split"]
 
+AGAIN = "The same command tries again; `--streaming true` reads while training, and tries again by itself."
 SPLIT = re.compile(r"(^|[^a-z])(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
 TABLES = (".csv", ".jsonl", ".parquet", ".arrow", ".tar", ".zip")
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
@@ -97,7 +99,12 @@ def load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any
         suffix = Path(files[0]).suffix
         if suffix not in FORMATS:
             raise ValueError(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}.")
-        return datasets.load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
+        try:
+            return datasets.load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
+        except Exception as error:
+            if (lost := lost_connection(error)) is None:
+                raise
+            raise ValueError(f"{pattern!r} cannot be loaded: {type(lost).__name__}, {lost}. {AGAIN}") from error
     source = {"path": arguments.dataset, "name": arguments.dataset_config, "revision": arguments.revision}
     try:
         folder = Path(str(arguments.dataset))
@@ -109,7 +116,9 @@ def load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any
             # A stream of a folder knows no random access, which files on a disk allow.
             options["streaming"] = datasets.load_dataset_builder(**source).name != "imagefolder"
         return datasets.load_dataset(**source, split=split, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # those of network clients are of all kinds
+        if not isinstance(error, (OSError, ValueError)) and lost_connection(error) is None:
+            raise
         raise ValueError(
             f"`dataset` {arguments.dataset!r} (configuration {arguments.dataset_config!r}, revision {arguments.revision!r}, "
             f"split {split!r}) cannot be loaded: {error} {_remedy(arguments, split, error)}"
@@ -121,6 +130,8 @@ def _remedy(arguments: DataArguments, split: str, error: Exception) -> str:
     dataset = str(arguments.dataset)
     if "nknown split" in str(error) and split == arguments.eval_split:
         return "Name one of these with `eval_split`, hold out a share of the others (`--eval_split 0.1`), or set it to none."
+    if lost_connection(error) is not None:
+        return AGAIN
     if not isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return ""
     page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{dataset}"

@@ -31,14 +31,13 @@ from ..borrowed.datasets import (
     parts_of,
     token_of,
 )
+from ..network import is_of_network
 
 
 __all__ = ["Shards", "StreamReadError", "Table", "retrying"]
 
 logger = logging.getLogger(__name__)
 
-# How the names of packages begin that open files on the network: not all of their errors are an `OSError`.
-NETWORK_CLIENTS = ("aiohttp", "botocore", "gcsfs", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 LASTING_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)  # trying again does not help
 RETRY_DELAYS = (1, 4, 16, 60, 120)  # seconds before each new try; `datasets` itself tries again before that
 MAX_UNITS = 4096  # where there are more shards, neighbours are one unit
@@ -170,13 +169,9 @@ def retrying(read: Callable[[], Any], what: str) -> Any:
             _wait_or_raise(error, failures, what)
 
 
-def _is_of_network(error: Exception) -> bool:
-    return isinstance(error, OSError) or any(cls.__module__.startswith(NETWORK_CLIENTS) for cls in type(error).__mro__)
-
-
 def _wait_or_raise(error: Exception, failures: int, what: str) -> None:
     """Wait before another try; raise an error that another try would not mend, or after too many."""
-    if not _is_of_network(error):
+    if not is_of_network(error):
         raise error
     if failures >= len(RETRY_DELAYS) or isinstance(error, LASTING_ERRORS):
         raise StreamReadError(

@@ -224,7 +224,8 @@ class ImageStream(IterableDataset):
                 row = self._with_bytes(row)
                 sample = self.preparation(row, pass_number, (number, repeat))
             except BadImageError as error:
-                waiting.append(describe(error, number, self.source.place(number)) | {"pass": pass_number})
+                place, value = self.source.place(number), row[self.preparation.image_column]
+                waiting.append(describe(error, number, place, value) | {"pass": pass_number})
                 if len(waiting) > self.max_bad_images * len(self.source) + 1:
                     raise TooManyBadImagesError.of(waiting, self.max_bad_images, len(self.source)) from None
                 continue
@@ -274,7 +275,7 @@ def prepare_or_blank(
     try:
         return preparation(row, 0, number)
     except BadImageError as error:
-        return preparation.blank(label) | {"bad_image": describe(error, number, place)}
+        return preparation.blank(label) | {"bad_image": describe(error, number, place, row[preparation.image_column])}
 
 
 class StreamLoader(DataLoaderShard):

@@ -32,6 +32,7 @@ from transformers import (
 from ..borrowed.timm import construction_arguments
 from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS, ImageSpec
+from ..network import lost_connection
 from . import mixers  # noqa: F401  registers a mixer by its name
 
 
@@ -87,17 +88,24 @@ def load_classifier(
         **model_args: passed to `timm.create_model` or to the transformers configuration.
 
     Raises:
-        ValueError: a name that cannot be found, or a module that is neither timm's nor transformers'.
+        ValueError: a name that cannot be found, a download that broke off, or a module that is neither timm's nor transformers'.
     """
     if isinstance(name_or_module, nn.Module):
         if model_args or image_size:
             given = {**model_args, **({"image_size": image_size} if image_size else {})}
             raise ValueError(f"`{role}` is a module already: {given} can only be given together with a name.")
         classifier = _wrap_module(name_or_module, role)
-    elif _is_timm(name_or_module):
-        classifier = _load_timm(name_or_module, role, pretrained, labels, image_size, model_args)
     else:
-        classifier = _load_transformers(name_or_module, role, pretrained, labels, image_size, model_args)
+        load = _load_timm if _is_timm(name_or_module) else _load_transformers
+        try:
+            classifier = load(name_or_module, role, pretrained, labels, image_size, model_args)
+        except Exception as error:  # those of network clients are of all kinds
+            if (lost := lost_connection(error)) is None:
+                raise
+            raise ValueError(
+                f"`{role}` {name_or_module!r} was not downloaded whole: {type(lost).__name__}, {lost}. The same command goes on with "
+                f"the download; without a network, give `{role}` the folder of a model that you have."
+            ) from error
     classifier.spec = classifier.spec.updated(mean=mean, std=std, crop_pct=crop_pct)
     if labels is not None and classifier.num_labels == len(labels):
         classifier.labels = list(labels)  # a new head, or one that will learn to mean these

@@ -46,8 +46,8 @@ class Clock:
         return str(timedelta(seconds=round(seconds)))
 
 
-def line(logs: dict[str, Any], state: TrainerState, clock: Clock) -> str:
-    """One line for what was logged: a training step, an evaluation, or the end."""
+def line(logs: dict[str, Any], state: TrainerState, clock: Clock, name: str | None = None) -> str:
+    """One line for what was logged: a training step, an evaluation of the model of this name, or the end."""
     place = f"step {state.global_step:,}/{state.max_steps:,}" if state.max_steps > 0 else f"step {state.global_step:,}"
     if "loss" in logs:
         terms = " ".join(f"{term} {logs[term]:.4g}" for term in LOSS_TERMS if term in logs)
@@ -61,7 +61,8 @@ def line(logs: dict[str, Any], state: TrainerState, clock: Clock) -> str:
     ended = "train_runtime" in logs
     shown = evaluated or {name: value for name, value in logs.items() if name not in ("epoch", "total_flos")}
     values = ", ".join(f"{name.removeprefix('eval_')} {_number(name, value)}" for name, value in shown.items())
-    return f"{place} | {'end of training' if ended else 'evaluation' if evaluated else 'log'}: {values}"
+    evaluation = f"evaluation of {name}" if name else "evaluation"
+    return f"{place} | {'end of training' if ended else evaluation if evaluated else 'log'}: {values}"
 
 
 def tapped(student: Any) -> str:
@@ -89,9 +90,12 @@ class _Readable(TrainerCallback):
         if state.is_world_process_zero and getattr(model, "heads", None) is not None:
             self.write(tapped(model.student))
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
-            self.write(line(logs or {}, state, self.clock))
+            name = getattr(getattr(model, "student", None), "name", None)
+            self.write(line(logs or {}, state, self.clock, name))
 
     def write(self, text: str) -> None:
         raise NotImplementedError

@@ -1,0 +1,27 @@
+"""Which errors are the network's: not all of them are an `OSError`."""
+
+from __future__ import annotations
+
+
+__all__ = ["is_of_network", "lost_connection"]
+
+# How the names of packages begin that open files on the network.
+CLIENTS = ("aiohttp", "botocore", "gcsfs", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
+
+
+def is_of_network(error: BaseException) -> bool:
+    """Whether an error while reading may be the network's."""
+    return isinstance(error, OSError) or _is_of_client(error)
+
+
+def lost_connection(error: BaseException | None) -> BaseException | None:
+    """The error of a connection that broke, or was never there, among the causes of an error; an answer of a server is none."""
+    while error is not None:
+        if _is_of_client(error) and getattr(error, "response", None) is None:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_of_client(error: BaseException) -> bool:
+    return any(cls.__module__.startswith(CLIENTS) for cls in type(error).__mro__)
