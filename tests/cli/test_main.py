@@ -181,6 +181,10 @@ def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch, e
     resolved = yaml.safe_load((tmp_path / "run" / "config_resolved.yaml").read_text())
     assert os.path.isabs(resolved["teacher"]) and resolved["max_steps"] == 2
     assert "student distilled" in result.stdout
+    assert "2 CPU processes" in (tmp_path / "run" / "README.md").read_text()
+    refused = scalekd("quickstart", *words, "--penultimate_num_heads", "7", "--output_dir", "other", cwd=tmp_path)
+    lines = [line for line in refused.stderr.splitlines() if line and "real_accelerator" not in line]
+    assert refused.returncode == 2 and len(lines) == 2 and all("7 heads" in line for line in lines), refused.stderr
 
 
 @pytest.mark.slow
@@ -198,7 +202,12 @@ def test_the_training_configuration_gives_the_same_student_again(tmp_path):
         "--hflip",
         "0.3",
     ]
-    words += ["--student_args", '{"patch_size": 2, "depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24]}', "--bf16", "true"]
+    words += [
+        "--student_args",
+        '{"layers": [1, 1, 1, 1], "channels": [8, 12, 16, 24], "output_stride": 8}',
+        "--bf16",
+        "true",
+    ]
     first = scalekd("quickstart", *words, "--output_dir", "first", cwd=tmp_path)
     assert first.returncode == 0, first.stderr[-3000:]
     file = tmp_path / "first" / "training_config.yaml"

@@ -187,6 +187,15 @@ def test_an_optimiser_of_deepspeeds_own_trains_and_resumes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs they train together")
+def test_processes_that_would_each_train_alone_are_refused(tmp_path):
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29578", "recipes/distill.py"]
+    finished = run("python", *words, "--max_steps", "2", "--output_dir", tmp_path / "run")
+    assert finished.returncode == 1 and "2 processes were started, but without a GPU each would" in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_the_recipe_runs_to_its_end_under_zero3(tmp_path):
     words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "recipes/distill.py"]
     words += ["recipes/configs/quickstart.yaml", "--baseline", "false", "--max_steps", "4", "--use_cpu"]
@@ -194,8 +203,8 @@ def test_the_recipe_runs_to_its_end_under_zero3(tmp_path):
     finished = run("python", *words, "--output_dir", tmp_path / "run", env={**os.environ, "DS_ACCELERATOR": "cpu"})
     assert finished.returncode == 0, finished.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["teacher"]["top1"] >= 0.97 and "top1" in results["student distilled"]
-    assert "0.203 M parameters" in (tmp_path / "run" / "README.md").read_text()
+    assert results["teacher"]["top1"] >= 0.93 and "top1" in results["student distilled"]
+    assert "0.249 M parameters" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_two_runs_into_one_folder_are_refused_and_the_first_goes_on(tmp_path):

@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForImageClassification, set_seed
+from transformers.utils import logging
 
 from ..borrowed.transformers import whole_models
 from ..data.dataset import dataset_labels
 from ..data.loading import DataArguments, load_data
-from ..models.students import load_student
+from ..models.students import Student, load_student
 from ..models.teachers import Teacher, load_teacher
 from ..publishing.provenance import Source
 from ..tools.plan import plan_words
-from ..tools.recipe import DistillArguments, given_arguments, mapping, parse_config, write_config
+from ..tools.recipe import DistillArguments, as_words, given_arguments, mapping, parse_config, write_config
 from ..training.config import ScaleKDConfig
-from ..training.model import class_names
+from ..training.model import ScaleKDModel, build_model, class_names
 from ..training.trainer import ScaleKDTrainer
 from .runs import resume_or_refuse, train_and_save
 
 
-__all__ = ["load_teacher_of", "main", "take_plan"]
+__all__ = ["fresh_model", "main", "take_plan"]
 
 
 def run(
@@ -33,16 +34,11 @@ def run(
 ) -> tuple[dict[str, float], ScaleKDTrainer]:
     """Train one student, with a teacher or alone, save it, and evaluate what was saved."""
     train, evaluation = data
+    if config.process_index == 0:
+        print(f"\nThe student {'with its teacher' if distil else 'alone'}, in {config.output_dir}:", flush=True)
     labels = dataset_labels(train, config.label_column)
     teacher = load_teacher_of(arguments, config) if distil or labels is None else None
-    set_seed(config.seed)  # alone and distilled start from the same weights
-    student = load_student(
-        arguments.student,
-        pretrained=arguments.student_pretrained,
-        labels=labels or class_names(teacher),
-        image_size=config.image_size,
-        **mapping(arguments.student_args, "student_args"),
-    )
+    student = new_student(arguments, config, labels or class_names(teacher))
     trainer = ScaleKDTrainer(student, teacher if distil else None, config, train, evaluation)
     trainer.publisher.arguments = given_arguments(arguments)
     train_and_save(trainer)
@@ -66,6 +62,27 @@ def load_teacher_of(arguments: DistillArguments, config: ScaleKDConfig) -> Teach
     )
 
 
+def new_student(arguments: DistillArguments, config: ScaleKDConfig, labels: list[str] | None) -> Student:
+    """The student that the settings name; alone and distilled start from the same weights."""
+    set_seed(config.seed)
+    return load_student(
+        arguments.student,
+        pretrained=arguments.student_pretrained,
+        labels=labels,
+        image_size=config.image_size,
+        **mapping(arguments.student_args, "student_args"),
+    )
+
+
+def fresh_model(arguments: DistillArguments, config: ScaleKDConfig, train: Any) -> ScaleKDModel:
+    """Student, teacher and heads as a run starts with them."""
+    labels = dataset_labels(train, config.label_column)
+    teacher = load_teacher_of(arguments, config)
+    student = new_student(arguments, config, labels or class_names(teacher))
+    set_seed(config.seed)  # as the trainer does before it builds the heads
+    return build_model(student, teacher, config, labels)
+
+
 def evaluate(model: Any, config: ScaleKDConfig, evaluation: Any) -> dict[str, float]:
     """Accuracy of a classifier, with its own images: size, resizing and evaluation crop."""
     own: dict[str, Any] = {"image_size": None, "crop_pct": None, "interpolation": None, "antialias": None}
@@ -80,6 +97,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if plan_format is not None:
         raise SystemExit(print_plan(words, plan_format))
     arguments, config = parse_config(DistillArguments, words)
+    if config.disable_tqdm:
+        logging.disable_progress_bar()  # of loading weights
     folder = str(Path(str(config.output_dir), "alone"))
     resume_or_refuse(config, *([folder] if arguments.baseline else []))
     data = load_data(arguments)
@@ -87,9 +106,10 @@ def main(words: Sequence[str] | None = None) -> None:
         write_config(arguments, config, Path(str(config.output_dir)) / "config_resolved.yaml")
     results = {}
     if arguments.baseline:
-        resume: Any = True if config.resume_from_checkpoint else None  # a named checkpoint is the distilled student's
-        alone = dataclasses.replace(config, output_dir=folder, resume_from_checkpoint=resume, push_to_hub=False)
-        results["student alone"], _ = run(arguments, alone, data, distil=False)
+        fresh_model(arguments, config, data[0])  # what is wrong with the pair is said before one of them is trained
+        results["student alone"], _ = run(
+            arguments, baseline_config(words, arguments, config, folder), data, distil=False
+        )
     results["student distilled"], trainer = run(arguments, config, data, distil=True)
     if data[1] is not None and config.logit_weight and config.has_labels:  # then its labels are the data's
         teacher = load_student(
@@ -103,6 +123,19 @@ def main(words: Sequence[str] | None = None) -> None:
     if config.process_index == 0:
         report(results, Path(str(config.output_dir)))
     describe(trainer, arguments, config)
+
+
+def baseline_config(
+    words: list[str], arguments: DistillArguments, config: ScaleKDConfig, folder: str
+) -> ScaleKDConfig:
+    """The settings of the student alone: those of the run, but for `baseline_args`."""
+    given = mapping(arguments.baseline_args, "baseline_args")
+    _, changed = parse_config(DistillArguments, [*words, *as_words(given)])
+    own: dict[str, Any] = {name: getattr(changed, name) for name in given}
+    own |= {
+        "resume_from_checkpoint": True if config.resume_from_checkpoint else None
+    }  # a named one is the distilled student's
+    return dataclasses.replace(config, **own, output_dir=folder, push_to_hub=False)
 
 
 def describe(trainer: ScaleKDTrainer, arguments: DistillArguments, config: ScaleKDConfig) -> None:

@@ -154,7 +154,7 @@ def split_launcher(words: list[str], known: set[str]) -> tuple[list[str], list[s
 
 def launch(options: list[str], command: str, words: list[str]) -> int:
     """Start the command by Accelerate's launcher, in processes as its options say; returns the exit status."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options, "-m", "scalekd_hf.cli.main"]
+    launcher = [sys.executable, "-m", "scalekd_hf.cli.launcher", "--quiet", *options, "-m", "scalekd_hf.cli.main"]
     # Apart from the terminal, whose Ctrl-C would end the launcher and leave the processes behind it.
     started = subprocess.Popen([*launcher, command, *words], start_new_session=True)
     passed: list[int] = []

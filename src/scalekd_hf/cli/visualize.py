@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import set_seed
 
-from ..data.dataset import dataset_labels
 from ..data.loading import load_data
 from ..data.preparation import collate
 from ..data.stream import ImageStream
-from ..models.students import Student, load_student
-from ..tools.recipe import DistillArguments, mapping, parse_config
+from ..models.students import Student
+from ..tools.recipe import DistillArguments, parse_config
 from ..tools.visualize import agreement_maps, draw_agreement
 from ..training.checkpoints import HEADS_FILE, check_taps, load_checkpoint
 from ..training.config import ScaleKDConfig
 from ..training.feeding import prepare_images
-from ..training.model import ScaleKDModel, build_model, class_names
 from ..training.position import RunPosition
-from .distill import load_teacher_of
+from .distill import fresh_model
 
 
 __all__ = ["main"]
@@ -52,22 +49,6 @@ def check_checkpoint(folder: Path) -> None:
         f"`--checkpoint` is {str(folder)!r}, which {reason}. Give a `checkpoint-N` folder of a distillation"
         f"{f'; in this one: {inside}' if inside else ', as it writes them with `save_strategy` steps or epoch'}."
     )
-
-
-def fresh_model(arguments: DistillArguments, config: ScaleKDConfig, train: Any) -> ScaleKDModel:
-    """Student, teacher and heads as distill.py starts with them."""
-    labels = dataset_labels(train, config.label_column)
-    teacher = load_teacher_of(arguments, config)
-    set_seed(config.seed)
-    student = load_student(
-        arguments.student,
-        pretrained=arguments.student_pretrained,
-        labels=labels or class_names(teacher),
-        image_size=config.image_size,
-        **mapping(arguments.student_args, "student_args"),
-    )
-    set_seed(config.seed)  # as the trainer does before it builds the heads
-    return build_model(student, teacher, config, labels)
 
 
 def first_images(evaluation: Any, count: int, student: Student, config: ScaleKDConfig) -> Tensor:

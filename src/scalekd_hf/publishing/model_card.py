@@ -48,6 +48,7 @@ class CardFacts:
         settings: those of method and training that differ from the defaults.
         configuration: all that differ and are not about where and how the run reports.
         curves: whether there is a picture.
+        baseline_args: settings that the student alone had of its own.
     """
 
     repo: str
@@ -64,6 +65,7 @@ class CardFacts:
     settings: dict[str, Any] = field(default_factory=dict)
     configuration: dict[str, Any] = field(default_factory=dict)
     curves: bool = False
+    baseline_args: dict[str, Any] = field(default_factory=dict)
     license: str | None = None
     language: str | list[str] | None = None
     tags: list[str] = field(default_factory=list)
@@ -87,6 +89,7 @@ def make_card(facts: CardFacts) -> ModelCard:
         ),
         rows=table("", {name: row for name, row in facts.results.items() if "top1" in row}),
         gain=gain,
+        baseline_args=" and ".join(f"`{name}` {value}" for name, value in facts.baseline_args.items()),
         curves=facts.curves,
         facts=[(name, value) for name, value in facts.facts.items() if value not in (None, "")],
         settings=list(facts.settings.items()),

@@ -57,6 +57,11 @@ class Source:
     architecture: str = ""
 
     @property
+    def is_published(self) -> bool:
+        """Whether a reader can load it by its name; a folder or a module of the user's they cannot."""
+        return self.hub_id is not None or self.name.startswith("timm/")
+
+    @property
     def restriction(self) -> str | None:
         """A warning about a license that may restrict what is derived."""
         if not self.license or not RESTRICTIVE.search(self.license.lower()):

@@ -38,6 +38,8 @@ class DistillArguments(DataArguments):
         student_pretrained: start from the student's published weights.
         plan_processes: processes that `--plan` counts with; by default those of the launch.
         baseline: first train the same student alone, with the same data, budget and settings, and report both.
+        baseline_args: settings of `ScaleKDConfig` that the student alone has of its own, as JSON or a mapping: the best learning
+            rate and weight decay often differ between the two.
         license: of the student, for its model card.
     """
 
@@ -50,9 +52,19 @@ class DistillArguments(DataArguments):
     baseline: bool = field(
         default=False, metadata={"help": "First train the same student alone with the same settings; report both."}
     )
+    baseline_args: dict | str | None = field(
+        default=None, metadata={"help": "Settings of the student alone, as JSON."}
+    )
     license: str | None = field(default=None, metadata={"help": "License of the student, for its model card."})
 
     def __post_init__(self) -> None:
+        self.baseline_args = mapping(self.baseline_args, "baseline_args")
+        for name in self.baseline_args:
+            check_known(
+                name,
+                {f.name for f in fields(ScaleKDConfig) if f.init} - {"output_dir"},
+                f"`{name}` of `baseline_args`",
+            )
         self.student_args = mapping(self.student_args, "student_args")
         self.teacher_args = mapping(self.teacher_args, "teacher_args")
         for name in ("student", "teacher"):
@@ -100,7 +112,7 @@ class _Parser(HfArgumentParser):
     """Raises what argparse would print together with a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message[:1].upper()}{message[1:]}.")
+        raise ValueError(f"{message[:1].upper()}{message[1:].rstrip('.')}.")
 
 
 def parse_config(arguments_class: type, argv: Sequence[str] | None = None) -> tuple[Any, ScaleKDConfig]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,16 @@ COSINES = ("cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
 SYNC_BATCHNORMS = ("none", "student", "all")
 
 
+def _check_processes(config: Any) -> None:
+    """Refuse processes that were started together and would each train alone, as transformers has them do without a GPU."""
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if started > 1 and config.world_size == 1:
+        raise ValueError(
+            f"{started} processes were started, but without a GPU each would train alone. Set `use_cpu` to true, so that they "
+            "train together on the CPU, or start one."
+        )
+
+
 def check_settings(config: Any) -> None:
     """Refuse settings that no run can have.
 
@@ -30,6 +41,7 @@ def check_settings(config: Any) -> None:
     Raises:
         ValueError: with the setting, its value, and what it may be.
     """
+    _check_processes(config)
     for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):
         _check(config, name, "must be finite and not negative", lambda value: 0 <= value < math.inf)
     _check(config, "label_smoothing_factor", "must be at least 0 and below 1", lambda value: 0 <= value < 1)

@@ -93,6 +93,7 @@ def card_facts(
         facts=facts,
         settings=_changed(told_settings(args)),
         configuration=_changed(rebuilding_settings(args)),
+        baseline_args=publisher.arguments.get("baseline_args", {}),
         license=license,
         language=language,
         tags=[tags] if isinstance(tags, str) else list(tags or []),
@@ -129,6 +130,7 @@ def _described(source: Source | None) -> str | None:
     if source is None:
         return None
     known = [
+        None if source.is_published else "not published",
         f"revision `{source.revision}`" if source.revision else None,
         f"license `{source.license}`" if source.license else None,
     ]
