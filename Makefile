@@ -1,4 +1,4 @@
-.PHONY: install style quality private-names test test-slow smoke quickstart digits teacher
+.PHONY: install style quality docs private-names test test-slow smoke quickstart first-hour numbers teacher release
 
 install:  ## everything a developer needs, in the active environment
 	pip install -e ".[dev]"
@@ -12,6 +12,10 @@ quality:  ## what CI checks of the code
 	ruff format --check .
 	mypy
 	lint-imports
+	mkdocs build --strict --quiet --site-dir build/site
+
+docs:  ## the site, at http://127.0.0.1:8000
+	mkdocs serve
 
 private-names:  ## what is used of other libraries although it is not public there
 	python tests/scripts/private_names.py
@@ -23,13 +27,21 @@ test-slow:  ## the tests that take longer
 	pytest -m slow
 
 smoke:  ## ten steps of the quickstart
-	accelerate launch --num_processes=1 recipes/distill.py --max_steps 10 --output_dir outputs/smoke --overwrite_output_dir
+	scalekd quickstart --max_steps 10 --output_dir outputs/smoke --overwrite_output_dir
 
-quickstart:  ## the quickstart over three seeds
+quickstart:  ## the quickstart over ten seeds
 	python benchmarks/quickstart.py
 
-digits:  ## make the quickstart's data again
-	python recipes/make_digits.py
+first-hour:  ## a newcomer's hour from the wheel; PHOTOS='folder/*.parquet' of CIFAR-10
+	python benchmarks/first_hour.py '$(PHOTOS)'
 
-teacher:  ## train the quickstart's teacher again
-	python recipes/train_teacher.py recipes/configs/quickstart_teacher.yaml
+numbers:  ## make the quickstart's data again, and its teacher's
+	python recipes/make_numbers.py --teacher outputs/numbers
+
+teacher: numbers  ## train the quickstart's teacher again
+	scalekd train-teacher quickstart_teacher
+
+release:  ## wheel and sdist, each tried in an environment of its own
+	rm -rf dist && python -m build && twine check --strict dist/*
+	for file in $(CURDIR)/dist/*; do folder=$$(mktemp -d) && cd $$folder && python -m venv venv && venv/bin/pip install -q $$file && \
+	    venv/bin/scalekd quickstart && venv/bin/scalekd plan swin_l_to_resnet50 && rm -rf $$folder || exit 1; done
