@@ -172,10 +172,10 @@ def test_all_packages_and_files_are_in_the_wheel():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [[], ["--deepspeed", "recipes/accelerate/zero2.json"]], ids=["ddp", "zero2"])
-def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch, engine):
+@pytest.mark.parametrize("kind", [["--cpu"], ["--config_file", "recipes/accelerate/zero2.yaml"]], ids=["ddp", "zero2"])
+def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    words = ["--cpu", "--num_processes", "2", "--max_steps", "2", "--baseline", "false", "--use_cpu", *engine]
+    words = ["--num_processes", "2", "--max_steps", "2", "--baseline", "false", "--use_cpu", *kind]
     result = scalekd("quickstart", *words, "--output_dir", tmp_path / "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     resolved = yaml.safe_load((tmp_path / "run" / "config_resolved.yaml").read_text())
@@ -185,6 +185,19 @@ def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch, e
     refused = scalekd("quickstart", *words, "--penultimate_num_heads", "7", "--output_dir", "other", cwd=tmp_path)
     lines = [line for line in refused.stderr.splitlines() if line and "real_accelerator" not in line]
     assert refused.returncode == 2 and len(lines) == 2 and all("7 heads" in line for line in lines), refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "returned"),
+    [("sys.exit(2)", "", 2), ("sys.exit(3)", "scalekd: process 1 ended with status 3.\n", 3)]
+    + [("os.kill(os.getpid(), 9)", "scalekd: process 1 was ended by SIGKILL (the machine's memory may", 137)],
+)
+@pytest.mark.slow
+def test_the_launcher_says_how_a_process_ended_and_no_more(tmp_path, status, said, returned):
+    (tmp_path / "it.py").write_text(f"import os, sys, time\nos.environ['RANK'] == '1' and {status}\ntime.sleep(60)\n")
+    words = [sys.executable, "-m", "scalekd_hf.cli.launcher", "--quiet", "--num_processes", "2", tmp_path / "it.py"]
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == returned and ended.stderr.startswith(said) and ended.stderr.count("\n") == bool(said)
 
 
 @pytest.mark.slow

@@ -6,11 +6,16 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
+import yaml
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from ..tools.words import installed
 
 
 KINDS = ("cpu", "multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "config_file")
@@ -24,17 +29,33 @@ def main() -> None:
         SystemExit: with the status of the process that failed first.
     """
     args = launch_command_parser().parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torch's launcher would set it, with a warning
     if args.config_file is None and not os.path.isfile(default_config_file):
         complete(args)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        launch_command(args)
+        with tempfile.TemporaryDirectory() as folder:
+            if args.config_file is not None:
+                args.config_file = with_installed_files(args.config_file, folder)
+            launch_command(args)
     except ChildFailedError as error:
-        for rank, failure in sorted(error.failures.items()):
-            if failure.exitcode not in TOLD:
-                print(f"scalekd: process {rank} {ended(failure.exitcode)}.", file=sys.stderr)
-        _, first = error.get_first_failure()
+        rank, first = error.get_first_failure()
+        if first.exitcode not in TOLD:
+            print(f"scalekd: process {rank} {ended(first.exitcode)}.", file=sys.stderr)
         raise SystemExit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode) from None
+
+
+def with_installed_files(config_file: str, folder: str) -> str:
+    """A launch file whose engine's file is found from anywhere: a copy in `folder` where it names one of the installation."""
+    settings = yaml.safe_load(Path(config_file).read_text())
+    engine = settings.get("deepspeed_config") or {}
+    named = engine.get("deepspeed_config_file")
+    if not isinstance(named, str) or installed(named) == named:
+        return config_file
+    engine["deepspeed_config_file"] = installed(named)
+    copy = Path(folder, Path(config_file).name)
+    copy.write_text(yaml.safe_dump(settings))
+    return str(copy)
 
 
 def complete(args: object) -> None:

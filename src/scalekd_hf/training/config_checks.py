@@ -30,6 +30,10 @@ def _check_processes(config: Any) -> None:
             f"{started} processes were started, but without a GPU each would train alone. Set `use_cpu` to true, so that they "
             "train together on the CPU, or start one."
         )
+    if started > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.device.type == "cpu":
+        raise ValueError(
+            "FSDP shards over GPUs alone, and this run is on the CPU, where Accelerate would run DDP. Leave FSDP out."
+        )
 
 
 def check_settings(config: Any) -> None:
