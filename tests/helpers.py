@@ -18,8 +18,8 @@ from scalekd_hf import ScaleKDConfig, load_student
 
 
 ROOT = Path(__file__).parents[1]
-DIGITS = ROOT / "recipes" / "data" / "digits"
-TEACHER = ROOT / "recipes" / "models" / "quickstart_teacher"
+DIGITS = ROOT / "tests" / "assets" / "digits"
+TEACHER = ROOT / "tests" / "assets" / "teacher"
 GOLDEN = Path(os.environ.get("SCALEKD_GOLDEN", ROOT.parent / "shared" / "golden"))
 
 SMALL_SWIN = {

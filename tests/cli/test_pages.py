@@ -1,25 +1,95 @@
-"""What the pages tell a newcomer to type is run: the code as it stands, on small models and made-up photos."""
+"""What the pages tell a newcomer to type is run: the text as it stands, with small models and photos in place of what has to be fetched."""
 
 import json
 import re
+import shlex
+import shutil
 
+import datasets
 import numpy as np
 import pytest
 import yaml
 from datasets import load_dataset
-from helpers import DIGITS, ROOT
+from helpers import DIGITS, ROOT, TEACHER, small_student
 from PIL import Image
 from test_main import scalekd
 from torch.utils.data import DataLoader
 
 from scalekd_hf import load_student
-from scalekd_hf.tools.words import shipped_folder
+from scalekd_hf.cli.main import main
+from scalekd_hf.models.saving import save_student
+from scalekd_hf.tools.words import shipped_configs, shipped_folder
 
 
-def blocks(page, kind):
-    text = (ROOT / "docs" / page).read_text()
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [block for language, block in found if language == kind]
+PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+RUN = {  # blocks that are run elsewhere, by page and place in it
+    ("README.md", 5): "the installation and the tests: `.ci/run`",
+    ("README.md", 6): "BibTeX",
+    ("docs/export.md", 1): "tests/tools/test_export.py",
+    ("docs/export.md", 2): "tests/tools/test_export.py",
+    ("docs/index.md", 1): "what the quickstart prints",
+    ("docs/own_photos.md", 0): "the folder that the test makes",
+    ("docs/results.md", 0): "tests/cli/test_results.py",
+}
+RESNET18 = '"timm/resnet18", num_classes=10, image_size=32, channels=(8, 16, 24, 32)'
+
+
+def runs(page, *places):
+    """Say which blocks of a page a test runs."""
+    RUN.update(((page, place), "here") for place in places)
+    return lambda test: test
+
+
+def blocks(page):
+    """The fenced blocks of a page."""
+    return re.findall(r"^```\w*\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(block):
+    """The command lines of a block, as words without `scalekd`."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("scalekd ")]
+
+
+def code(page, place, **stand_ins):
+    """A block of Python, compiled, with other words for some of its own."""
+    text = blocks(page)[place]
+    for word, other in stand_ins.items():
+        assert text.count(word) == 1, word
+        text = text.replace(word, other)
+    return compile(text, page, "exec")
+
+
+def replaced(words, stand_ins):
+    """Words of a command, with others for some of them."""
+    assert set(stand_ins) <= set(words)
+    return [stand_ins.get(word, word) for word in words]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to work in, with a student and validation images under the names that the pages use."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    save_student(load_student(small_student()), "outputs/my_pair")
+    for part in ("data", "my_images"):
+        (tmp_path / part).mkdir()
+        for file in DIGITS.glob("test-*.parquet"):
+            shutil.copy(file, tmp_path / part / file.name.replace("test", "val" if part == "data" else "test"))
+    return tmp_path
+
+
+@pytest.fixture
+def my_pair(tmp_path):
+    """`my_pair.yaml` and `my_teacher.yaml`, the quickstart's two in few steps."""
+    changes = {"max_steps": 2, "use_cpu": True, "disable_tqdm": True, "baseline": False}
+    text = yaml.safe_load(shipped_configs()["quickstart"].read_text())
+    pair = text | changes | {"output_dir": "outputs/my_pair", "save_strategy": "steps", "save_steps": 2}
+    (tmp_path / "my_pair.yaml").write_text(yaml.safe_dump(pair))
+    del changes["baseline"]
+    teacher = yaml.safe_load((shipped_folder() / "configs/quickstart_teacher.yaml").read_text()) | changes
+    teacher |= {name: text[name] for name in ("train_files", "eval_files")}
+    (tmp_path / "my_teacher.yaml").write_text(yaml.safe_dump(teacher | {"output_dir": "my_teacher"}))
 
 
 @pytest.fixture
@@ -39,26 +109,84 @@ def photos(tmp_path):
     return tmp_path
 
 
+@runs("README.md", 1, 2)
+def test_the_readmes_python_trains_and_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = load_dataset("parquet", data_files=str(DIGITS / "test-00000*.parquet"), split="train", streaming=True)
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *what, **how: asked.append((what, how)) or {"train": rows, "validation": rows}
+    )
+    teacher = "timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k"
+    stand_ins = {teacher: str(TEACHER), '"timm/resnet50"': f"load_student({RESNET18})", "375_000": "2"}
+    stand_ins |= {"batch_size=128": "batch_size=8, image_size=32, penultimate_num_heads=4, last_num_heads=8"}
+    stand_ins |= {"bf16=True": "use_cpu=True"}
+    names = {"load_student": load_student}
+    exec(code("README.md", 1, **stand_ins), names)
+    assert asked == [(("ILSVRC/imagenet-1k",), {"streaming": True})] and names["trainer"].state.global_step == 2
+    exec(code("README.md", 2), names)
+    assert names["model"].config.num_labels == 10
+
+
 @pytest.mark.slow
+@runs("README.md", 0, 3)
+def test_the_readmes_commands(here, my_pair, capsys):
+    install, quickstart = blocks("README.md")[0].strip().split(" && ")
+    assert install == "pip install -e ."
+    for words in (shlex.split(quickstart)[1:] + ["--max_steps", "2"], *commands(blocks("README.md")[3])):
+        main([*words, "--use_cpu", "true", "--overwrite_output_dir", "true"])
+    assert capsys.readouterr().out.count("student distilled") == 2
+    assert set(json.loads((here / "outputs/my_pair/results.json").read_text())) == {
+        "teacher",
+        "student alone",
+        "student distilled",
+    }
+
+
+@runs("README.md", 4)
+@runs("docs/recipes.md", 0, 1)
+def test_plans_on_the_pages(capsys):
+    words = [*commands(blocks("README.md")[4]), *(w for b in blocks("docs/recipes.md") for w in commands(b))]
+    assert len(words) == 4 and [w[0] for w in words] == ["plan", "plan", "distill", "plan"]
+    for command in words:
+        with pytest.raises(SystemExit, match="^0$"):
+            main(["plan", *command[1:]])
+        assert "projectors" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@runs("docs/index.md", 0, 2, 3)
+def test_first_steps(here, my_pair, capsys):
+    page = blocks("docs/index.md")
+    assert commands(page[0]) == [["quickstart"]] and page[0].startswith("pip install scalekd-hf\n")
+    main([*commands(page[0])[0], "--max_steps", "2", "--use_cpu", "true"])  # the whole: benchmarks/quickstart.py
+    for words in commands(page[2]):
+        main(words)
+    assert "swin_l_to_resnet50" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^0$"):
+        main(commands(page[3])[0])
+
+
+@pytest.mark.slow
+@runs("docs/own_photos.md", 1, 2, 3, 4, 5, 6)
 def test_the_page_on_own_photos_from_teacher_to_export(photos):
     small = {"teacher": {"model": "timm/swin_tiny_patch4_window7_224"}, "pair": {"student_pretrained": False}}
     swin = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}
     small["teacher"] |= {"model_args": {**swin, "patch_size": 2}, "pretrained": False, "num_train_epochs": 1}
     small["pair"] |= {"student_args": {"channels": [8, 16, 24, 32]}, "num_train_epochs": 1}
-    for (name, changes), text in zip(small.items(), blocks("own_photos.md", "yaml"), strict=True):
+    page = blocks("docs/own_photos.md")
+    for (name, changes), text in zip(small.items(), (page[1], page[3]), strict=True):
         settings = (
             yaml.safe_load(text) | changes | {"image_size": 64, "per_device_train_batch_size": 8, "use_cpu": True}
         )
         (photos / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-    commands = [
-        line for block in blocks("own_photos.md", "") for line in block.splitlines() if line.startswith("scalekd")
-    ]
-    assert [command.split()[1] for command in commands] == ["train-teacher", "plan", "distill", "evaluate", "export"]
+    typed = [words for place in (2, 4, 5, 6) for words in commands(page[place])]
+    assert [words[0] for words in typed] == ["train-teacher", "plan", "distill", "evaluate", "export"]
     said = {}
-    for command in commands:
-        result = scalekd(*command.split()[1:], cwd=photos)
-        assert result.returncode == 0, (command, result.stderr[-3000:])
-        said[command.split()[1]] = result.stdout
+    for words in typed:
+        result = scalekd(*words, cwd=photos)
+        assert result.returncode == 0, (words, result.stderr[-3000:])
+        said[words[0]] = result.stdout
     results = json.loads((photos / "student" / "results.json").read_text())
     assert set(results) == {"teacher", "student alone", "student distilled"}
     evaluated = json.loads((photos / "evaluation" / "student" / "evaluation.json").read_text())[0]
@@ -68,27 +196,70 @@ def test_the_page_on_own_photos_from_teacher_to_export(photos):
     assert "differs by" in said["export"]
 
 
+@runs("docs/own_photos.md", 7)
 def test_models_of_ones_own_on_the_page_train(tmp_path, digits, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("own_photos.md", "python")
-    exec(compile(code, "own_photos.md", "exec"), {"photos": digits})
-    assert (tmp_path / "own" / "trainer_state.json").exists() or list((tmp_path / "own").glob("*"))
+    names = {"photos": digits}
+    exec(code("docs/own_photos.md", 7), names)
+    assert names["trainer"].state.global_step == 2
 
 
+@runs("docs/own_loop.md", 0)
 def test_the_loop_on_the_page_trains_and_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("own_loop.md", "python")
-    names = {
-        '"timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k"': repr(
-            str(shipped_folder() / "models/quickstart_teacher")
-        ),
-        '"timm/resnet50"': '"timm/resnet18", num_classes=10, image_size=32, channels=(8, 16, 24, 32)',
-    }
-    for name, other in names.items():
-        assert code.count(name) == 1
-        code = code.replace(name, other)
+    teacher = '"timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k"'
     rows = load_dataset("parquet", data_files=str(DIGITS / "test-00000*.parquet"), split="train[:16]")
     pixels = np.stack([np.asarray(row["image"].convert("RGB")) for row in rows]).transpose(0, 3, 1, 2)
     samples = [(image, row["label"]) for image, row in zip(pixels, rows, strict=True)]
-    exec(compile(code, "own_loop.md", "exec"), {"device": "cpu", "loader": DataLoader(samples, batch_size=8)})
+    names = {"device": "cpu", "loader": DataLoader(samples, batch_size=8)}
+    exec(code("docs/own_loop.md", 0, **{teacher: repr(str(TEACHER)), '"timm/resnet50"': RESNET18}), names)
     assert load_student(str(tmp_path / "student"), pretrained=True).num_labels == 10
+
+
+@pytest.mark.slow
+@runs("docs/evaluation.md", 0)
+@runs("docs/export.md", 0)
+def test_evaluations_and_exports_on_the_pages(here, capsys):
+    hub, folder, many = commands(blocks("docs/evaluation.md")[0])
+    main(replaced(hub, {"my-team/my-student": "outputs/my_pair"}))
+    main(folder)
+    known = {"timm/resnet50.a1_in1k": "outputs/my_pair", "--benchmark": "--eval_files", "--bf16": "--use_cpu"}
+    known |= {"imagenet-1k": "data/val-*.parquet", "8": "2"}
+    result = scalekd(*replaced(many, known), "--cpu", "--output_dir", "many", cwd=here)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads((here / place / "evaluation.json").read_text()) for place in ("evaluation/my_pair", "many")]
+    assert [row["images"] for row in rows[0]] == [360, 360] and rows[0][1]["top1"] == rows[1][0]["top1"]
+    assert "val-" in (here / "outputs/my_pair/README.md").read_text()
+    (export,) = commands(blocks("docs/export.md")[0])
+    main(export)
+    assert (here / "outputs/my_pair/model.onnx").exists() and (here / "outputs/my_pair/model.pt2").exists()
+
+
+@pytest.mark.slow
+@runs("docs/publishing.md", 0, 1, 2)
+def test_publishing_as_on_the_page(here, my_pair, hub):
+    push, load, look = blocks("docs/publishing.md")
+    shutil.rmtree("outputs")
+    main(commands(push)[0])
+    assert hub.repos["my-team/my-student"]["private"] and "model.safetensors" in hub.files("my-team/my-student")
+    names = {}
+    exec(load, names)
+    assert len(names["classify"](Image.new("RGB", (40, 32)))) == 5
+    main(replaced(commands(look)[0], {"outputs/my_pair/checkpoint-1000": "outputs/my_pair/checkpoint-2"}))
+    assert list(here.rglob("*agreement*.png"))
+
+
+@pytest.mark.slow
+@runs("docs/distributed.md", 0)
+def test_the_command_for_many_gpus_starts_as_many_processes(here):
+    (words,) = commands(blocks("docs/distributed.md")[0])
+    place = words.index("--config_file")  # of FSDP2, which the Trainer runs on GPUs alone
+    del words[place : place + 2]
+    result = scalekd(*replaced(words, {"20": "2", "10": "2"}), "--cpu", "--use_cpu", cwd=here)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "student distilled" in result.stdout
+
+
+def test_no_block_of_the_pages_is_left_out():
+    found = {(page, place) for page in PAGES for place in range(len(blocks(page)))}
+    assert found == set(RUN)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import yaml
 from helpers import ROOT, run
@@ -12,9 +13,12 @@ from processes import run_script
 from transformers import AutoModelForImageClassification
 
 from scalekd_hf import ScaleKDConfig
+from scalekd_hf.cli import distill
+from scalekd_hf.cli.distill import baseline_config
 from scalekd_hf.cli.runs import resume_or_refuse
 from scalekd_hf.data.loading import load_data
 from scalekd_hf.tools.recipe import DistillArguments, TeacherArguments, parse_config, write_config
+from scalekd_hf.tools.words import installed
 
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("**/*.yaml"))
@@ -141,11 +145,11 @@ def test_the_quickstart_in_small(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results) == ["teacher", "student alone", "student distilled"]
-    assert results["teacher"]["top1"] >= 0.97  # the teacher in the repository
+    assert results["teacher"]["top1"] >= 0.93  # the teacher in the repository
     for name, metrics in results.items():
         assert f"{name:<20}{metrics['top1']:>8.2%}" in result.stdout
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
-    assert model.config.num_labels == 10
+    assert model.config.num_labels == 100
     resolved = yaml.safe_load((tmp_path / "run" / "config_resolved.yaml").read_text())
     assert (resolved["max_steps"], resolved["crop_pct"]) == (6, 1.0)
 
@@ -159,6 +163,36 @@ def test_the_quickstart_in_small(tmp_path):
     assert (alone / "model.safetensors").stat().st_mtime_ns == written
     again = json.loads((tmp_path / "run" / "results.json").read_text())
     assert again["student distilled"]["top1"] == results["student distilled"]["top1"]
+
+
+def test_what_is_wrong_with_the_teacher_is_said_before_the_student_is_trained_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [str(QUICKSTART), "--max_steps", "2", "--use_cpu", "--output_dir", "run", "--penultimate_num_heads", "7"]
+    with pytest.raises(ValueError, match="7 heads"):
+        distill.main([installed(word) for word in words])
+    assert not list((tmp_path / "run").glob("alone/*.safetensors"))
+
+
+def test_the_student_alone_has_settings_of_its_own():
+    words = [str(QUICKSTART), "--learning_rate", "0.1", "--baseline_args", '{"learning_rate": "2e-2", "hflip": 0.25}']
+    arguments, config = parse_config(DistillArguments, words)
+    alone = baseline_config(words, arguments, config, "outputs/there")
+    assert (config.learning_rate, config.hflip, config.output_dir) == (0.1, 0.0, "outputs/quickstart")
+    assert (alone.learning_rate, alone.hflip, alone.output_dir) == (0.02, 0.25, "outputs/there")
+    assert alone.max_steps == config.max_steps
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"learning_rte": 1}', "`learning_rte` of `baseline_args` is not a setting. Did you mean"),
+        ('{"output_dir": "x"}', "`output_dir` of `baseline_args` is not a setting"),
+        ("0.1", "`baseline_args` must be a mapping"),
+    ],
+)
+def test_settings_of_the_student_alone_that_are_none_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(DistillArguments, [str(QUICKSTART), "--baseline_args", given])
 
 
 @pytest.mark.parametrize("logit_weight", ["0.5", "0"])
@@ -176,7 +210,7 @@ def test_distillation_without_labels_through_the_recipe(tmp_path, logit_weight):
     ]
     result = run_script("recipes/distill.py", *words, "--output_dir", tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.num_labels == 10
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.num_labels == 100
 
 
 @pytest.mark.slow
@@ -227,19 +261,28 @@ def test_a_teacher_that_was_trained_to_the_end_is_evaluated_and_not_trained_agai
     assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]  # the accuracy
 
 
-def test_the_digits_in_the_repository_are_those_of_the_script(tmp_path):
-    pytest.importorskip("sklearn", reason="scikit-learn makes the digits")
+def test_the_numbers_in_the_repository_are_those_of_the_script():
+    pytest.importorskip("sklearn", reason="scikit-learn has the digits")
     import sys
 
     import datasets
 
     sys.path.insert(0, str(ROOT / "recipes"))
-    import make_digits
+    import make_numbers
 
-    digits = make_digits.load_digits()
-    made = {make_digits.enlarge(cells).tobytes() for cells in digits.images}
-    kept = datasets.Dataset.from_parquet([str(f) for f in sorted(make_digits.FOLDER.glob("*.parquet"))])
-    assert len(kept) == 1797 and {image.tobytes() for image in kept["image"]} == made
+    parts = make_numbers.parts()
+    used = [
+        {cells.tobytes() for cells in np.concatenate(list(parts[name].values()))}
+        for name in ("train", "validation", "test")
+    ]
+    assert [len(digits) for digits in used] == [957, 360, 480] and not (
+        used[0] & used[1] or used[0] & used[2] or used[1] & used[2]
+    )
+    for part in ("train", "validation", "test"):
+        made = make_numbers.make(parts[part], make_numbers.OF_EACH[part], make_numbers.SEEDS[part])
+        kept = datasets.Dataset.from_parquet([str(f) for f in sorted(make_numbers.FOLDER.glob(f"{part}-*.parquet"))])
+        assert kept["label"] == made["label"]
+        assert [image.tobytes() for image in kept["image"]] == [image.tobytes() for image in made["image"]]
 
 
 @pytest.mark.slow

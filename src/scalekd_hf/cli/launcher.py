@@ -75,7 +75,7 @@ def ended(status: int) -> str:
     """How a process ended, in words."""
     if status >= 0:
         return f"ended with status {status}"
-    killed = " (the machine's memory may have been full)" if -status == signal.SIGKILL else ""
+    killed = " (the machine's memory may have been full)" if status == -9 else ""
     return f"was ended by {signal.Signals(-status).name}{killed}"
 
 
