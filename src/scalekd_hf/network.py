@@ -17,7 +17,8 @@ def is_of_network(error: BaseException) -> bool:
 def lost_connection(error: BaseException | None) -> BaseException | None:
     """The error of a connection that broke, or was never there, among the causes of an error; an answer of a server is none."""
     while error is not None:
-        if _is_of_client(error) and getattr(error, "response", None) is None:
+        is_of_hub = type(error).__module__.startswith("huggingface_hub")  # not found, or switched off
+        if _is_of_client(error) and not is_of_hub and getattr(error, "response", None) is None:
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -110,7 +110,7 @@ def test_data_is_streamed_from_files_or_loaded_whole(monkeypatch):
     train, evaluation = load_data(arguments)
     assert train.num_shards == 4 and evaluation.num_shards == 2
     whole, held_out = load_data(dataclasses.replace(arguments, streaming=False))
-    assert (len(whole), len(held_out)) == (1437, 360)
+    assert (len(whole), len(held_out)) == (300, 1000)
 
 
 @pytest.mark.parametrize(

@@ -164,11 +164,11 @@ def test_the_recipe_says_what_is_wrong(unmoved, tmp_path):
         (["--checkpoint", unmoved], f"in this one: {good}"),
         (["--checkpoint", tmp_path / "none"], "which is not a folder. Give a `checkpoint-N` folder"),
         (
-            ["--checkpoint", good, "--student_taps", "stages.0", "stages.1"],
-            "it would be tapped at stages.0, stages.1 now",
+            ["--checkpoint", good, "--student_taps", "layer1", "layer2"],
+            "it would be tapped at layer1, layer2 now",
         ),
         (["--checkpoint", good, "--images", 0], "`--images` is 0, and a picture needs at least 1"),
-        (["--checkpoint", good, "--images", 361], "`--images` is 361, but the evaluation data holds 360"),
+        (["--checkpoint", good, "--images", 1001], "`--images` is 1001, but the evaluation data holds 1000"),
     ]:
         result = run_script(RECIPE, unmoved / "config_resolved.yaml", *words)
         assert result.returncode != 0 and message in result.stderr, result.stderr[-2000:]
