@@ -1,8 +1,8 @@
 """A stranger's first hour, timed: from the built wheel in a new environment to an exported student of their own photos.
 
-    python benchmarks/first_hour.py 'cifar10/train-*.parquet' [--short] [--folder hour]
+    python benchmarks/first_hour.py 'cifar10/train-*.parquet' [--image_column img] [--short] [--folder hour]
 
-The photos are made from a data set with an `img` and a `label` column, such as CIFAR-10's Parquet files: 600 in six class folders, of
+The photos are made from CIFAR-10's Parquet files: 600 in six class folders, of
 mixed sizes, modes and kinds of file, with an empty one and a text among them. Other images of the same files train what stands for a
 checkpoint from the Hub. `--short` takes few steps, and the packages of this environment instead of installing them.
 """
@@ -50,7 +50,7 @@ def make_photos(images: datasets.Dataset, folder: Path) -> list[int]:
             continue
         wanted[label] -= 1
         size = [int(side) for side in generator.integers(40, 160, 2)]
-        image = images[row]["img"].convert("RGB").resize(size)
+        image = images[row]["image"].convert("RGB").resize(size)
         kind = row % 6
         image = image.convert({0: "L", 1: "RGBA"}.get(kind, "RGB"))
         place = folder / CLASSES[label]
@@ -128,9 +128,8 @@ def install(hour: Hour, short: bool) -> Path:
     return environment / "bin"
 
 
-def play(files: list[str], folder: Path, short: bool) -> dict:
+def play(images: datasets.Dataset, folder: Path, short: bool) -> dict:
     """Play the hour; returns what came out of it."""
-    images = datasets.Dataset.from_parquet(files)
     hour = Hour(folder)
     bin = install(hour, short)
     scalekd = bin / "scalekd"
@@ -142,9 +141,7 @@ def play(files: list[str], folder: Path, short: bool) -> dict:
     few = ["--max_steps", "2"] if short else []
     hour.step("scalekd quickstart", scalekd, "quickstart", "--disable_tqdm", "true", *few)
     rest = make_photos(images, folder / "photos")
-    images.select(rest[: 500 if short else 20000]).rename_column("img", "image").to_parquet(
-        folder / "checkpoint.parquet"
-    )
+    images.select(rest[: 500 if short else 20000]).to_parquet(folder / "checkpoint.parquet")
     for name, settings in configurations(short).items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True))
     hour.step("(a checkpoint, instead of the Hub's)", scalekd, "train-teacher", "checkpoint.yaml")
@@ -172,15 +169,17 @@ def play(files: list[str], folder: Path, short: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", help="Parquet files with an `img` and a `label` column, as a pattern")
+    parser.add_argument("files", help="Parquet files with images and their `label`, as a pattern")
+    parser.add_argument("--image_column", default="image")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--folder", type=Path, help="to work in, and to keep")
     arguments = parser.parse_args()
-    files = sorted(glob.glob(arguments.files))
+    images = datasets.Dataset.from_parquet(sorted(glob.glob(arguments.files)))
+    images = images.rename_columns({arguments.image_column: "image"})
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
         folder.mkdir(exist_ok=True)
-        outcome = play(files, folder, arguments.short)
+        outcome = play(images, folder, arguments.short)
         (folder / "hour.json").write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n")
     print(json.dumps({key: outcome[key] for key in ("bad images", "same again")}, ensure_ascii=False))
 

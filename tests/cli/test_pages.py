@@ -11,6 +11,7 @@ import pytest
 import yaml
 from datasets import load_dataset
 from helpers import DIGITS, ROOT, TEACHER, small_student
+from hub_server import WRITE
 from PIL import Image
 from test_main import scalekd
 from torch.utils.data import DataLoader
@@ -72,6 +73,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     save_student(load_student(small_student()), "outputs/my_pair")
+    (tmp_path / "outputs/my_pair/README.md").write_text("---\nlibrary_name: timm\n---\n# my_pair\n")
     for part in ("data", "my_images"):
         (tmp_path / part).mkdir()
         for file in DIGITS.glob("test-*.parquet"):
@@ -237,7 +239,8 @@ def test_evaluations_and_exports_on_the_pages(here, capsys):
 
 @pytest.mark.slow
 @runs("docs/publishing.md", 0, 1, 2)
-def test_publishing_as_on_the_page(here, my_pair, hub):
+def test_publishing_as_on_the_page(here, my_pair, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", WRITE)
     push, load, look = blocks("docs/publishing.md")
     shutil.rmtree("outputs")
     main(commands(push)[0])

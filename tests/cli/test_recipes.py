@@ -153,8 +153,11 @@ def test_the_quickstart_in_small(tmp_path):
     resolved = yaml.safe_load((tmp_path / "run" / "config_resolved.yaml").read_text())
     assert (resolved["max_steps"], resolved["crop_pct"]) == (6, 1.0)
 
-    refused = run_script("recipes/distill.py", *words)
+    refused = run_script("recipes/distill.py", *words, "--learning_rate", "1")
     assert refused.returncode != 0 and "holds a run already" in refused.stderr
+    again = run_script("recipes/distill.py", *words)
+    assert again.returncode == 0 and "nothing is trained again" in again.stdout
+    assert again.stdout.partition("top-5\n")[2] == result.stdout.partition("top-5\n")[2]
     alone = tmp_path / "run" / "alone"
     shutil.rmtree(alone / "checkpoint-6")  # as after an interruption: the one left is older than the student
     written = (alone / "model.safetensors").stat().st_mtime_ns

@@ -183,7 +183,7 @@ def test_the_command_in_the_report_names_no_place_of_this_machine():
 @pytest.mark.slow
 def test_the_whole_command_in_small_trains_nothing_twice(tmp_path):
     output, report = tmp_path / "runs", tmp_path / "report.md"
-    words = ["python", "recipes/results.py", "--dataset", "recipes/data/digits", "--output_dir", output]
+    words = ["python", "recipes/results.py", "--dataset", "tests/assets/digits", "--output_dir", output]
     words += ["--report", report, "--tables", 1, "--students", "mixer", "--seeds", 0, "--scale", 0.03]
     first = run(*words)
     assert first.returncode == 0, first.stdout + first.stderr[-3000:]

@@ -255,7 +255,9 @@ def test_the_log_on_the_screen_is_one_line_with_all_that_matters(tmp_path, digit
         r"\d:\d\d:\d\d left",
         lines[0],
     )
-    assert re.match(r"step 2/2 \| evaluation of timm/convnext_atto: loss [\d.]+, top1 [\d.]+%, top5 [\d.]+%, runtime", lines[2])
+    assert re.match(
+        r"step 2/2 \| evaluation of timm/convnext_atto: loss [\d.]+, top1 [\d.]+%, top5 [\d.]+%, runtime", lines[2]
+    )
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])

@@ -129,7 +129,8 @@ def unmoved(tmp_path_factory):
     """Output folder of a real run whose learning rate is 0, so that before and after are the same."""
     folder = tmp_path_factory.mktemp("run")
     words = ["--output_dir", folder, "--max_steps", 1, "--learning_rate", 0, "--stem_norm", "layer", "--use_cpu"]
-    words += ["--baseline", "false", "--save_strategy", "steps", "--save_steps", 1]
+    words += ["--baseline", "false", "--save_strategy", "steps", "--save_steps", 1, "--student", "timm/convnext_atto"]
+    words += ["--student_args", '{"patch_size": 2, "depths": [1, 1, 2, 1], "dims": [8, 12, 16, 24]}']  # no BatchNorm
     result = run_script("recipes/distill.py", *words)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
@@ -164,8 +165,8 @@ def test_the_recipe_says_what_is_wrong(unmoved, tmp_path):
         (["--checkpoint", unmoved], f"in this one: {good}"),
         (["--checkpoint", tmp_path / "none"], "which is not a folder. Give a `checkpoint-N` folder"),
         (
-            ["--checkpoint", good, "--student_taps", "layer1", "layer2"],
-            "it would be tapped at layer1, layer2 now",
+            ["--checkpoint", good, "--student_taps", "stages.0", "stages.1"],
+            "it would be tapped at stages.0, stages.1 now",
         ),
         (["--checkpoint", good, "--images", 0], "`--images` is 0, and a picture needs at least 1"),
         (["--checkpoint", good, "--images", 1001], "`--images` is 1001, but the evaluation data holds 1000"),

@@ -18,12 +18,13 @@ from ..data.loading import DataArguments, load_data
 from ..models.students import Student, load_student
 from ..models.teachers import Teacher, load_teacher
 from ..publishing.provenance import Source
+from ..publishing.publisher import RESULTS_FILE
 from ..tools.plan import plan_words
 from ..tools.recipe import DistillArguments, as_words, given_arguments, mapping, parse_config, write_config
 from ..training.config import ScaleKDConfig
 from ..training.model import ScaleKDModel, build_model, class_names
 from ..training.trainer import ScaleKDTrainer
-from .runs import resume_or_refuse, train_and_save
+from .runs import RESOLVED_FILE, has_finished, resume_or_refuse, train_and_save
 
 
 __all__ = ["fresh_model", "main", "take_plan"]
@@ -99,11 +100,16 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments, config = parse_config(DistillArguments, words)
     if config.disable_tqdm:
         logging.disable_progress_bar()  # of loading weights
+    if has_finished(arguments, config):
+        if config.process_index == 0:
+            print(f"The run in {config.output_dir} has come to its end with these settings: nothing is trained again.")
+            show(json.loads(Path(str(config.output_dir), RESULTS_FILE).read_text()), str(config.output_dir))
+        return
     folder = str(Path(str(config.output_dir), "alone"))
     resume_or_refuse(config, *([folder] if arguments.baseline else []))
     data = load_data(arguments)
     if config.process_index == 0:
-        write_config(arguments, config, Path(str(config.output_dir)) / "config_resolved.yaml")
+        write_config(arguments, config, Path(str(config.output_dir)) / RESOLVED_FILE)
     results = {}
     if arguments.baseline:
         fresh_model(arguments, config, data[0])  # what is wrong with the pair is said before one of them is trained
@@ -164,7 +170,12 @@ def print_plan(words: list[str], plan_format: str) -> int:
 
 def report(results: dict[str, dict[str, float]], folder: Path) -> None:
     """Print the table of accuracies and write them to results.json."""
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+    show(results, str(folder))
+
+
+def show(results: dict[str, dict[str, float]], folder: str) -> None:
+    """Print the table of accuracies."""
     rows = {name: metrics for name, metrics in results.items() if "top1" in metrics}
     if rows:
         print(f"\n{'':<20}{'top-1':>8}{'top-5':>8}")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..publishing.publisher import RESULTS_FILE
+from ..tools.recipe import resolved
 from ..training.config import ScaleKDConfig
 from ..training.run_folder import check_output_dir, finished, interrupted, last_checkpoint
 from ..training.settings import run_settings
 from ..training.trainer import ScaleKDTrainer
 
 
-__all__ = ["resume_or_refuse", "train_and_save"]
+__all__ = ["RESOLVED_FILE", "has_finished", "resume_or_refuse", "train_and_save"]
+
+RESOLVED_FILE = "config_resolved.yaml"
 
 
 def resume_or_refuse(config: ScaleKDConfig, *beside: str) -> None:
@@ -28,6 +37,20 @@ def resume_or_refuse(config: ScaleKDConfig, *beside: str) -> None:
     if not config.resume_from_checkpoint:
         for place in (folder, *beside):
             check_output_dir(place, config.overwrite_output_dir)
+
+
+def has_finished(arguments: Any, config: ScaleKDConfig) -> bool:
+    """Whether `output_dir` holds a run with these very settings that has come to its end, results and all."""
+    folder = Path(str(config.output_dir))
+    if config.overwrite_output_dir or config.push_to_hub or not (folder / RESULTS_FILE).exists():
+        return False
+    try:
+        kept = yaml.safe_load((folder / RESOLVED_FILE).read_text())
+    except (OSError, yaml.YAMLError):
+        return False
+    now = resolved(arguments, config)
+    same = all(kept.get(name) == now.get(name) for name in {*kept, *now} - {"resume_from_checkpoint"})
+    return same and finished(folder, config.max_steps)
 
 
 def train_and_save(trainer: ScaleKDTrainer) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "given_arguments",
     "mapping",
     "parse_config",
+    "resolved",
     "write_config",
 ]
 
@@ -167,12 +168,18 @@ def given_arguments(arguments: Any) -> dict[str, Any]:
     return found
 
 
-def write_config(arguments: Any, config: ScaleKDConfig, file: str | Path) -> None:
-    """Write every setting of a run as YAML that `parse_config` reads again; tokens are left out."""
+def resolved(arguments: Any, config: ScaleKDConfig) -> dict[str, Any]:
+    """Every setting of a run, as YAML holds them and `parse_config` reads them again; tokens are left out."""
     settings = {**{f.name: getattr(arguments, f.name) for f in fields(arguments)}, **config.to_dict()}
     known = {f.name for cls in (type(arguments), ScaleKDConfig) for f in fields(cls) if f.init}
     kept = {key: value for key, value in settings.items() if key in known and value not in (None, [], {})}
     kept = {key: value for key, value in kept.items() if not key.endswith("_token")}
+    held: dict[str, Any] = yaml.safe_load(yaml.safe_dump(kept))
+    return held
+
+
+def write_config(arguments: Any, config: ScaleKDConfig, file: str | Path) -> None:
+    """Write every setting of a run as YAML."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(kept, sort_keys=True))
+    file.write_text(yaml.safe_dump(resolved(arguments, config), sort_keys=True))
