@@ -33,7 +33,7 @@ quickstart:  ## the quickstart over ten seeds
 	python benchmarks/quickstart.py
 
 first-hour:  ## a newcomer's hour from the wheel; PHOTOS='folder/*.parquet' of CIFAR-10
-	python benchmarks/first_hour.py '$(PHOTOS)'
+	python benchmarks/first_hour.py '$(or $(PHOTOS),$(error PHOTOS is missing: the Parquet files of CIFAR-10, as a pattern))'
 
 numbers:  ## make the quickstart's data again, and its teacher's
 	python recipes/make_numbers.py --teacher outputs/numbers

@@ -115,7 +115,10 @@ def install(hour: Hour, short: bool) -> Path:
     """Build the wheel and install it in an environment of its own; returns that one's programs."""
     wheels, environment = hour.folder / "wheel", hour.folder / "environment"
     source = hour.folder / "source"  # building leaves files behind
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "outputs", "build", "*.egg-info", ".*cache"))
+    for part in ("src", "recipes"):
+        shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     hour.step("build the wheel", sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", wheels, source)
     shutil.rmtree(source)
     hour.step("make an environment", sys.executable, "-m", "venv", environment)

@@ -42,7 +42,7 @@ def accuracy(task: tuple[str, int, dict[str, Any]]) -> float:
         words += ["--disable_tqdm", "true", "--output_dir", folder]
         arguments, config = parse_config(DistillArguments, words)
         if arm == "alone":
-            config = baseline_config(words, arguments, config, folder)
+            config = baseline_config(words, arguments, config)
         arguments = dataclasses.replace(arguments, **{k: v for k, v in changes.items() if hasattr(arguments, k)})
         settings = {key: value for key, value in changes.items() if hasattr(config, key)}
         config = dataclasses.replace(config, seed=seed, logging_strategy="no", **settings)

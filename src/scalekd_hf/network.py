@@ -15,10 +15,13 @@ def is_of_network(error: BaseException) -> bool:
 
 
 def lost_connection(error: BaseException | None) -> BaseException | None:
-    """The error of a connection that broke, or was never there, among the causes of an error; an answer of a server is none."""
+    """The error of a connection that broke among the causes of an error. One that could not be made is none, nor is the answer of a
+    server, unless it says that the server failed."""
     while error is not None:
         is_of_hub = type(error).__module__.startswith("huggingface_hub")  # not found, or switched off
-        if _is_of_client(error) and not is_of_hub and getattr(error, "response", None) is None:
+        is_answer = getattr(error, "response", None) is not None or getattr(error, "status", 500) < 500
+        never_made = "Connect" in type(error).__name__ and "Disconnect" not in type(error).__name__
+        if _is_of_client(error) and not (is_of_hub or is_answer or never_made):
             return error
         error = error.__cause__ or error.__context__
     return None

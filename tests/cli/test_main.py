@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -195,9 +197,72 @@ def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch, k
 @pytest.mark.slow
 def test_the_launcher_says_how_a_process_ended_and_no_more(tmp_path, status, said, returned):
     (tmp_path / "it.py").write_text(f"import os, sys, time\nos.environ['RANK'] == '1' and {status}\ntime.sleep(60)\n")
-    words = [sys.executable, "-m", "scalekd_hf.cli.launcher", "--quiet", "--num_processes", "2", tmp_path / "it.py"]
+    words = [sys.executable, "-m", "scalekd_hf.cli.launcher", "--num_processes", "2", tmp_path / "it.py"]
     ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == returned and ended.stderr.startswith(said) and ended.stderr.count("\n") == bool(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num_processes", "2", "--config_file", "recipes/accelerate/cpu.yaml"], "is for one process"),
+        (["--num_machines", "2", "--cpu"], "`num_machines` needs `num_processes`"),
+    ],
+)
+def test_launches_that_would_not_do_what_was_asked_are_refused(tmp_path, words, said):
+    result = scalekd("quickstart", *words, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("scalekd: ") and said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_one_process_keeps_its_threads_and_its_status(tmp_path):
+    (tmp_path / "it.py").write_text("import os, sys\nprint(os.environ['OMP_NUM_THREADS'])\nsys.exit(75)\n")
+    file = shipped_folder() / "accelerate" / "cpu.yaml"
+    words = [sys.executable, "-m", "scalekd_hf.cli.launcher", "--config_file", file, tmp_path / "it.py"]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert ended.returncode == 75 and int(ended.stdout) == psutil.cpu_count(logical=False)
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_student_is_trained_alone_is_made_up_for_by_the_same_command(tmp_path):
+    words = [
+        sys.executable,
+        "-u",
+        "-m",
+        "scalekd_hf.cli.main",
+        "quickstart",
+        "--max_steps",
+        "30",
+        "--logging_steps",
+        "1",
+    ]
+    words += ["--disable_tqdm", "true", "--use_cpu", "true", "--output_dir", "run"]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        while not started.stdout.readline().startswith("step 2/30"):
+            assert started.poll() is None
+        started.send_signal(signal.SIGINT)
+        assert "goes on from the checkpoint" in started.communicate(timeout=60)[1] and started.returncode == 130
+    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-3000:]
+    steps = re.findall(r"^step (\d+)/30 \| loss", again.stdout, re.MULTILINE)
+    assert (
+        "it is resumed" in again.stdout and int(steps[0]) > 2 and len(steps) < 60 and "student alone" in again.stdout
+    )
+
+
+def test_a_plan_counts_processes_without_starting_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["--num_processes", "8"], ["--config_file=recipes/accelerate/fsdp2.yaml"]):
+        with pytest.raises(SystemExit, match="^0$"):
+            main(["plan", "swin_l_to_resnet50", *words])
+        assert re.search(r"processes +8$", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["plan", "swin_l_to_resnet50", "--config_file", "nowhere.yaml"])
+    assert "`--config_file` is 'nowhere.yaml', which is no file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_plans_on_the_pages(capsys):
 @runs("docs/index.md", 0, 2, 3)
 def test_first_steps(here, my_pair, capsys):
     page = blocks("docs/index.md")
-    assert commands(page[0]) == [["quickstart"]] and page[0].startswith("pip install scalekd-hf\n")
+    assert commands(page[0]) == [["quickstart"]] and page[0].startswith("pip install -e .\n")
     main([*commands(page[0])[0], "--max_steps", "2", "--use_cpu", "true"])  # the whole: benchmarks/quickstart.py
     for words in commands(page[2]):
         main(words)

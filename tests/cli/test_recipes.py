@@ -179,9 +179,9 @@ def test_what_is_wrong_with_the_teacher_is_said_before_the_student_is_trained_al
 def test_the_student_alone_has_settings_of_its_own():
     words = [str(QUICKSTART), "--learning_rate", "0.1", "--baseline_args", '{"learning_rate": "2e-2", "hflip": 0.25}']
     arguments, config = parse_config(DistillArguments, words)
-    alone = baseline_config(words, arguments, config, "outputs/there")
+    alone = baseline_config(words, arguments, config)
     assert (config.learning_rate, config.hflip, config.output_dir) == (0.1, 0.0, "outputs/quickstart")
-    assert (alone.learning_rate, alone.hflip, alone.output_dir) == (0.02, 0.25, "outputs/there")
+    assert (alone.learning_rate, alone.hflip, alone.output_dir) == (0.02, 0.25, "outputs/quickstart/alone")
     assert alone.max_steps == config.max_steps
 
 
@@ -190,6 +190,8 @@ def test_the_student_alone_has_settings_of_its_own():
     [
         ('{"learning_rte": 1}', "`learning_rte` of `baseline_args` is not a setting. Did you mean"),
         ('{"output_dir": "x"}', "`output_dir` of `baseline_args` is not a setting"),
+        ('{"push_to_hub": false}', "`push_to_hub` of `baseline_args` is not a setting"),
+        ('{"ema_decay": null}', "`ema_decay` of `baseline_args` is null"),
         ("0.1", "`baseline_args` must be a mapping"),
     ],
 )
@@ -309,4 +311,4 @@ def test_a_folder_beside_that_holds_a_run_is_refused_at_once(tmp_path):
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "model.safetensors").touch()
     with pytest.raises(ValueError, match="alone' holds a run already"):
-        resume_or_refuse(ScaleKDConfig(output_dir=str(tmp_path), use_cpu=True), str(tmp_path / "alone"))
+        resume_or_refuse(*(ScaleKDConfig(output_dir=str(f), use_cpu=True) for f in (tmp_path, tmp_path / "alone")))

@@ -14,7 +14,7 @@ from PIL import Image
 from processes import in_processes
 
 from scalekd_hf import ScaleKDTrainer
-from scalekd_hf.data.bad_images import BadImages, TooManyBadImagesError
+from scalekd_hf.data.bad_images import BadImages, TooManyBadImagesError, where
 from scalekd_hf.data.sources import StreamReadError
 from scalekd_hf.images import IGNORED_LABEL
 
@@ -198,6 +198,12 @@ def test_bad_images_do_not_count_in_an_evaluation(tmp_path, files, kind, workers
     trainer.feed.bad_images["evaluation"].share = 0.01
     with pytest.raises(TooManyBadImagesError):
         trainer.evaluate()
+
+
+def test_a_name_that_is_no_file_does_not_hide_the_row():
+    entry = {"row": 12, "shard": 1, "shard_row": 2, "file": "image.png"}
+    assert where(entry) == "row 12 (row 2 of shard 1), image.png"
+    assert where({"row": 3, "file": "https://x.org/3.jpg"}) == "https://x.org/3.jpg"
 
 
 def test_none_is_forgotten_where_two_passes_mingle(tmp_path):

@@ -58,7 +58,9 @@ def test_students_that_began_with_weights_name_them():
 
 def test_what_nobody_can_load_and_what_differs_between_the_arms_is_said():
     results = {"student alone": {"top1": 0.7}, "student distilled": {"top1": 0.75}}
-    text = make_card(facts(teacher=Source("teacher"), results=results, baseline_args={"learning_rate": 0.02})).text
+    text = make_card(
+        facts(teacher=Source("teacher", is_local=True), results=results, baseline_args={"learning_rate": 0.02})
+    ).text
     assert "`teacher` (not published)" in text
     assert "and settings but its own `learning_rate` 0.02, distillation changed" in text.replace("\n", " ")
     assert "not published" not in make_card(facts(teacher=Source("timm/vit_tiny_patch16_224"), results=results)).text

@@ -50,9 +50,6 @@ def sharded_steps(folder, teacher_too=False, bf16=False):
     torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(0)
-    os.environ.pop(
-        "LOCAL_RANK", None
-    )  # this process shards by itself, for which the settings need know nothing of the others
     model = build_model(small_student(), timm_swin(), settings(folder, use_cpu=False)).train()
     if size > 1:
         mesh = init_device_mesh("cpu", (size,))

@@ -105,17 +105,15 @@ def main(words: Sequence[str] | None = None) -> None:
             print(f"The run in {config.output_dir} has come to its end with these settings: nothing is trained again.")
             show(json.loads(Path(str(config.output_dir), RESULTS_FILE).read_text()), str(config.output_dir))
         return
-    folder = str(Path(str(config.output_dir), "alone"))
-    resume_or_refuse(config, *([folder] if arguments.baseline else []))
+    alone = [baseline_config(words, arguments, config)] if arguments.baseline else []
+    resume_or_refuse(config, *alone)
     data = load_data(arguments)
     if config.process_index == 0:
         write_config(arguments, config, Path(str(config.output_dir)) / RESOLVED_FILE)
     results = {}
-    if arguments.baseline:
+    for baseline in alone:
         fresh_model(arguments, config, data[0])  # what is wrong with the pair is said before one of them is trained
-        results["student alone"], _ = run(
-            arguments, baseline_config(words, arguments, config, folder), data, distil=False
-        )
+        results["student alone"], _ = run(arguments, baseline, data, distil=False)
     results["student distilled"], trainer = run(arguments, config, data, distil=True)
     if data[1] is not None and config.logit_weight and config.has_labels:  # then its labels are the data's
         teacher = load_student(
@@ -131,9 +129,7 @@ def main(words: Sequence[str] | None = None) -> None:
     describe(trainer, arguments, config)
 
 
-def baseline_config(
-    words: list[str], arguments: DistillArguments, config: ScaleKDConfig, folder: str
-) -> ScaleKDConfig:
+def baseline_config(words: Sequence[str], arguments: DistillArguments, config: ScaleKDConfig) -> ScaleKDConfig:
     """The settings of the student alone: those of the run, but for `baseline_args`."""
     given = mapping(arguments.baseline_args, "baseline_args")
     _, changed = parse_config(DistillArguments, [*words, *as_words(given)])
@@ -141,7 +137,8 @@ def baseline_config(
     own |= {
         "resume_from_checkpoint": True if config.resume_from_checkpoint else None
     }  # a named one is the distilled student's
-    return dataclasses.replace(config, **own, output_dir=folder, push_to_hub=False)
+    own |= {"output_dir": str(Path(str(config.output_dir), "alone")), "push_to_hub": False}
+    return dataclasses.replace(config, **own)
 
 
 def describe(trainer: ScaleKDTrainer, arguments: DistillArguments, config: ScaleKDConfig) -> None:
@@ -157,7 +154,7 @@ def source_of(arguments: DataArguments) -> Source:
     """What the model card calls the data: the data set on the Hub, or the folder of the files."""
     if arguments.dataset is None or Path(arguments.dataset).is_dir():
         folder = Path(arguments.dataset) if arguments.dataset else Path(str(arguments.train_files)).parent
-        return Source(folder.resolve().name)
+        return Source(folder.resolve().name, is_local="://" not in str(arguments.train_files))
     return Source(arguments.dataset, arguments.dataset, arguments.revision)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ COMMANDS = {
     "export": "write a student as ONNX and `torch.export`",
     "visualize": "draw where teacher and student agree",
     "recipes": "list the published pairs; print or copy one",
-    "quickstart": "distil a small student on handwritten digits",
+    "quickstart": "distil a small student that reads numbers, in a minute",
     "env": "versions and devices, for a bug report",
 }
 MODULES = {"train-teacher": "train_teacher", "plan": "distill", "quickstart": "distill", "env": "environment"}
@@ -129,6 +130,18 @@ def check(command: str, words: list[str]) -> tuple[list[str], list[str]]:
             check_known(key, known, f"{file}: `{key}`")
     launcher, words = split_launcher([installed(word) for word in words], known | {"plan"})
     check_words(words, known | {"plan"})
+    options = _values(launcher)
+    launch_file = options.get("config_file")
+    if launch_file is not None and not Path(launch_file).is_file():
+        raise ValueError(
+            f"`--config_file` is {launch_file!r}, which is no file. Those of this package are recipes/accelerate/*.yaml."
+        )
+    if command == "plan" and launcher:  # which one process makes, for as many
+        processes = options.get("num_processes") or (
+            read_config(launch_file).get("num_processes") if launch_file else None
+        )
+        words += ["--plan_processes", str(processes)] if processes and "--plan_processes" not in words else []
+        launcher = []
     return launcher, [*named, *words]
 
 
@@ -152,9 +165,19 @@ def split_launcher(words: list[str], known: set[str]) -> tuple[list[str], list[s
     return launcher, rest
 
 
+def _values(options: list[str]) -> dict[str, str]:
+    """The values of options, by name; those without one are left out."""
+    found = {}
+    for word, following in itertools.zip_longest(options, options[1:], fillvalue="--"):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and (equals or not following.startswith("--")):
+            found[name.replace("-", "_")] = value if equals else following
+    return found
+
+
 def launch(options: list[str], command: str, words: list[str]) -> int:
     """Start the command by Accelerate's launcher, in processes as its options say; returns the exit status."""
-    launcher = [sys.executable, "-m", "scalekd_hf.cli.launcher", "--quiet", *options, "-m", "scalekd_hf.cli.main"]
+    launcher = [sys.executable, "-m", "scalekd_hf.cli.launcher", *options, "-m", "scalekd_hf.cli.main"]
     # Apart from the terminal, whose Ctrl-C would end the launcher and leave the processes behind it.
     started = subprocess.Popen([*launcher, command, *words], start_new_session=True)
     passed: list[int] = []

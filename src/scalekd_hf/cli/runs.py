@@ -20,23 +20,23 @@ __all__ = ["RESOLVED_FILE", "has_finished", "resume_or_refuse", "train_and_save"
 RESOLVED_FILE = "config_resolved.yaml"
 
 
-def resume_or_refuse(config: ScaleKDConfig, *beside: str) -> None:
+def resume_or_refuse(*configs: ScaleKDConfig) -> None:
     """Have a run that was stopped resumed; refuse a folder that holds another, before any work is done.
 
     Args:
-        config: of the run; `resume_from_checkpoint` is set where it was stopped.
-        beside: other folders that the run writes into.
+        configs: of all that the run trains; `resume_from_checkpoint` is set where one of them was stopped.
 
     Raises:
-        ValueError: one of them holds a run, and neither resuming nor overwriting was asked for.
+        ValueError: a folder holds a run, and neither resuming nor overwriting was asked for.
     """
-    folder = str(config.output_dir)
-    if any(interrupted(place, run_settings(config)) for place in (folder, *beside)):
-        print(f"The run in {folder} was stopped before its end: it is resumed.")
-        config.resume_from_checkpoint = True  # type: ignore[assignment]
-    if not config.resume_from_checkpoint:
-        for place in (folder, *beside):
-            check_output_dir(place, config.overwrite_output_dir)
+    if any(interrupted(str(config.output_dir), run_settings(config)) for config in configs):
+        if configs[0].process_index == 0:
+            print(f"The run in {configs[0].output_dir} was stopped before its end: it is resumed.")
+        for config in configs:
+            config.resume_from_checkpoint = True  # type: ignore[assignment]
+    for config in configs:
+        if not config.resume_from_checkpoint:
+            check_output_dir(str(config.output_dir), config.overwrite_output_dir)
 
 
 def has_finished(arguments: Any, config: ScaleKDConfig) -> bool:

@@ -43,8 +43,11 @@ def describe(error: BadImageError, number: int, place: dict[str, int], value: An
 
 def where(entry: dict[str, Any]) -> str:
     """How an image is found again, in words: by its file, or by its row, and where there are shards by the row in its own."""
+    file = entry.get("file", "")
+    if "://" in file or (file and Path(file).is_file()):
+        return str(file)
     shard = f" (row {entry['shard_row']} of shard {entry['shard']})" if "shard" in entry else ""
-    return entry["file"] if "file" in entry else f"row {entry['row']}{shard}"
+    return f"row {entry['row']}{shard}{f', {file}' if file else ''}"
 
 
 class BadImages:

@@ -48,6 +48,7 @@ class Source:
         hub_id, revision: on the Hub, where it comes from there; the revision is a commit.
         license: as its author names it.
         architecture: of a model.
+        is_local: a folder, files or a module of whoever trained, which no reader can load.
     """
 
     name: str
@@ -55,11 +56,7 @@ class Source:
     revision: str | None = None
     license: str | None = None
     architecture: str = ""
-
-    @property
-    def is_published(self) -> bool:
-        """Whether a reader can load it by its name; a folder or a module of the user's they cannot."""
-        return self.hub_id is not None or self.name.startswith("timm/")
+    is_local: bool = False
 
     @property
     def restriction(self) -> str | None:
@@ -79,13 +76,13 @@ def model_source(model: Any) -> Source:
     architecture = config.get("architecture") or type(module).__name__
     if Path(name).is_dir():
         license = _card_license(Path(name, "README.md"))
-        return Source(Path(name).resolve().name, None, None, license, architecture)
+        return Source(Path(name).resolve().name, None, None, license, architecture, is_local=True)
     if name.startswith("timm/"):
         hub_id = config.get("hf_hub_id")
         return Source(name, hub_id, _cached_revision(hub_id), config.get("license"), architecture)
     hub_id = name.removeprefix("hf-hub:").split("@")[0]
     if "/" not in hub_id:
-        return Source(name, architecture=architecture)  # a module of the user's
+        return Source(name, architecture=architecture, is_local=True)  # a module of the user's
     revision = commit_of(module) or _cached_revision(hub_id)
     return Source(hub_id, hub_id, revision, config.get("license") or _hub_license(hub_id), architecture)
 

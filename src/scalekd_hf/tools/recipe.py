@@ -29,6 +29,17 @@ __all__ = [
 ]
 
 
+# What belongs to the run as a whole.
+NOT_OF_BASELINE = {
+    "output_dir",
+    "push_to_hub",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "label_column",
+    "deepspeed",
+}
+
+
 @dataclass
 class DistillArguments(DataArguments):
     """The pair, and whether the student is first trained alone.
@@ -60,12 +71,13 @@ class DistillArguments(DataArguments):
 
     def __post_init__(self) -> None:
         self.baseline_args = mapping(self.baseline_args, "baseline_args")
-        for name in self.baseline_args:
-            check_known(
-                name,
-                {f.name for f in fields(ScaleKDConfig) if f.init} - {"output_dir"},
-                f"`{name}` of `baseline_args`",
-            )
+        known = {f.name for f in fields(ScaleKDConfig) if f.init and not f.name.startswith("hub_")} - NOT_OF_BASELINE
+        for name, value in self.baseline_args.items():
+            check_known(name, known, f"`{name}` of `baseline_args`")
+            if value is None:
+                raise ValueError(
+                    f"`{name}` of `baseline_args` is null, which says nothing. Leave it out, or give it a value."
+                )
         self.student_args = mapping(self.student_args, "student_args")
         self.teacher_args = mapping(self.teacher_args, "teacher_args")
         for name in ("student", "teacher"):

@@ -15,15 +15,19 @@ from ..method.losses import TASK_LOSSES
 from ..method.projector import STEM_NORMS, STEMS
 
 
-__all__ = ["LR_SCALINGS", "SYNC_BATCHNORMS", "check_settings"]
+__all__ = ["LR_SCALINGS", "SYNC_BATCHNORMS", "check_processes", "check_settings"]
 
 LR_SCALINGS = ("linear", "sqrt")
 COSINES = ("cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
 SYNC_BATCHNORMS = ("none", "student", "all")
 
 
-def _check_processes(config: Any) -> None:
-    """Refuse processes that were started together and would each train alone, as transformers has them do without a GPU."""
+def check_processes(config: Any) -> None:
+    """Refuse processes that were started together and would each train alone, as transformers has them do without a GPU.
+
+    Raises:
+        ValueError: with what to set.
+    """
     started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if started > 1 and config.world_size == 1:
         raise ValueError(
@@ -45,7 +49,6 @@ def check_settings(config: Any) -> None:
     Raises:
         ValueError: with the setting, its value, and what it may be.
     """
-    _check_processes(config)
     for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):
         _check(config, name, "must be finite and not negative", lambda value: 0 <= value < math.inf)
     _check(config, "label_smoothing_factor", "must be at least 0 and below 1", lambda value: 0 <= value < 1)

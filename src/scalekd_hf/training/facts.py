@@ -130,7 +130,7 @@ def _described(source: Source | None) -> str | None:
     if source is None:
         return None
     known = [
-        None if source.is_published else "not published",
+        "not published" if source.is_local else None,
         f"revision `{source.revision}`" if source.revision else None,
         f"license `{source.license}`" if source.license else None,
     ]

@@ -77,7 +77,8 @@ class RunFolder:
             for path in held:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if held:
-                (self.path / RESULTS_FILE).unlink(missing_ok=True)  # the former run's
+                for path in [self.path / RESULTS_FILE, *self.path.glob("bad_images*.jsonl")]:
+                    path.unlink(missing_ok=True)  # the former run's
             self.forget_interruption()
         self.accelerator.wait_for_everyone()
 

@@ -19,6 +19,7 @@ from ..models.students import Student
 from ..models.teachers import Teacher
 from ..publishing.provenance import Source, data_source
 from .config import ScaleKDConfig
+from .config_checks import check_processes
 from .epochs import count_steps
 from .feeding import prepare_images
 from .metrics import compute_accuracy, keep_top5
@@ -66,6 +67,7 @@ def set_up(
     if not isinstance(args, ScaleKDConfig):
         raise ValueError(f"`args` must be a `ScaleKDConfig`, got a `{type(args).__name__}`.")
     # The caller's may be for other runs, too; each needs a DeepSpeed plugin of its own.
+    check_processes(args)
     args = copy.copy(args) if args.deepspeed_plugin is None else dataclasses.replace(args)
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     set_seed(args.seed)
