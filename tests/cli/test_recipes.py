@@ -23,6 +23,8 @@ from scalekd_hf.tools.words import installed
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("**/*.yaml"))
 QUICKSTART = ROOT / "recipes" / "configs" / "quickstart.yaml"
+TEACHER_CONFIG = "recipes/configs/quickstart_teacher.yaml"
+TEACHER_DATA = ["--train_files", "recipes/data/numbers/train-*.parquet"]  # its own is made by recipes/make_numbers.py
 
 
 def parse(tmp_path, settings, *words, arguments_class=DistillArguments):
@@ -242,7 +244,7 @@ def test_the_baseline_is_not_resumed_from_the_distilled_student(tmp_path):
 
 
 def test_a_teacher_is_trained_on_the_users_labels_and_then_teaches(tmp_path):
-    words = ["recipes/configs/quickstart_teacher.yaml", "--max_steps", "2", "--use_cpu"]
+    words = [TEACHER_CONFIG, *TEACHER_DATA, "--max_steps", "2", "--use_cpu"]
     words += ["--resume_from_checkpoint", "true", "--output_dir"]  # nothing yet: it starts
     result = run_script("recipes/train_teacher.py", *words, tmp_path / "teacher")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -254,7 +256,7 @@ def test_a_teacher_is_trained_on_the_users_labels_and_then_teaches(tmp_path):
 
 @pytest.mark.slow
 def test_a_teacher_that_was_trained_to_the_end_is_evaluated_and_not_trained_again(tmp_path):
-    words = ["recipes/configs/quickstart_teacher.yaml", "--max_steps", "30", "--use_cpu", "--output_dir", tmp_path]
+    words = [TEACHER_CONFIG, *TEACHER_DATA, "--max_steps", "30", "--use_cpu", "--output_dir", tmp_path]
     words += ["--save_strategy", "steps", "--save_steps", "20", "--resume_from_checkpoint", "true"]
     first = run_script("recipes/train_teacher.py", *words)
     assert first.returncode == 0, first.stderr[-3000:]
