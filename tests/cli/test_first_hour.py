@@ -1,12 +1,14 @@
 """A newcomer's hour, played in short from the wheel, and the notebook."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, run
 
 
-CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
+CIFAR10 = Path(os.environ.get("SCALEKD_CIFAR10", ROOT.parent / "shared" / "data" / "cifar10"))
 NOTEBOOK = ROOT / "notebooks" / "first_student.ipynb"
 
 
