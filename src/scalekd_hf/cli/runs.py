@@ -10,6 +10,7 @@ import yaml
 from ..publishing.publisher import RESULTS_FILE
 from ..tools.recipe import resolved
 from ..training.config import ScaleKDConfig
+from ..training.config_checks import check_processes
 from ..training.run_folder import check_output_dir, finished, interrupted, last_checkpoint
 from ..training.settings import run_settings
 from ..training.trainer import ScaleKDTrainer
@@ -27,8 +28,10 @@ def resume_or_refuse(*configs: ScaleKDConfig) -> None:
         configs: of all that the run trains; `resume_from_checkpoint` is set where one of them was stopped.
 
     Raises:
-        ValueError: a folder holds a run, and neither resuming nor overwriting was asked for.
+        ValueError: a folder holds a run, and neither resuming nor overwriting was asked for; or processes that would each train
+            alone.
     """
+    check_processes(configs[0])
     if any(interrupted(str(config.output_dir), run_settings(config)) for config in configs):
         if configs[0].process_index == 0:
             print(f"The run in {configs[0].output_dir} was stopped before its end: it is resumed.")
