@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import DIGITS, ROOT, run, settings, small_student, some_slow, timm_swin
+from helpers import DIGITS, ROOT, TEACHER, run, settings, small_student, some_slow, timm_swin
 from launched_runs import LAUNCH, TERMS, WAYS, result, train
 from processes import Started, in_processes
 from safetensors.torch import load_file
@@ -188,9 +188,17 @@ def test_an_optimiser_of_deepspeeds_own_trains_and_resumes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs they train together")
-def test_processes_that_would_each_train_alone_are_refused(tmp_path):
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29578", "recipes/distill.py"]
-    finished = run("python", *words, "--max_steps", "2", "--output_dir", tmp_path / "run")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recipes/distill.py", "--max_steps", "2"],
+        ["recipes/evaluate.py", TEACHER, "--eval_files", DIGITS / "test-*.parquet"],
+    ],
+    ids=["distill", "evaluate"],
+)
+def test_processes_that_would_each_work_alone_are_refused(tmp_path, words):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    finished = run("python", *launch, *words, "--output_dir", tmp_path / "run")
     assert finished.returncode == 1 and "2 processes were started, but without a GPU each would" in finished.stderr
     assert not (tmp_path / "run").exists()
 

@@ -102,7 +102,10 @@ def main(words: Sequence[str] | None = None) -> None:
         logging.disable_progress_bar()  # of loading weights
     if has_finished(arguments, config):
         if config.process_index == 0:
-            print(f"The run in {config.output_dir} has come to its end with these settings: nothing is trained again.")
+            print(
+                f"The run in {config.output_dir} has come to its end with these settings: nothing is trained again, but with "
+                "`--overwrite_output_dir true`."
+            )
             show(json.loads(Path(str(config.output_dir), RESULTS_FILE).read_text()), str(config.output_dir))
         return
     alone = [baseline_config(words, arguments, config)] if arguments.baseline else []
@@ -134,9 +137,7 @@ def baseline_config(words: Sequence[str], arguments: DistillArguments, config: S
     given = mapping(arguments.baseline_args, "baseline_args")
     _, changed = parse_config(DistillArguments, [*words, *as_words(given)])
     own: dict[str, Any] = {name: getattr(changed, name) for name in given}
-    own |= {
-        "resume_from_checkpoint": True if config.resume_from_checkpoint else None
-    }  # a named one is the distilled student's
+    own["resume_from_checkpoint"] = True if config.resume_from_checkpoint else None  # a named one is the distilled's
     own |= {"output_dir": str(Path(str(config.output_dir), "alone")), "push_to_hub": False}
     return dataclasses.replace(config, **own)
 

@@ -17,6 +17,7 @@ from ..publishing.provenance import data_source, model_source, versions
 from ..tools.evaluation import EvaluateArguments, evaluate_model, load_data, load_model, measure_model
 from ..tools.recipe import parse_config
 from ..training.config import ScaleKDConfig
+from ..training.config_checks import check_processes
 
 
 __all__ = ["main"]
@@ -168,6 +169,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Evaluate as the words say; those of this process by default."""
     words = list(sys.argv[1:] if words is None else words)
     arguments, config = parse(words)
+    check_processes(config)
     folder = Path(str(config.output_dir))
     read_rows(folder)  # what cannot be added to is refused now
     card = card_of(arguments.model) if arguments.update_card else None

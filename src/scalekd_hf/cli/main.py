@@ -140,7 +140,8 @@ def check(command: str, words: list[str]) -> tuple[list[str], list[str]]:
         processes = options.get("num_processes") or (
             read_config(launch_file).get("num_processes") if launch_file else None
         )
-        words += ["--plan_processes", str(processes)] if processes and "--plan_processes" not in words else []
+        told = any(word.startswith("--plan_processes") for word in words)
+        words += ["--plan_processes", str(processes)] if processes and not told else []
         launcher = []
     return launcher, [*named, *words]
 

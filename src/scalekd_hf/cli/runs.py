@@ -43,16 +43,19 @@ def resume_or_refuse(*configs: ScaleKDConfig) -> None:
 
 
 def has_finished(arguments: Any, config: ScaleKDConfig) -> bool:
-    """Whether `output_dir` holds a run with these very settings that has come to its end, results and all."""
+    """Whether `output_dir` holds a run with these very settings that has come to its end, results and all, and no more is asked
+    for: to resume it, to overwrite it or to push it."""
     folder = Path(str(config.output_dir))
-    if config.overwrite_output_dir or config.push_to_hub or not (folder / RESULTS_FILE).exists():
+    more = config.resume_from_checkpoint or config.overwrite_output_dir or config.push_to_hub
+    if more or not (folder / RESULTS_FILE).exists():
         return False
     try:
         kept = yaml.safe_load((folder / RESOLVED_FILE).read_text())
     except (OSError, yaml.YAMLError):
         return False
     now = resolved(arguments, config)
-    same = all(kept.get(name) == now.get(name) for name in {*kept, *now} - {"resume_from_checkpoint"})
+    how = {"resume_from_checkpoint", "overwrite_output_dir"}  # the run was begun, which is nothing of its result
+    same = all(kept.get(name) == now.get(name) for name in {*kept, *now} - how)
     return same and finished(folder, config.max_steps)
 
 

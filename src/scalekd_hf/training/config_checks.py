@@ -23,7 +23,7 @@ SYNC_BATCHNORMS = ("none", "student", "all")
 
 
 def check_processes(config: Any) -> None:
-    """Refuse processes that were started together and would each train alone, as transformers has them do without a GPU.
+    """Refuse processes that were started together and would each work alone, as transformers has them do without a GPU.
 
     Raises:
         ValueError: with what to set.
@@ -31,8 +31,8 @@ def check_processes(config: Any) -> None:
     started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if started > 1 and config.world_size == 1:
         raise ValueError(
-            f"{started} processes were started, but without a GPU each would train alone. Set `use_cpu` to true, so that they "
-            "train together on the CPU, or start one."
+            f"{started} processes were started, but without a GPU each would work alone. Set `use_cpu` to true, so that they "
+            "work together on the CPU, or start one."
         )
     if started > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.device.type == "cpu":
         raise ValueError(

@@ -66,8 +66,8 @@ def set_up(
     """
     if not isinstance(args, ScaleKDConfig):
         raise ValueError(f"`args` must be a `ScaleKDConfig`, got a `{type(args).__name__}`.")
-    # The caller's may be for other runs, too; each needs a DeepSpeed plugin of its own.
     check_processes(args)
+    # The caller's may be for other runs, too; each needs a DeepSpeed plugin of its own.
     args = copy.copy(args) if args.deepspeed_plugin is None else dataclasses.replace(args)
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     set_seed(args.seed)
