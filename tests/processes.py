@@ -32,7 +32,7 @@ class Started:
         for file in self.files:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
-        port = _free_port()
+        port = free_port()
         sys.stdout.flush()
         self.pids = []
         for rank, file in enumerate(self.files):
@@ -98,7 +98,7 @@ def _child(rank, processes, port, file, function, arguments):
         os._exit(status)
 
 
-def _free_port():
+def free_port():
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         return opened.getsockname()[1]

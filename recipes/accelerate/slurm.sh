@@ -13,7 +13,8 @@ set -uo pipefail
 
 config=$1 output_dir=$2
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000)) # another for each job: two may share a machine
 started=$(mktemp)
 
 # One task for each GPU and no launcher between, so that SIGTERM reaches the trainers and nobody cuts their saving short.

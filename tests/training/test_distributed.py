@@ -12,7 +12,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import DIGITS, ROOT, TEACHER, run, settings, small_student, some_slow, timm_swin
 from launched_runs import LAUNCH, TERMS, WAYS, result, train
-from processes import Started, in_processes
+from processes import Started, free_port, in_processes
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -151,14 +151,15 @@ def test_the_slurm_script_starts_its_tasks_and_puts_an_interrupted_run_in_the_qu
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     text = (ROOT / "recipes" / "configs" / "quickstart.yaml").read_text()
-    (tmp_path / "run.yaml").write_text(f"{text}\nuse_cpu: true\nbaseline: false\nmax_steps: 30\nlogging_steps: 1\n")
+    (tmp_path / "run.yaml").write_text(f"{text}\nuse_cpu: true\nbaseline: false\nmax_steps: 100\nlogging_steps: 1\n")
+    job = str(free_port() - 20000)  # which is what the script makes its port of
     requeued, log = tmp_path / "requeued", tmp_path / "log"
     env = {
         **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "REQUEUED": str(requeued),
         "TASKS": str(tmp_path / "tasks"),
-        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_ID": job,
     }
     env |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "one"}
     words = ["bash", "recipes/accelerate/slurm.sh", tmp_path / "run.yaml", tmp_path / "run"]
@@ -168,10 +169,11 @@ def test_the_slurm_script_starts_its_tasks_and_puts_an_interrupted_run_in_the_qu
         while interrupt and "images/s" not in log.read_text() and started.poll() is None:
             time.sleep(0.2)
         if interrupt:
+            assert started.poll() is None, log.read_text()[-3000:]
             for task in (tmp_path / "tasks").read_text().split():
                 os.kill(int(task), signal.SIGTERM)
         assert started.wait(timeout=200) == 0, log.read_text()[-3000:]
-        assert requeued.read_text() == "requeue 7\n", log.read_text()[-3000:]
+        assert requeued.read_text() == f"requeue {job}\n", log.read_text()[-3000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["student distilled"]["top1"] > 0
 
 
