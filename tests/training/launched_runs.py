@@ -6,9 +6,15 @@ import os
 import datasets
 import pytest
 import torch
+import yaml
+from accelerate import DistributedType
+from accelerate.state import PartialState
 from helpers import DIGITS, ROOT, settings, small_student, timm_swin
+from torch.distributed.tensor import DTensor
 
 from scalekd_hf import ScaleKDTrainer
+from scalekd_hf.training import setup
+from scalekd_hf.training.sharding import local_part
 
 
 pytest.importorskip("deepspeed")
@@ -30,11 +36,37 @@ def zero(name):
 ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
 
 
-WAYS = {"ddp": {}, **{name: {"deepspeed": zero(name)} for name in ZERO}}
+WAYS = {"ddp": {}, **{name: {"deepspeed": zero(name)} for name in ZERO}, "fsdp2": {}}
+
+
+def use_fsdp2():
+    """What `accelerate launch --config_file recipes/accelerate/fsdp2.yaml` sets, in this process.
+
+    Accelerate gives FSDP to processes with GPUs alone, though torch's runs on the CPU as well: there these pass for such.
+    """
+    config = yaml.safe_load((LAUNCH / "fsdp2.yaml").read_text())["fsdp_config"]
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        **{name.upper(): str(value).lower() for name, value in config.items()},
+    }
+    os.environ |= {name.upper(): config[name] for name in ("fsdp_auto_wrap_policy", "fsdp_state_dict_type")}
+    if torch.cuda.is_available():
+        return
+    begin = PartialState.__init__
+
+    def begin_as_with_gpus(state, *args, **kwargs):
+        begin(state, *args, **kwargs)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_as_with_gpus
+    setup.check_processes = lambda args: None  # refuses FSDP on the CPU
 
 
 def train(folder, way, batch=4, resume=None, streaming=False, **changes):
     os.environ["DS_ACCELERATOR"] = "cpu"
+    if way == "fsdp2":
+        use_fsdp2()
     files = sorted(str(file) for file in DIGITS.glob("train-*.parquet"))
     data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
     options = {"per_device_train_batch_size": batch, "max_steps": 5, "optim": "sgd", "learning_rate": 0.02}
@@ -44,7 +76,7 @@ def train(folder, way, batch=4, resume=None, streaming=False, **changes):
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        sharded = [name for name, p in trainer.model.named_parameters() if getattr(p, "ds_tensor", None) is not None]
+        sharded = [p for p in trainer.model.parameters() if hasattr(p, "ds_tensor") or isinstance(p, DTensor)]
         result = {
             "history": [entry for entry in trainer.state.log_history if "loss" in entry],
             "world_size": trainer.args.world_size,
@@ -60,7 +92,8 @@ def train(folder, way, batch=4, resume=None, streaming=False, **changes):
 def part_of(teacher):
     """The share of the teacher's parameters that this process keeps."""
     parameters = [
-        (getattr(p, "ds_tensor", p).numel(), getattr(p, "ds_numel", p.numel())) for p in teacher.parameters()
+        (local_part(getattr(p, "ds_tensor", p)).numel(), getattr(p, "ds_numel", p.numel()))
+        for p in teacher.parameters()
     ]
     return sum(held for held, _ in parameters) / sum(whole for _, whole in parameters)
 

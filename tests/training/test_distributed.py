@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import DIGITS, ROOT, TEACHER, run, settings, small_student, some_slow, timm_swin
-from launched_runs import LAUNCH, TERMS, WAYS, result, train
+from launched_runs import LAUNCH, TERMS, WAYS, result, train, use_fsdp2
 from processes import Started, free_port, in_processes
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -25,8 +25,9 @@ def test_two_processes_equal_one(tmp_path, alone, way):
         assert outcome.status == 0, outcome.text[-3000:]
     one, two = result(alone), result(tmp_path)
     assert two["world_size"] == 2
-    assert two["kind"] == ("DistributedType.MULTI_CPU" if way == "ddp" else "DistributedType.DEEPSPEED")
-    assert two["partitioned"] == (two["parameters"] if way.startswith("zero3") else 0)
+    kind = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}.get(way, "DEEPSPEED")
+    assert two["kind"] == f"DistributedType.{kind}"
+    assert two["partitioned"] == (two["parameters"] if way.startswith(("zero3", "fsdp2")) else 0)
     for first, second in zip(one["history"], two["history"], strict=True):
         for name in TERMS:
             assert second[name] == pytest.approx(first[name], rel=1e-5), name
@@ -52,7 +53,7 @@ def weights(folder):
     return {(file.name, name): tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("way", some_slow(["ddp", "zero2", "zero3"], 1))
+@pytest.mark.parametrize("way", some_slow(["ddp", "fsdp2", "zero2", "zero3"], 2))
 def test_a_run_of_two_processes_resumes_to_the_bit_with_its_average(tmp_path, way):
     options = {"ema_decay": 0.9, "save_steps": 1, "mixup_alpha": 0.8, "streaming": True, "optim": "adamw_torch"}
     results = []
@@ -107,10 +108,12 @@ def test_everything_together_under_ddp_equals_one_plain_process(tmp_path, bf16):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["zero2", "zero3"])
+@pytest.mark.parametrize("way", ["zero2", "zero3", "fsdp2"])
 def test_under_an_engine_the_best_is_loaded_and_models_are_evaluated_before_and_after_training(tmp_path, way):
     def run_and_evaluate():
         os.environ["DS_ACCELERATOR"] = "cpu"
+        if way == "fsdp2":
+            use_fsdp2()
         data = datasets.Dataset.from_parquet(str(DIGITS / "train-00000-of-00004.parquet")).select(range(64))
         options = {
             "max_steps": 3,

@@ -10,7 +10,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
 from ..models.teachers import Teacher
@@ -22,9 +22,12 @@ __all__ = [
     "check_untrained",
     "engine_runs",
     "full_state",
+    "local_part",
+    "part_of_whole",
     "place_teacher",
     "shard_fsdp2",
     "shard_zero3",
+    "whole_of_part",
 ]
 
 LISTS = (nn.ModuleList, nn.Sequential)
@@ -88,8 +91,13 @@ def shard_fsdp2(teacher: Teacher, device: torch.device) -> None:
     Every process must call it, and must from then on run the teacher as often as the others.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in _blocks(teacher.model):
+    blocks = _blocks(teacher.model)
+    for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    # One root for all: they fetch on one stream, the next while one computes. What is in no block stays whole.
+    in_blocks = {parameter for block in blocks for parameter in block.parameters()}
+    whole = {parameter for parameter in teacher.model.parameters() if parameter not in in_blocks}
+    fully_shard(teacher.model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
 
 def shard_zero3(teacher: Teacher, settings: dict[str, Any]) -> None:
@@ -133,24 +141,40 @@ def _in_lists(module: nn.Module) -> int:
 
 @torch.no_grad()
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a module with whole tensors: of FSDP2's shards, ZeRO-3's partitions, ZeRO's float32 masters.
+    """The state dict of a module with whole tensors: of FSDP2's shards, and of ZeRO-3's partitions.
 
-    Every process must call it. Tensors that are whole already are not copied.
+    Every process must call it. Tensors that are whole already are not copied. Parameters are in float32 under DeepSpeed, too
+    (see `precision.py`), so that they are what its optimiser keeps.
     """
-    return {name: _whole(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+    state: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    partitioned = [tensor for tensor in state.values() if hasattr(tensor, "ds_id")]
+    if not partitioned:
+        return {name: _whole(tensor) for name, tensor in state.items()}
+    with sys.modules["deepspeed"].zero.GatheredParameters(partitioned):  # all in one exchange
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    deepspeed: Any = sys.modules.get("deepspeed")  # imported where it holds parameters
-    if deepspeed is None:
-        return tensor.detach()
-    if tensor.requires_grad:
-        master: Tensor | None = deepspeed.utils.safe_get_full_fp32_param(tensor)
-        if master is not None:
-            return master
-    if not hasattr(tensor, "ds_id"):  # not partitioned
-        return tensor.detach()
-    with deepspeed.zero.GatheredParameters([tensor]):
-        return tensor.detach().clone()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: a shard of FSDP2's, else the whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def whole_of_part(part: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor whose parts the processes hold as they hold those of `like`; every process must call it."""
+    if not isinstance(like, DTensor):
+        return part
+    layout = like.device_mesh, like.placements
+    return DTensor.from_local(part, *layout, run_check=False, shape=like.shape, stride=like.stride()).full_tensor()
+
+
+@torch.no_grad()
+def part_of_whole(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that all hold whole, divided as `like` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
