@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from scalekd_hf.tools.plan import conv_backward_flops
+from scalekd_hf.tools.flops import flops_of
 
 
 Work = Callable[[], object]
@@ -89,11 +87,8 @@ def peak_gib(work: Work, device: torch.device) -> float:
 
 
 def tflops_of(work: Work) -> float:
-    """TFLOP of the work as torch counts them; a multiplication and an addition are two. Attention counts in full."""
-    mapping = {torch.ops.aten.convolution_backward: conv_backward_flops}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        work()
-    return counter.get_total_flops() / 1e12
+    """TFLOP of the work, as plans count them."""
+    return flops_of(work) / 1e12
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Work, float]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import Trainer, get_scheduler
 
 from ..data.dataset import check_dataset, dataset_labels
@@ -25,12 +24,13 @@ from ..training.config import ScaleKDConfig
 from ..training.model import ScaleKDModel, attention_heads, build_model, class_names
 from ..training.optimization import scaled_learning_rate, timm_optimizer
 from ..training.run_folder import check_output_dir
+from .flops import flops_of
 from .plan_text import plan_text, shown
 from .recipe import DistillArguments, as_words, parse_config
 from .scaling import communication, memory_by_launcher, scaling
 
 
-__all__ = ["Plan", "conv_backward_flops", "gflops_of", "plan", "plan_run", "plan_words"]
+__all__ = ["Plan", "gflops_of", "plan", "plan_run", "plan_words"]
 
 IMAGES = 2  # in the dry run: BatchNorm refuses one image
 
@@ -154,20 +154,9 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def conv_backward_flops(
-    grad_shape: Any, x_shape: Any, weight_shape: Any, *settings: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """Each gradient costs what the forward costs; torch's own count forgets the groups of depthwise convolutions."""
-    *_, transposed, _, _, mask = settings
-    return conv_flop_count(x_shape, weight_shape, grad_shape, transposed=transposed) * (mask[0] + mask[1])
-
-
 def gflops_of(work: Callable[[], Any]) -> float:
-    """GFLOP per image of `work` on `IMAGES` images; a multiplication and an addition are two."""
-    mapping = {torch.ops.aten.convolution_backward: conv_backward_flops}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        work()
-    return counter.get_total_flops() / IMAGES / 1e9
+    """GFLOP per image of `work` on `IMAGES` images."""
+    return flops_of(work) / IMAGES / 1e9
 
 
 def _count(result: Plan, model: ScaleKDModel, config: ScaleKDConfig) -> None:

@@ -374,6 +374,12 @@ class ScaleKDConfig(TrainingArguments):
         check_settings(self)
 
     @property
+    def device(self) -> torch.device:
+        """The parent's; a CPU without the number that processes together give it, to which torch 2.11 loads no checkpoint."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def n_gpu(self) -> int:
         """At most one for each process: the parent's `DataParallel` would copy the student without its teacher."""
         return min(1, super().n_gpu)
