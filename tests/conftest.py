@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datasets
 import pytest
 import torch
-from helpers import DIGITS, ROOT
+from helpers import DIGITS, ROOT, place
 from hub_server import HubServer
 from huggingface_hub import constants
 
@@ -37,6 +37,13 @@ def pytest_collection_finish(session):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(request):
+    """The card, or the device of that name that a test is parametrised with; float32 is float32 there."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return place(getattr(request, "param", "cuda"))
 
 
 @pytest.fixture(autouse=True, scope="session")

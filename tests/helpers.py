@@ -51,6 +51,18 @@ def transformers_vit(**changes):
     return build(ViTConfig(**{**options, "intermediate_size": 48, "num_labels": 10, **changes}))
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def place(name="cuda"):
+    """A device of that name; where no card is, a skip, or the CPU if SCALEKD_REHEARSE asks for a rehearsal there."""
+    if name == "cpu" or torch.cuda.is_available():
+        return torch.device(name)
+    if not os.environ.get("SCALEKD_REHEARSE"):
+        pytest.skip("needs a CUDA device")
+    return torch.device("cpu")
+
+
 def build(config):
     return AutoModelForImageClassification.from_config(config)
 
@@ -79,13 +91,13 @@ def settings(folder, **changes):
     return ScaleKDConfig(**{**options, **changes})
 
 
-def golden(name):
+def golden(name, device="cpu"):
     """Tensors and configuration of one file of the authors' code, or a skip with the reason."""
     file = GOLDEN / f"{name}.safetensors"
     if not file.exists():
         pytest.skip(f"the golden tensors of the authors' code are not here ({file.name})")
     with safe_open(file, "pt") as tensors:
-        values = {key: tensors.get_tensor(key) for key in tensors.keys()}
+        values = {key: tensors.get_tensor(key).to(device) for key in tensors.keys()}
         return values, json.loads((tensors.metadata() or {}).get("config", "{}"))
 
 

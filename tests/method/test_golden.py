@@ -1,9 +1,9 @@
-"""Equality with tensors that the authors' code produced."""
+"""Equality with tensors that the authors' code produced, on the CPU and on the card."""
 
 import pytest
 import timm
 import torch
-from helpers import assert_close, assert_gradients, golden, projector_weights
+from helpers import DEVICES, assert_close, assert_gradients, golden, projector_weights
 
 from scalekd_hf import (
     CrossAttentionProjector,
@@ -17,11 +17,14 @@ from scalekd_hf import (
 from scalekd_hf.images import ImageSpec
 
 
+pytestmark = pytest.mark.parametrize("device", DEVICES, indirect=True)
+
+
 @pytest.mark.parametrize("name", ["cap_cnn_penultimate", "cap_cnn_last_tpp"])
-def test_projector_equals_the_authors(name):
-    values, config = golden(name)
+def test_projector_equals_the_authors(name, device):
+    values, config = golden(name, device)
     learned = config.pop("queries") == "learned"
-    projector = CrossAttentionProjector(**config, learned_queries=learned).train()
+    projector = CrossAttentionProjector(**config, learned_queries=learned).to(device).train()
     projector.load_state_dict(projector_weights(values, "param."))
     student = values["in.student"].requires_grad_()
     queries = None if learned else values["in.queries"].requires_grad_()
@@ -38,8 +41,8 @@ def test_projector_equals_the_authors(name):
 @pytest.mark.parametrize(
     ("view", "loss"), [("spatial", spatial_mimicking_loss), ("frequency", frequency_mimicking_loss)]
 )
-def test_view_losses_equal_the_authors(view, loss):
-    values, _ = golden("losses")
+def test_view_losses_equal_the_authors(view, loss, device):
+    values, _ = golden("losses", device)
     tokens = values["in.student_tokens"].requires_grad_()
     value = loss(tokens, values["in.teacher_map"])
     value.backward()
@@ -48,8 +51,8 @@ def test_view_losses_equal_the_authors(view, loss):
 
 
 @pytest.mark.parametrize(("temperature", "weight", "key"), [(1.0, 0.5, "T1.alpha0.5"), (4.0, 0.9, "T4.alpha0.9")])
-def test_logit_loss_equals_the_authors(temperature, weight, key):
-    values, _ = golden("losses")
+def test_logit_loss_equals_the_authors(temperature, weight, key, device):
+    values, _ = golden("losses", device)
     logits = values["in.student_logits"].requires_grad_()
     value = weight * logit_distillation_loss(logits, values["in.teacher_logits"], temperature)
     value.backward()
@@ -69,13 +72,13 @@ class GivenFeatures(torch.nn.Module):
         return self.outputs
 
 
-def test_whole_step_equals_the_authors():
-    values, config = golden("step")
+def test_whole_step_equals_the_authors(device):
+    values, config = golden("step", device)
     teacher_model = timm.create_model(config["timm_teacher"], **config["teacher_args"])
     weights = projector_weights(values, "teacher.param.")
     missing, unexpected = teacher_model.load_state_dict(weights, strict=False)
     assert not unexpected and all("index" in name or "mask" in name for name in missing)
-    teacher = load_teacher(teacher_model)
+    teacher = load_teacher(teacher_model.to(device))
     features = [values[f"in.student_{name}"] for name in ("penultimate", "last", "logits")]
     spec = ImageSpec((64, 64), teacher.spec.mean, teacher.spec.std)
     student = GivenFeatures(*features, spec)
@@ -95,7 +98,8 @@ def test_whole_step_equals_the_authors():
         frequency_weight=config["frequency_weight"],
         logit_weight=config["kd_alpha"],
         temperature=config["kd_temperature"],
-    ).train()
+    )
+    model.to(device).train()
     for name, head in heads.projectors():
         head.load_state_dict(projector_weights(values, f"cap.{name.replace('_', '.')}."))
 

@@ -64,7 +64,8 @@ def use_fsdp2():
 
 
 def train(folder, way, batch=4, resume=None, streaming=False, **changes):
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
     if way == "fsdp2":
         use_fsdp2()
     files = sorted(str(file) for file in DIGITS.glob("train-*.parquet"))

@@ -104,8 +104,10 @@ def test_nothing_is_asked_of_the_device_between_two_logs(tmp_path, digits, chang
     assert waits.found == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch itself tells of each wait there")
-def test_torch_finds_no_synchronisation_in_a_step_on_a_gpu(tmp_path, digits):
+@pytest.mark.gpu
+def test_torch_finds_no_synchronisation_in_a_step_on_a_gpu(tmp_path, digits, device):
+    if device.type == "cpu":
+        return train(tmp_path, digits, lambda: None, lambda: None, bf16=True)
     mode = torch.cuda.set_sync_debug_mode
     try:
         train(tmp_path, digits, lambda: mode("error"), lambda: mode("default"), use_cpu=False, bf16=True)
