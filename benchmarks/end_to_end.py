@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -58,6 +59,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         use_cpu=not torch.cuda.is_available(),
         bf16=args.precision == "bf16",
         torch_compile=args.compile,
+        torch_compile_backend=args.backend if args.compile else None,
         per_device_train_batch_size=args.batch,
         max_steps=args.warm_up + args.steps,
         logging_steps=args.warm_up,
@@ -76,7 +78,11 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     teacher.to(config.device)  # `train` does so; the bare step runs before it
     bare = BareStep(trainer)
     seconds = bare.time(args)
+    bare.optimizer.state.clear()  # the run's own comes now
+    if config.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     trainer.train()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if config.device.type == "cuda" else None
     seconds += bare.time(args)
     logged = [entry for entry in trainer.state.log_history if "images_per_second" in entry][1:]
     trained = statistics.median(entry["images_per_second"] for entry in logged)
@@ -85,6 +91,9 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     print(f"{args.student}, {args.teacher}, batch {args.batch}, {args.precision}; {describe(config.device)}")
     print(f"bare step  {stepped:>10.2f} images/s")
     print(f"trainer    {trained:>10.2f} images/s, {trained / stepped:.1%} of it; {waited:.1%} waiting for data")
+    if args.output is not None:
+        found = {"bare": stepped, "trainer": trained, "share": trained / stepped, "waiting": waited, "peak_gib": peak}
+        args.output.write_text(json.dumps({**found, "workers": config.dataloader_num_workers, "batch": args.batch}))
 
 
 class BareStep:
@@ -96,7 +105,8 @@ class BareStep:
         self.pixels = torch.randn(batch, 3, *size, device=self.device)
         self.labels = torch.randint(len(CLASSES), (batch,), device=self.device)
         self.model = trainer.model.to(self.device)
-        self.run = torch.compile(self.model) if trainer.args.torch_compile else self.model
+        backend = trainer.args.torch_compile_backend
+        self.run = torch.compile(self.model, backend=backend) if trainer.args.torch_compile else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
 
     def step(self) -> None:
@@ -130,6 +140,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm_up", type=int, default=20 if on_gpu else 5)
     parser.add_argument("--rounds", type=int, default=5 if on_gpu else 1)
     parser.add_argument("--workers", type=int, help="that decode images; by default the package's choice")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--output", type=Path, help="a file for the figures, as JSON")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
     return parser.parse_args()
 

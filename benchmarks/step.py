@@ -190,10 +190,11 @@ def steps(
         losses["published"] = lambda: published(pixels, labels)
     losses["ours"] = ours
     for mode in args.compile:
-        compiled = torch.compile(model, mode=mode)
+        how: dict[str, str] = {"mode": mode} if args.backend == "inductor" else {"backend": args.backend}
+        compiled = torch.compile(model, **how)
         check_compiled(model, compiled, pixels, labels, cast)
         suffix = "" if mode == "default" else f" {mode}"
-        losses[f"floor compiled{suffix}"] = torch.compile(floor, mode=mode)
+        losses[f"floor compiled{suffix}"] = torch.compile(floor, **how)
         losses[f"compiled{suffix}"] = lambda compiled=compiled: ours(compiled)
     return {name: step(loss) for name, loss in losses.items()}
 
@@ -328,6 +329,7 @@ def parse() -> argparse.Namespace:
         choices=MODES,
         help="modes of torch.compile, with none nothing is; default: default on a GPU",
     )
+    parser.add_argument("--backend", default="inductor", help="of torch.compile; modes are inductor's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="outputs/benchmarks/step")
     args = parser.parse_args()

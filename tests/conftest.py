@@ -10,6 +10,7 @@ with socket.socket() as opened:
     HUB_PORT = opened.getsockname()[1]
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_PORT}"  # where `hub` serves; read when the client is imported
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
 os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads that wait for each other cost more than they give
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -43,7 +44,8 @@ def _seed():
 def device(request):
     """The card, or the device of that name that a test is parametrised with; float32 is float32 there."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return place(getattr(request, "param", "cuda"))
+    yield place(getattr(request, "param", "cuda"))
+    torch.use_deterministic_algorithms(False)  # which `full_determinism` turns on
 
 
 @pytest.fixture(autouse=True, scope="session")

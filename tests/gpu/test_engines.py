@@ -25,7 +25,7 @@ def plain(tmp_path_factory):
     return json.loads((folder / "ddp" / "result.json").read_text())["history"]
 
 
-@pytest.mark.parametrize("way", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("way", ["fsdp2", "zero2", "zero3"] if torch.cuda.is_available() else ["fsdp2"])
 def test_an_engine_trains_as_no_engine_does_and_resumes(tmp_path, device, plain, way):
     pytest.importorskip("deepspeed")
     processes = 1 if device.type == "cuda" or way != "fsdp2" else 2  # on a CPU, Accelerate takes one for no group

@@ -33,8 +33,9 @@ TASK_LOSSES = ("cross_entropy", "binary_cross_entropy")
 
 def _at_least_float32(*tensors: Tensor) -> tuple[AbstractContextManager, list[Tensor]]:
     device = tensors[0].device.type
-    available = torch.amp.is_autocast_available(device)  # not on the meta device of a plan
-    context = torch.autocast(device, enabled=False) if available else nullcontext()
+    context = (
+        nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    )  # which a plan's does not have
     return context, [tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors]
 
 

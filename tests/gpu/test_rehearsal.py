@@ -1,0 +1,63 @@
+"""benchmarks/gpu.py on a CPU: all parts run, one after the other, and say what they found."""
+
+import json
+
+import pytest
+from helpers import DIGITS, run
+
+
+@pytest.mark.slow
+def test_all_parts_run_with_tiny_models_on_a_cpu(tmp_path):
+    words = ["--rehearse", "--seconds", 900, "--data", DIGITS, "--output", tmp_path]
+    finished = run("python", "benchmarks/gpu.py", *words, timeout=1000)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    log = (tmp_path / "gpu.log").read_text()
+    unplanned = [name for name, part in found.items() if part.get("problems") and name != "results"]
+    assert not unplanned, (finished.stdout[-2000:], log[-3000:])
+    assert found["correctness"]["tests"]["passed"] > 15 and found["engines"]["tests"]["passed"] == 3
+    assert found["correctness"]["measured"]["tensors that differ after kill -9 and resume"].startswith("0 of")
+    ways = ["floor", "published", "ours"]
+    compiled = ["floor compiled reduce-overhead", "compiled reduce-overhead"]
+    rows = found["step"]["rows"]
+    assert [row["way"] for row in rows] == [*ways, *compiled, *ways]
+    assert all(row["peak_gib"] > 0 and row["utilisation"] > 0 for row in rows)
+    published, ours = rows[1:3]
+    assert 0.9 < ours["gflop_per_image"] / published["gflop_per_image"] <= 1
+    assert 0 < found["trainer"]["compiled"]["share"] < 2 and found["trainer"]["compiled"]["waiting"] < 1
+    assert found["plan"]["Swin-L to ResNet-50"]["gflops_per_image"]["total"] == pytest.approx(199.19, abs=0.01)
+    assert found["results"]["problems"] == ["CIFAR-10: cut short after 20 s"] and "results.py" in log
+    block = (tmp_path / "gpu.md").read_text()
+    for line in ("share of the matrix product's rate", "| compiled |", "GiB of a step", "Engines through the Trainer"):
+        assert line in block
+
+
+@pytest.mark.parametrize("seconds", [0, 10])
+def test_without_time_each_part_says_so_and_the_report_is_written(tmp_path, seconds):
+    finished = run(
+        "python", "benchmarks/gpu.py", "--rehearse", "--seconds", seconds, "--output", tmp_path, "--parts", "step"
+    )
+    assert finished.returncode == 0 and "step: CUDA graphs, Swin-S: no time was left" in finished.stdout
+    assert "no time was left" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_part_that_fails_is_said_and_the_next_one_runs(tmp_path, monkeypatch):
+    import sys
+
+    from helpers import ROOT
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    def broken(session, seconds):
+        raise RuntimeError("the card fell off the bus")
+
+    def fine(session, seconds):
+        assert not session.run("second", "a command", 30, "-c", "print('a reason'); raise SystemExit(3)")
+
+    monkeypatch.setattr(gpu, "PARTS", {"first": (broken, 10), "second": (fine, 30)})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--output", str(tmp_path)])
+    gpu.main()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["first"]["problems"] == ["RuntimeError: the card fell off the bus"]
+    assert found["second"]["problems"] == ["a command: exit status 3: a reason"]
