@@ -331,7 +331,7 @@ def test_data_that_cannot_be_evaluated_is_refused(tmp_path, digits):
         "begins with 10, but class indices from 0 to 9", bare.remove_columns("label").add_column("label", [10] * 96)
     )
     classes = datasets.ClassLabel(names=[f"{number} and more" for number in range(12)])
-    refused("has 12 classes and the student 10", bare.cast_column("label", classes))
+    refused("has 12 classes and the model 10", bare.cast_column("label", classes))
 
 
 def test_arguments_that_cannot_be_meant_are_refused():

@@ -71,6 +71,7 @@ class Preparation:
         random_erasing: probability of erasing a part with pixel noise.
         repeats: times that an image comes in a row, augmented anew.
         seed: of the augmentation.
+        class_order: the model's class for each label, where they differ (see `labels.class_order`).
 
     Raises:
         BadImageError: an image that cannot be decoded.
@@ -89,8 +90,9 @@ class Preparation:
         random_erasing: float = 0.0,
         repeats: int = 1,
         seed: int = 0,
+        class_order: list[int] | None = None,
     ):
-        self.spec, self.training = spec, training
+        self.spec, self.training, self.class_order = spec, training, class_order
         self.seed, self.repeats = seed, repeats if training else 1
         self.image_column, self.label_column = image_column, label_column
         self.transform: Any
@@ -124,7 +126,8 @@ class Preparation:
             pixel_values = self.transform(to_rgb(image))
         sample = {"pixel_values": pixel_values}
         if self.label_column is not None and row.get(self.label_column) is not None:
-            sample["labels"] = row[self.label_column]
+            label = row[self.label_column]
+            sample["labels"] = label if self.class_order is None or label < 0 else self.class_order[label]
         return sample
 
     def blank(self, label: Any) -> dict[str, Any]:

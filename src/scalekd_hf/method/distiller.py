@@ -97,7 +97,7 @@ class Distiller(nn.Module):
                 )
             self.weights = {"task": 1.0 - logit_weight, "logit": logit_weight, **features}
             if logit_weight:
-                check_labels("teacher", teacher.num_labels, teacher.labels, student.num_labels, student.labels)
+                check_labels(teacher.num_labels, teacher.labels, student.num_labels, student.labels)
         if heads is not None:
             student.taps  # noqa: B018  taps are found and hooked before any wrapper sees the module
 
@@ -165,9 +165,9 @@ class Distiller(nn.Module):
 
 
 def check_labels(
-    role: str, num_labels: int, labels: list[str] | None, student_num_labels: int, student_labels: list[str] | None
+    num_labels: int, labels: list[str] | None, student_num_labels: int, student_labels: list[str] | None
 ) -> None:
-    """Refuse a teacher or data set (`role`) whose classes are not the student's.
+    """Refuse a teacher whose classes are not the student's.
 
     Raises:
         ValueError: different numbers of classes, or different names where both are known.
@@ -175,18 +175,16 @@ def check_labels(
     remedy = (
         "With `logit_weight=0` the teacher teaches through its features alone; recipes/train_teacher.py makes a teacher "
         "that knows your labels."
-        if role == "teacher"
-        else "Build the student for these classes: give its name instead of a module, or a model with that many classes."
     )
     if num_labels != student_num_labels:
         raise ValueError(
-            f"The {role} has {num_labels} classes and the student {student_num_labels}: the same label must mean the "
+            f"The teacher has {num_labels} classes and the student {student_num_labels}: the same label must mean the "
             f"same to both. {remedy}"
         )
     if labels and student_labels and labels != student_labels:
         index = next(i for i, (a, b) in enumerate(zip(labels, student_labels, strict=True)) if a != b)
         reordered = " The names are the same in another order." if sorted(labels) == sorted(student_labels) else ""
         raise ValueError(
-            f"Label {index} is {labels[index]!r} to the {role} and {student_labels[index]!r} to the student: the same "
+            f"Label {index} is {labels[index]!r} to the teacher and {student_labels[index]!r} to the student: the same "
             f"label must mean the same to both.{reordered} {remedy}"
         )

@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.dataset import dataset_labels
 from ..data.holdout import held_out_share, hold_out
@@ -231,7 +230,7 @@ def evaluate_model(
     if which is not None and which.name != "imagenet-real":
         per_image = PerImage(label_places(dataset_labels(dataset, config.label_column), which), which.classes)
     student.spec = asked_images(student, config)
-    prepared = prepare_images(dataset, "eval_dataset", student, config)
+    prepared = prepare_images(dataset, "eval_dataset", student, config, compare_labels=which is None)
     _check_label(getattr(prepared, "label", 0), config.label_column, student.num_labels)
     if which is not None and which.name == "imagenet-real":
         real = ReaL(read_real_labels(real_labels), dataset, config.image_column, len(prepared))
@@ -265,8 +264,7 @@ def measure_model(student: Student, config: ScaleKDConfig) -> dict[str, Any]:
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else student._dtype()
     pixel_values = torch.randn(max(batch, IMAGES), 3, *student.spec.size, device=device)
     with torch.no_grad():
-        with sdpa_kernel(SDPBackend.MATH):  # the counter does not know every fused kernel
-            gflops = gflops_of(lambda: student.classify(pixel_values[:IMAGES]))
+        gflops = gflops_of(lambda: student.classify(pixel_values[:IMAGES]))
         with torch.autocast(device.type, dtype, enabled=config.bf16 or config.fp16):
             seconds = [_seconds(student, pixel_values[:batch]) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
     return {

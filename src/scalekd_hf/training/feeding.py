@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.bad_images import BadImages
-from ..data.dataset import prepare_dataset
+from ..data.dataset import dataset_labels, prepare_dataset
+from ..data.labels import class_order
 from ..data.preparation import Preparation
 from ..data.sources import Shards, Table
 from ..data.stream import ImageStream, Partition, outlive_signals
@@ -263,7 +264,12 @@ class ImageFeed:
 
 
 def prepare_images(
-    dataset: Any, name: str, student: Student, args: ScaleKDConfig, labels_optional: bool = False
+    dataset: Any,
+    name: str,
+    student: Student,
+    args: ScaleKDConfig,
+    labels_optional: bool = False,
+    compare_labels: bool = True,
 ) -> Any:
     """A data set, or a dict of several, with the transforms that the settings and the student ask for.
 
@@ -271,17 +277,19 @@ def prepare_images(
         dataset: a `datasets` object, whose images are then decoded and augmented; any other stays as it is.
         name: the argument that errors name; "train_dataset" is augmented.
         labels_optional: a missing label column means images without labels.
+        compare_labels: take labels by the student's class names, and refuse others.
 
     Raises:
-        ValueError: see `prepare_dataset`; or files that are in another order on each process.
+        ValueError: see `prepare_dataset` and `class_order`; or files that are in another order on each process.
     """
     if dataset is None:
         return None
     if isinstance(dataset, dict):
         return {
-            key: prepare_images(value, f"{name}[{key!r}]", student, args, labels_optional)
+            key: prepare_images(value, f"{name}[{key!r}]", student, args, labels_optional, compare_labels)
             for key, value in dataset.items()
         }
+    classes = dataset_labels(dataset, args.label_column) if compare_labels and args.has_labels else None
     preparation = Preparation(
         student.spec,
         name == "train_dataset",
@@ -294,6 +302,7 @@ def prepare_images(
         args.random_erasing,
         args.repeated_augmentation,
         args.seed,
+        class_order(name, classes, student.labels, student.num_labels),
     )
     shuffle = (args.seed, args.shuffle_buffer_size)
     one_first = args.main_process_first(desc="counting the images")

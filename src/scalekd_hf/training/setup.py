@@ -13,7 +13,6 @@ from transformers import set_seed
 from ..data.dataset import dataset_labels
 from ..data.preparation import Collator, collate
 from ..data.stream import ImageStream
-from ..method.distiller import check_labels
 from ..models.saving import check_rebuildable
 from ..models.students import Student
 from ..models.teachers import Teacher
@@ -76,9 +75,9 @@ def set_up(
     distiller = build_model(model, teacher, args, next((names for names in labels if names), None))
     student = distiller.student
     check_rebuildable(student)
-    for name, dataset in data.items():
-        if names := dataset_labels(dataset, args.label_column):
-            check_labels(f"`{name}`", len(names), names, student.num_labels, student.labels)
+    for dataset in data.values():
+        names = dataset_labels(dataset, args.label_column)
+        if names and student.labels is None and len(names) == student.num_labels:
             student.name_labels(names)
     if args.sync_batchnorm != "none" and args.world_size > 1:
         if args.device.type != "cuda":
