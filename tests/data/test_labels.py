@@ -3,10 +3,12 @@
 import datasets
 import numpy as np
 import pytest
+import torch
 from helpers import settings, small_student
 from PIL import Image
 
 from scalekd_hf import ScaleKDTrainer
+from scalekd_hf.data.labels import LabelError
 
 
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -78,6 +80,128 @@ def test_other_classes_are_refused_at_every_door(tmp_path, names, message, strea
             door()
 
 
-def test_images_without_labels_are_predicted(tmp_path):
-    data = pictures(NAMES).remove_columns("label")
-    assert trainer_for(tmp_path).predict(data).predictions.shape == (16, 4)
+def with_labels(labels, kind, streaming=False):
+    images = [Image.fromarray(np.full((32, 32, 3), 10 * row, np.uint8)) for row in range(len(labels))]
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    data = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    return data.to_iterable_dataset(num_shards=2) if streaming else data
+
+
+INTEGER, NUMBER = datasets.Value("int64"), datasets.Value("float32")
+NO_CLASS = [
+    (
+        4,
+        INTEGER,
+        r"'label' has 4 in row \d+, but the model's classes are 0 to 3. Labels that begin at 1 must be one less",
+    ),
+    (-7, INTEGER, r"has -7 in row \d+, but the model's classes are 0 to 3"),
+    (1.0, NUMBER, r"has 1.0 in row \d+: class indices are whole numbers. Cast the column"),
+    (True, datasets.Value("bool"), r"has True in row \d+: class indices are whole numbers"),
+    ([1], datasets.Sequence(INTEGER), r"has \[1\] in row \d+: a list with one index"),
+    (
+        [0, 1],
+        datasets.Sequence(INTEGER),
+        r"has \[0, 1\] in row \d+: neither a class index nor a share for each of the 4",
+    ),
+    ([1, 0, 1, 0], datasets.Sequence(INTEGER), r"has \[1, 0, 1, 0\] in row \d+: soft labels are shares.*multi-label"),
+    (
+        "bee",
+        datasets.Value("string"),
+        "such as 'bee': class indices are needed. `dataset.class_encode_column.*of a stream",
+    ),
+]
+
+
+@pytest.mark.parametrize(("label", "kind", "message"), NO_CLASS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_label_that_means_no_class_is_refused_at_every_door(tmp_path, label, kind, message, streaming):
+    data, trainer = with_labels([label] * 6, kind, streaming), trainer_for(tmp_path)
+    for door in (
+        lambda: trainer.evaluate(data),
+        lambda: trainer.predict(data),
+        lambda: trainer_for(tmp_path / "train", data),
+        lambda: trainer_for(tmp_path / "evaluation", pictures(NAMES), data),
+    ):
+        with pytest.raises(ValueError, match=message):
+            door()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_wrong_label_anywhere_ends_a_run_with_a_checkpoint_and_its_row(tmp_path, streaming, workers):
+    data = with_labels([0, 1, 2, 3, 0, 1, 2, 9], INTEGER, streaming)
+    student = small_student(num_classes=4)
+    options = {
+        "per_device_train_batch_size": 2,
+        "dataloader_num_workers": workers,
+        "max_steps": 9,
+        "save_strategy": "no",
+    }
+    trainer = ScaleKDTrainer(student, None, settings(tmp_path, **options), data)
+    with pytest.raises(LabelError, match="'label' has 9 in row 7, but the model's classes are 0 to 3"):
+        trainer.train()
+    assert list(tmp_path.glob("checkpoint-*")) or trainer.state.global_step == 0
+    with pytest.raises(LabelError, match="'label' has 9 in row 7"):
+        trainer.evaluate(data)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_without_labels_are_predicted_without_a_loss(tmp_path, streaming):
+    trainer = trainer_for(tmp_path)
+    bare = pictures(NAMES, streaming).remove_columns("label")
+    unlabelled = with_labels([-1] * 6, INTEGER, streaming)
+    for data, rows in ((bare, 16), (unlabelled, 6)):
+        found = trainer.predict(data)
+        assert found.predictions.shape == (rows, 4)
+        assert not {"test_loss", "test_top1"} & set(found.metrics)
+    mixed = trainer.predict(with_labels([0, -1, 2, -1, 1, 3], INTEGER, streaming))
+    assert mixed.predictions.shape == (6, 4) and mixed.metrics["test_loss"] > 0 and "test_top1" in mixed.metrics
+    with pytest.raises(LabelError, match="has -1 in row 0: an image to train on needs a label"):
+        trainer_for(tmp_path / "train", unlabelled)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 7]), "one is 7, but the model's classes are 0 to 3"),
+        (torch.tensor([0.0, 1.0]), "of type torch.float32: class indices are whole numbers"),
+        (torch.tensor([[0, 1], [1, 2]]), "neither a class index nor a share"),
+        (torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]]), "multi-label"),
+    ],
+)
+def test_finished_samples_are_checked_before_they_reach_a_device(tmp_path, labels, message):
+    samples = [{"pixel_values": torch.zeros(3, 32, 32), "labels": label} for label in labels]
+    with pytest.raises(LabelError, match=message):
+        trainer_for(tmp_path, samples).train()
+    with pytest.raises(LabelError, match=message):
+        trainer_for(tmp_path).evaluate(samples)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_metric_of_the_users_sees_the_images_that_count_alone(tmp_path, streaming):
+    """Labels of -100 counted as wrong."""
+    seen = []
+
+    def metric(prediction):
+        seen.append((np.asarray(prediction.predictions).shape, prediction.label_ids.tolist()))
+        return {"share": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    data = with_labels([0, -1, 2, 3, 1, 2, 3], INTEGER)
+    contents = [row["bytes"] for row in data.cast_column("image", datasets.Image(decode=False))["image"]]
+    contents[3] = b"no image"
+    file = tmp_path / "data.parquet"
+    rows = {"image": [{"bytes": content, "path": None} for content in contents], "label": data["label"]}
+    datasets.Dataset.from_dict(rows, features=data.features).to_parquet(file)
+    data = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=streaming)
+    trainer = ScaleKDTrainer(small_student(num_classes=4), None, settings(tmp_path), compute_metrics=metric)
+    found = trainer.predict(data)
+    assert seen == [((5, 4), [0, 2, 1, 2, 3])] and "test_share" in found.metrics
+    assert found.label_ids.tolist() == [0, -100, 2, -100, 1, 2, 3] and len(found.predictions) == 7
+
+
+def test_an_evaluation_drops_no_last_batch(tmp_path):
+    args = settings(tmp_path, per_device_eval_batch_size=8, dataloader_drop_last=True)
+    trainer = ScaleKDTrainer(small_student(num_classes=4), None, args)
+    assert len(trainer.predict(pictures(NAMES, rows=18)).predictions) == 18
+    samples = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 1} for _ in range(18)]
+    assert len(trainer.predict(samples).predictions) == 18

@@ -328,7 +328,8 @@ def test_data_that_cannot_be_evaluated_is_refused(tmp_path, digits):
     bare = digits.cast_column("label", datasets.Value("int64"))
     refused("begins with -1", bare.remove_columns("label").add_column("label", [-1] * len(bare)))
     refused(
-        "begins with 10, but class indices from 0 to 9", bare.remove_columns("label").add_column("label", [10] * 96)
+        "has 10 in row 0, but the model's classes are 0 to 9. Labels that begin at 1",
+        bare.remove_columns("label").add_column("label", [10] * 96),
     )
     classes = datasets.ClassLabel(names=[f"{number} and more" for number in range(12)])
     refused("has 12 classes and the model 10", bare.cast_column("label", classes))

@@ -10,6 +10,7 @@ import datasets
 from torch.utils.data import Dataset
 
 from ..borrowed.datasets import unshuffled
+from .labels import encoding, read_label
 from .preparation import Preparation
 from .sources import Shards, Table, retrying
 from .stream import ImageStream, prepare_or_blank
@@ -142,6 +143,7 @@ def _check_columns(first: dict[str, Any], name: str, preparation: Preparation) -
     label = first[preparation.label_column] if preparation.label_column is not None else None
     if isinstance(label, str):
         raise ValueError(
-            f"`{name}` has labels such as {label!r}: class indices are needed. `dataset.class_encode_column("
-            f"{preparation.label_column!r})` makes them."
+            f"`{name}` has labels such as {label!r}: class indices are needed. {encoding(str(preparation.label_column))}"
         )
+    if preparation.num_labels is not None and preparation.label_column is not None:
+        read_label(label, preparation.label_column, "0", preparation.num_labels, preparation.training)

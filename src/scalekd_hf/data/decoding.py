@@ -7,6 +7,7 @@ resolution (`PIL.Image.Image.draft`).
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import struct
@@ -14,6 +15,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,15 @@ from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageErr
 
 __all__ = ["BadImageError", "is_reducible", "open_image", "pillow_errors", "to_rgb"]
 
+logger = logging.getLogger(__name__)
+
 JPEG_START = b"\xff\xd8\xff"
 REMEDIES = {
     "empty": "Leave out the row, or store the image again.",
     "missing": "Check the path, or store the images in the data set itself.",
     "not an image": "Leave out the row, or check that the column holds images.",
     "truncated": "Fetch the file again, or leave it out.",
+    "out of range": "Give the least and the largest value that such pixels have as `pixel_range`, or store them as uint8.",
     "too large": "Scale the image down, or raise `PIL.Image.MAX_IMAGE_PIXELS`.",
     "unreadable": "Save the image in another format, or leave it out.",
 }
@@ -38,7 +43,7 @@ class BadImageError(ValueError):
     """A value that no image can be made of.
 
     Attributes:
-        kind: "empty", "missing", "not an image", "truncated", "too large", or "unreadable" for the rest.
+        kind: "empty", "missing", "not an image", "truncated", "too large", "out of range", or "unreadable" for the rest.
     """
 
     def __init__(self, message: str, kind: str = "unreadable"):
@@ -50,17 +55,30 @@ def _bad(kind: str, detail: Any) -> BadImageError:
     return BadImageError(f"An image is {kind}: {detail}. {REMEDIES[kind]}", kind)
 
 
-def open_image(value: Any) -> Image.Image:
-    """Open an image, without decoding it where it is encoded.
+def open_image(value: Any, pixel_range: tuple[float, float] | None = None) -> Image.Image:
+    """Open an image, without decoding it where it is encoded with 8 bits a channel.
 
     Args:
         value: a row's {"bytes": ..., "path": ...}, encoded bytes, a path, a PIL image, or pixels as an array or
-            nested list (height, width), with 1, 3 or 4 channels behind or without: integers of 8 or 16 bits, or
-            floats in 0..1 or 0..255.
+            nested list (height, width), with 1, 3 or 4 channels behind or without.
+        pixel_range: what black and white are in pixels that are not uint8. By default their type alone says so: 0 and
+            65535 with 16 bits and in Pillow's mode I, 0 and 1 in floats and booleans, 0 and 255 in other integers.
 
     Raises:
-        BadImageError: the value is no image.
+        BadImageError: the value is no image, or has pixels out of their range.
     """
+    image = _opened(value, pixel_range)
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut off at 255
+        with pillow_errors():
+            if _is_rotated(image):
+                image = ImageOps.exif_transpose(image)
+            pixels = np.asarray(image)
+            kind = np.dtype("uint16") if image.mode.startswith("I") else pixels.dtype
+            return Image.fromarray(_eight_bits(pixels, f"Pillow's mode {image.mode}", kind, pixel_range))
+    return image
+
+
+def _opened(value: Any, pixel_range: tuple[float, float] | None) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, dict):
@@ -72,7 +90,7 @@ def open_image(value: Any) -> Image.Image:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _open_bytes(bytes(value))
     if isinstance(value, (list, tuple, np.ndarray)):
-        return _from_pixels(value)
+        return _from_pixels(value, pixel_range)
     raise _bad("not an image", f"a value of type {type(value).__name__} is neither bytes, a path nor pixels")
 
 
@@ -101,7 +119,7 @@ def _open_bytes(content: bytes) -> Image.Image:
             return image
 
 
-def _from_pixels(value: Any) -> Image.Image:
+def _from_pixels(value: Any, pixel_range: tuple[float, float] | None) -> Image.Image:
     try:
         pixels = np.asarray(value)
     except ValueError as error:
@@ -114,21 +132,29 @@ def _from_pixels(value: Any) -> Image.Image:
     if not (colour or pixels.ndim == 2) or pixels.dtype.kind not in "buif":
         shape = f"pixels of shape {pixels.shape} and type {pixels.dtype}"
         raise _bad("not an image", f"{shape} are not (height, width) or (height, width, 3)")
-    return Image.fromarray(_eight_bits(pixels))
+    return Image.fromarray(_eight_bits(pixels, f"type {pixels.dtype}", pixels.dtype, pixel_range))
 
 
-def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Scale pixels to uint8: floats up to 1 times 255, 16-bit integers, and anything else over 255, divided."""
+def _eight_bits(pixels: np.ndarray, what: str, kind: np.dtype, pixel_range: tuple[float, float] | None) -> np.ndarray:
+    """Scale pixels to uint8 by their range, which is that of their `kind` if none is given."""
     if pixels.dtype == np.uint8:
         return pixels
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+    low, high = pixel_range or (0, 65535 if kind == np.uint16 else 1 if kind.kind in "bf" else 255)
+    if pixel_range is None and kind.kind != "b":
+        _say_range(what, high)
+    if kind.kind != "b" and (pixels.min() < low or pixels.max() > high):
+        raise _bad(
+            "out of range", f"its pixels of {what} are {pixels.min():g} to {pixels.max():g}, not {low:g} to {high:g}"
+        )
+    if (low, high) == (0, 65535):
         return (pixels // 256).astype(np.uint8)
-    peak = pixels.max()
-    if pixels.dtype.kind in "bf" and peak <= 1:
-        pixels = pixels * 255.0
-    elif peak > 255:
-        pixels = pixels / (256 if peak < 65536 else peak / 255)
-    return np.nan_to_num(pixels).clip(0, 255).astype(np.uint8)
+    scaled = (pixels - np.float64(low)) * (255.0 / (high - low))
+    return np.nan_to_num(scaled).clip(0, 255).astype(np.uint8)
+
+
+@cache
+def _say_range(what: str, high: float) -> None:
+    logger.warning("Pixels of %s are read as 0 for black and %g for white; `pixel_range` says otherwise.", what, high)
 
 
 def to_rgb(image: Image.Image, reduction: float = 1.0) -> Image.Image:
@@ -149,8 +175,6 @@ def to_rgb(image: Image.Image, reduction: float = 1.0) -> Image.Image:
             image = ImageOps.exif_transpose(image)
         if image.mode == "RGB":
             return image
-        if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut off at 255
-            return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns of the direct way
         return image.convert("RGB")

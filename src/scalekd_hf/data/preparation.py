@@ -24,6 +24,7 @@ from torchvision.transforms import InterpolationMode, functional
 from ..images import IGNORED_LABEL, ImageSpec
 from .augmentation import Augmentation
 from .decoding import open_image, to_rgb
+from .labels import check_batch, read_label
 
 
 __all__ = ["Collator", "Preparation", "collate"]
@@ -42,19 +43,27 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         )
     batch["labels"] = torch.stack([torch.as_tensor(label) for label in labels])
     if batch["labels"].ndim == 2:
-        batch["labels"] = batch["labels"].float()  # soft labels, or several classes
+        batch["labels"] = batch["labels"].float()  # soft labels
     return batch
 
 
 class Collator:
-    """A collator, and beside its batch what was found out about images that could not be decoded."""
+    """A collator, whose labels are checked, and beside its batch what was found out about images that could not be decoded.
 
-    def __init__(self, collator: Any):
-        self.collator = collator
+    Args:
+        collator: samples to a batch.
+        num_labels: classes of the model; None for no check.
+    """
+
+    def __init__(self, collator: Any, num_labels: int | None = None):
+        self.collator, self.num_labels = collator, num_labels
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         bad = [sample.pop("bad_image") for sample in samples if isinstance(sample, dict) and "bad_image" in sample]
         batch: dict[str, Any] = self.collator(samples)
+        labels = batch.get("labels")
+        if self.num_labels is not None and isinstance(labels, Tensor) and labels.device.type == "cpu":
+            check_batch(labels, self.num_labels)
         return {**batch, "bad_images": bad} if bad else batch
 
 
@@ -72,9 +81,12 @@ class Preparation:
         repeats: times that an image comes in a row, augmented anew.
         seed: of the augmentation.
         class_order: the model's class for each label, where they differ (see `labels.class_order`).
+        num_labels: classes of the model, for which labels are checked; None for no check.
+        pixel_range: see `open_image`.
 
     Raises:
         BadImageError: an image that cannot be decoded.
+        LabelError: a label that means no class.
     """
 
     def __init__(
@@ -91,8 +103,11 @@ class Preparation:
         repeats: int = 1,
         seed: int = 0,
         class_order: list[int] | None = None,
+        num_labels: int | None = None,
+        pixel_range: tuple[float, float] | None = None,
     ):
-        self.spec, self.training, self.class_order = spec, training, class_order
+        self.spec, self.training, self.pixel_range = spec, training, pixel_range
+        self.class_order, self.num_labels = class_order, num_labels
         self.seed, self.repeats = seed, repeats if training else 1
         self.image_column, self.label_column = image_column, label_column
         self.transform: Any
@@ -118,22 +133,31 @@ class Preparation:
         return [self.image_column] + ([self.label_column] if self.label_column is not None else [])
 
     def __call__(self, row: dict[str, Any], pass_number: int, identity: Any) -> dict[str, Any]:
-        image = open_image(row[self.image_column])
+        image = open_image(row[self.image_column], self.pixel_range)
         if self.training:
             with _seeded(self.seed, pass_number, identity):
                 pixel_values = self.transform(image)
         else:
             pixel_values = self.transform(to_rgb(image))
         sample = {"pixel_values": pixel_values}
-        if self.label_column is not None and row.get(self.label_column) is not None:
-            label = row[self.label_column]
-            sample["labels"] = label if self.class_order is None or label < 0 else self.class_order[label]
+        if self.label_column is not None:
+            label = self._label(row.get(self.label_column), identity)
+            if label is not None:
+                sample["labels"] = label
         return sample
+
+    def _label(self, label: Any, identity: Any) -> Any:
+        if self.num_labels is None:
+            return label
+        assert self.label_column is not None
+        number = identity[0] if isinstance(identity, tuple) else identity
+        label = read_label(label, self.label_column, number, self.num_labels, self.training)
+        return label if self.class_order is None or label == IGNORED_LABEL else self.class_order[label]
 
     def blank(self, label: Any) -> dict[str, Any]:
         """A black image whose label does not count; `label` is any other, for its shape."""
         sample: dict[str, Any] = {"pixel_values": torch.zeros((3, *self.spec.size), dtype=torch.uint8)}
-        if self.label_column is not None and label is not None:
+        if self.label_column is not None and (label is not None or self.num_labels is not None):
             soft = isinstance(label, (list, np.ndarray))
             sample["labels"] = [float(IGNORED_LABEL)] * len(label) if soft else IGNORED_LABEL
         return sample

@@ -86,6 +86,8 @@ class ScaleKDConfig(TrainingArguments):
             Side of the teacher's images in pixels; the student's are resized on the device. By default its own.
         crop_scale (`list[float]`, *optional*, defaults to `[0.08, 1.0]`):
             Range of the share of the area that a random crop keeps in training (published: 0.08 to 1).
+        pixel_range (`list[float]`, *optional*):
+            Black and white of pixels that are not uint8. By default by their type: see `docs/data.md`.
         hflip (`float`, *optional*, defaults to `0.5`):
             Probability of a horizontal flip in training (published: 0.5).
         crop_pct (`float`, *optional*):
@@ -236,6 +238,10 @@ class ScaleKDConfig(TrainingArguments):
     crop_scale: list[float] = field(
         default_factory=lambda: [0.08, 1.0],
         metadata={"help": "Range of the share of the area that a random crop keeps in training."},
+    )
+    pixel_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "Least and largest value of pixels that are not uint8. By default by their type."},
     )
     hflip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
     crop_pct: float | None = field(

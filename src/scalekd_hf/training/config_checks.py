@@ -73,6 +73,8 @@ def check_settings(config: Any) -> None:
         "must be two shares of the area, 0 < smallest <= largest <= 1",
         lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
     )
+    rising = "must be two numbers, the second the larger"
+    _check(config, "pixel_range", rising, lambda value: len(value) == 2 and -math.inf < value[0] < value[1] < math.inf)
     _check(
         config,
         "lr_milestones",

@@ -105,11 +105,19 @@ class ImageFeed:
             batch_size, rank, processes = self.args.eval_batch_size, self.args.process_index, self.args.world_size
             loader = dataset.evaluation_loader(batch_size, rank, processes, **options, persistent_workers=persistent)
         else:
-            loader = make_loader(dataset)
+            loader = self._whole(make_loader, dataset)
             own = getattr(loader, "base_dataloader", loader)
             own.worker_init_fn = outlive_signals
             own.generator = torch.Generator()  # so that training draws the same with an evaluation and without
         return cast(DataLoader, loader)
+
+    def _whole(self, make_loader: Callable[[Any], DataLoader], dataset: Any) -> Any:
+        """The parent's loader, which `dataloader_drop_last` would shorten: it is for training."""
+        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return make_loader(dataset)
+        finally:
+            self.args.dataloader_drop_last = kept
 
     def _loader_options(self) -> dict[str, Any]:
         return {
@@ -213,8 +221,10 @@ class ImageFeed:
             TooManyBadImagesError: more than `max_bad_images` allows.
         """
         loss, metrics = self._evaluated.mean(accelerator), output.metrics or {}
-        if loss is not None:  # the parent's mean includes images that do not count
-            metrics.update({name: loss for name in metrics if name.endswith("_loss")})
+        for name in [name for name in metrics if name.endswith("_loss")]:
+            del metrics[name]  # the parent's mean includes images that do not count
+            if loss is not None:
+                metrics[name] = loss
         count = len(images) if hasattr(images, "__len__") else 0
         self.bad_images["evaluation"].check(count, self.args.world_size)
         if not isinstance(images, ImageStream):
@@ -303,6 +313,8 @@ def prepare_images(
         args.repeated_augmentation,
         args.seed,
         class_order(name, classes, student.labels, student.num_labels),
+        student.num_labels if compare_labels else None,
+        (args.pixel_range[0], args.pixel_range[1]) if args.pixel_range else None,
     )
     shuffle = (args.seed, args.shuffle_buffer_size)
     one_first = args.main_process_first(desc="counting the images")

@@ -16,7 +16,7 @@ from ..images import counted
 from ..method.losses import counted_in_loss
 
 
-__all__ = ["CountedLoss", "TOP_K", "TopKAccuracy", "compute_accuracy", "keep_top5"]
+__all__ = ["CountedLoss", "OfCounted", "TOP_K", "TopKAccuracy", "compute_accuracy", "keep_top5"]
 
 TOP_K = 5
 
@@ -56,7 +56,38 @@ def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     counts = counted(references)
     if references.ndim == 2:  # soft labels
         counts, references = counts & references.any(axis=1), references.argmax(axis=1)
+    if not counts.any():
+        return {}  # a split without labels
     return TopKAccuracy(keep_in_memory=True).compute(predictions=predictions[counts], references=references[counts])
+
+
+class OfCounted:
+    """A `compute_metrics` of the user's, which sees no image that does not count: undecodable, or without a label."""
+
+    def __init__(self, compute_metrics: Any):
+        self.compute_metrics = compute_metrics
+
+    def __call__(self, prediction: EvalPrediction, **options: Any) -> Any:
+        counts = _each(counted, prediction.label_ids)
+        parts = {name: getattr(prediction, name) for name in ("predictions", "label_ids", "inputs", "losses")}
+        kept = {name: _kept(part, counts) for name, part in parts.items()}
+        return self.compute_metrics(EvalPrediction(**kept), **options)
+
+
+def _each(function: Any, batches: Any) -> Any:
+    return [function(batch) for batch in batches] if isinstance(batches, list) else function(batches)
+
+
+def _kept(values: Any, counts: Any) -> Any:
+    """Rows that count, of arrays in tuples, in mappings, or by batches as `counts` is."""
+    if isinstance(counts, list) and isinstance(values, list):
+        return [_kept(batch, mask) for batch, mask in zip(values, counts, strict=True)]
+    if isinstance(values, dict):
+        return {name: _kept(value, counts) for name, value in values.items()}
+    if isinstance(values, (tuple, list)):
+        return type(values)(_kept(value, counts) for value in values)
+    fits = values is not None and not isinstance(counts, list) and len(values) == len(counts)
+    return values[counts] if fits else values
 
 
 class CountedLoss:

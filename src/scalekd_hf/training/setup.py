@@ -21,7 +21,7 @@ from .config import ScaleKDConfig
 from .config_checks import check_processes
 from .epochs import count_steps
 from .feeding import prepare_images
-from .metrics import compute_accuracy, keep_top5
+from .metrics import OfCounted, compute_accuracy, keep_top5
 from .model import ScaleKDModel, build_model
 from .optimization import timm_optimizer
 
@@ -83,7 +83,7 @@ def set_up(
         if args.device.type != "cuda":
             raise ValueError("`sync_batchnorm` needs GPUs: torch has no synchronised BatchNorm on the CPU.")
         distiller.synchronise_batchnorms(args.sync_batchnorm)
-    options = _options(args, options)
+    options = _options(args, options, student.num_labels)
     train_dataset = prepare_images(train_dataset, "train_dataset", student, args)
     epochs, is_stream = None, isinstance(train_dataset, ImageStream)
     args.ignore_data_skip |= is_stream  # it finds its place itself
@@ -103,12 +103,14 @@ def _by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     return {"train_dataset": train_dataset, **evaluations}
 
 
-def _options(args: ScaleKDConfig, options: dict[str, Any]) -> dict[str, Any]:
+def _options(args: ScaleKDConfig, options: dict[str, Any], num_labels: int) -> dict[str, Any]:
     """Arguments of `Trainer`, with what takes the place of those that were not given."""
     options = dict(options)
     if options.get("compute_metrics") is None and options.get("preprocess_logits_for_metrics") is None:
         options |= {"compute_metrics": compute_accuracy, "preprocess_logits_for_metrics": keep_top5}
-    options["data_collator"] = Collator(options.get("data_collator") or collate)
+    elif options.get("compute_metrics") is not None:
+        options["compute_metrics"] = OfCounted(options["compute_metrics"])
+    options["data_collator"] = Collator(options.get("data_collator") or collate, num_labels)
     if args.timm_optim is not None:
         options.setdefault("optimizer_cls_and_kwargs", timm_optimizer(args, args.learning_rate))
     return options

@@ -18,13 +18,14 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from ..data.bad_images import TooManyBadImagesError
+from ..data.labels import LabelError
 from ..data.sources import StreamReadError
 from .run_folder import RunFolder
 
 
 __all__ = ["STOPPING_FAILURES", "EvaluationStopped", "RunCancelled", "RunInterrupted", "Stopping"]
 
-STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError)  # the images have ended
+STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError, LabelError)  # the images have ended
 TRY_AGAIN_LATER = 75  # exit status, EX_TEMPFAIL of sysexits.h
 SAME_KEY = 1.0  # seconds within which a launcher passes on what the terminal has sent already
 
