@@ -7,8 +7,11 @@ import torch
 from helpers import settings, small_student
 from PIL import Image
 
-from scalekd_hf import ScaleKDTrainer
+from scalekd_hf import ScaleKDTrainer, load_student
+from scalekd_hf.cli import train_teacher
+from scalekd_hf.data.dataset import shown_labels
 from scalekd_hf.data.labels import LabelError
+from scalekd_hf.models.saving import save_student
 
 
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -205,3 +208,39 @@ def test_an_evaluation_drops_no_last_batch(tmp_path):
     assert len(trainer.predict(pictures(NAMES, rows=18)).predictions) == 18
     samples = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 1} for _ in range(18)]
     assert len(trainer.predict(samples).predictions) == 18
+
+
+def test_integer_labels_make_a_head_of_their_own_classes(tmp_path):
+    """A model of six named classes kept them, so that class 0 was 'tench'."""
+    data = with_labels([0, 3, 1, 2, 3, 0], INTEGER)
+    assert shown_labels(data, "label") == list("0123") and shown_labels(data, "label", 6) == list("012345")
+    assert shown_labels(data.to_iterable_dataset(), "label") is None
+    assert shown_labels(pictures(NAMES), "label") == NAMES
+    with pytest.raises(ValueError, match="`num_classes` is 3, but the data set names 4"):
+        shown_labels(pictures(NAMES), "label", 3)
+    trainer = ScaleKDTrainer("timm/convnext_atto", None, settings(tmp_path, image_size=32), data)
+    assert trainer.student.num_labels == 4 and trainer.student.labels == list("0123")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_teacher_of_another_task_is_given_new_classes(tmp_path, streaming):
+    student = small_student(num_classes=6, labels=["tench", "shark", "ray", "cock", "hen", "finch"])
+    save_student(student, tmp_path / "old")
+    (tmp_path / "data").mkdir()
+    with_labels([0, 3, 1, 2], INTEGER).to_parquet(tmp_path / "data" / "train.parquet")
+    words = [
+        "--model",
+        str(tmp_path / "old"),
+        "--pretrained",
+        "true",
+        "--train_files",
+        str(tmp_path / "data" / "*.parquet"),
+    ]
+    words += ["--eval_split", "none", "--output_dir", str(tmp_path / "new"), "--max_steps", "1", "--use_cpu", "true"]
+    words += ["--streaming", str(streaming).lower(), "--per_device_train_batch_size", "2", "--save_strategy", "no"]
+    if streaming:
+        with pytest.raises(ValueError, match="set `num_classes`"):
+            train_teacher.main(words)
+        words += ["--num_classes", "4"]
+    train_teacher.main(words)
+    assert load_student(str(tmp_path / "new"), pretrained=True).labels == list("0123")

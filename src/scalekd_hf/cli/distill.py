@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, set_seed
 from transformers.utils import logging
 
 from ..borrowed.transformers import whole_models
-from ..data.dataset import dataset_labels
+from ..data.dataset import dataset_labels, shown_labels
 from ..data.loading import DataArguments, load_data
 from ..models.students import Student, load_student
 from ..models.teachers import Teacher, load_teacher
@@ -39,7 +39,7 @@ def run(
         print(f"\nThe student {'with its teacher' if distil else 'alone'}, in {config.output_dir}:", flush=True)
     labels = dataset_labels(train, config.label_column)
     teacher = load_teacher_of(arguments, config) if distil or labels is None else None
-    student = new_student(arguments, config, labels or class_names(teacher))
+    student = new_student(arguments, config, classes_of(arguments, config, train, teacher))
     trainer = ScaleKDTrainer(student, teacher if distil else None, config, train, evaluation)
     trainer.publisher.arguments = given_arguments(arguments)
     train_and_save(trainer)
@@ -77,11 +77,19 @@ def new_student(arguments: DistillArguments, config: ScaleKDConfig, labels: list
 
 def fresh_model(arguments: DistillArguments, config: ScaleKDConfig, train: Any) -> ScaleKDModel:
     """Student, teacher and heads as a run starts with them."""
-    labels = dataset_labels(train, config.label_column)
     teacher = load_teacher_of(arguments, config)
-    student = new_student(arguments, config, labels or class_names(teacher))
+    student = new_student(arguments, config, classes_of(arguments, config, train, teacher))
     set_seed(config.seed)  # as the trainer does before it builds the heads
-    return build_model(student, teacher, config, labels)
+    return build_model(student, teacher, config)
+
+
+def classes_of(
+    arguments: DistillArguments, config: ScaleKDConfig, train: Any, teacher: Teacher | None
+) -> list[str] | None:
+    """Names of the student's classes: the data set's, else the teacher's, else as many as are stated or counted."""
+    stated = arguments.num_classes
+    named = dataset_labels(train, config.label_column) or (class_names(teacher) if stated is None else None)
+    return named or shown_labels(train, config.label_column, stated)
 
 
 def evaluate(model: Any, config: ScaleKDConfig, evaluation: Any) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import set_seed
 
-from ..data.dataset import dataset_labels
+from ..data.dataset import shown_labels
 from ..data.loading import load_data
 from ..models.saving import load_student_weights
 from ..models.students import load_student
@@ -24,10 +24,15 @@ def main(words: Sequence[str] | None = None) -> None:
     resume_or_refuse(config)
     train, evaluation = load_data(arguments)
     set_seed(config.seed)
+    labels = shown_labels(train, config.label_column, arguments.num_classes)
+    if labels is None:
+        raise ValueError(
+            "The stream names no classes, and a model keeps none of another task: set `num_classes` to their number."
+        )
     model = load_student(
         arguments.model,
         pretrained=arguments.pretrained,
-        labels=dataset_labels(train, config.label_column),
+        labels=labels,
         image_size=config.image_size,
         **mapping(arguments.model_args, "model_args"),
     )

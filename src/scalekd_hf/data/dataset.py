@@ -16,7 +16,7 @@ from .sources import Shards, Table, retrying
 from .stream import ImageStream, prepare_or_blank
 
 
-__all__ = ["ImageDataset", "check_dataset", "dataset_labels", "prepare_dataset"]
+__all__ = ["ImageDataset", "check_dataset", "dataset_labels", "prepare_dataset", "shown_labels"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,36 @@ def dataset_labels(dataset: Any, label_column: str) -> list[str] | None:
     features = getattr(dataset, "features", None) or {}
     feature = features.get(label_column)
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def shown_labels(dataset: Any, label_column: str, stated: int | None = None) -> list[str] | None:
+    """Names of the classes that a data set shows: its own, else numbers, as many as are stated or counted.
+
+    Args:
+        dataset: a `datasets` object; the labels of one on disk are counted, up to the highest.
+        label_column: of class indices.
+        stated: the number of classes.
+
+    Returns:
+        The names; None of a stream that says nothing.
+
+    Raises:
+        ValueError: another number is stated than the data set names.
+    """
+    names = dataset_labels(dataset, label_column)
+    if names is not None and stated not in (None, len(names)):
+        raise ValueError(f"`num_classes` is {stated}, but the data set names {len(names)} classes. Leave it out.")
+    if names is None and stated is not None:
+        names = [str(number) for number in range(stated)]
+    if names is None and isinstance(dataset, datasets.Dataset) and _is_integer(dataset.features.get(label_column)):
+        highest = max((label for label in dataset.unique(label_column) if label is not None), default=-1)
+        names = [str(number) for number in range(highest + 1)]
+        logger.info("The labels have no names; the highest is %d, so that there are %d classes.", highest, len(names))
+    return names or None
+
+
+def _is_integer(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and "int" in str(feature.dtype)
 
 
 class ImageDataset(Dataset):

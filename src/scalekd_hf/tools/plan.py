@@ -115,9 +115,10 @@ def _build(arguments: DistillArguments, config: ScaleKDConfig, labels: list[str]
         image_size=config.teacher_image_size,
         **dict(arguments.teacher_args or {}),  # type: ignore[arg-type]
     )
+    stated = [str(number) for number in range(arguments.num_classes)] if arguments.num_classes else None
     student = load_student(
         arguments.student,
-        labels=labels or class_names(teacher),
+        labels=labels or stated or class_names(teacher),
         image_size=config.image_size,
         **dict(arguments.student_args or {}),  # type: ignore[arg-type]
     )

@@ -52,6 +52,7 @@ class DistillArguments(DataArguments):
         baseline: first train the same student alone, with the same data, budget and settings, and report both.
         baseline_args: settings of `ScaleKDConfig` that the student alone has of its own, as JSON or a mapping: the best learning
             rate and weight decay often differ between the two.
+        num_classes: of labels without names; by default those of the teacher, or as many as the labels on disk show.
         license: of the student, for its model card.
     """
 
@@ -67,6 +68,7 @@ class DistillArguments(DataArguments):
     baseline_args: dict | str | None = field(
         default=None, metadata={"help": "Settings of the student alone, as JSON."}
     )
+    num_classes: int | None = field(default=None, metadata={"help": "Number of classes, of labels without names."})
     license: str | None = field(default=None, metadata={"help": "License of the student, for its model card."})
 
     def __post_init__(self) -> None:
@@ -93,11 +95,13 @@ class TeacherArguments(DataArguments):
         model: name as `load_student` takes it.
         model_args: further arguments of the model, as JSON or a mapping.
         pretrained: start from its published weights, with a new head for the data's classes.
+        num_classes: of labels without names; by default as many as the labels on disk show.
     """
 
     model: str = field(default="", metadata={"help": "Name or folder of the classifier."})
     model_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the model, as JSON."})
     pretrained: bool = field(default=True, metadata={"help": "Start from its published weights."})
+    num_classes: int | None = field(default=None, metadata={"help": "Number of classes, of labels without names."})
 
     def __post_init__(self) -> None:
         self.model_args = mapping(self.model_args, "model_args")

@@ -222,8 +222,9 @@ class ImageFeed:
         """
         loss, metrics = self._evaluated.mean(accelerator), output.metrics or {}
         for name in [name for name in metrics if name.endswith("_loss")]:
-            del metrics[name]  # the parent's mean includes images that do not count
-            if loss is not None:
+            if loss is None:  # no image has a label
+                del metrics[name]
+            else:  # the parent's mean includes images that do not count
                 metrics[name] = loss
         count = len(images) if hasattr(images, "__len__") else 0
         self.bad_images["evaluation"].check(count, self.args.world_size)

@@ -90,17 +90,19 @@ def build_model(
     teacher: str | nn.Module | Teacher | None,
     args: ScaleKDConfig,
     labels: list[str] | None = None,
+    shown: list[str] | None = None,
 ) -> ScaleKDModel:
     """Student, teacher and heads as the settings describe them.
 
     Args:
         student, teacher, args: see `ScaleKDTrainer`.
         labels: class names of the data set, for a student that is built by name; without them the teacher's.
+        shown: without these, too, what the data set shows.
     """
     if teacher is not None:
         teacher = _build_teacher(teacher, args)
         labels = labels or class_names(teacher)
-    student = _build_student(student, args, labels)
+    student = _build_student(student, args, labels or shown)
     settings: dict[str, Any] = {"task_loss": args.task_loss, "label_smoothing": args.label_smoothing_factor}
     if teacher is not None:
         settings |= {

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from ..data.dataset import dataset_labels
+from ..data.dataset import dataset_labels, shown_labels
 from ..data.preparation import Collator, collate
 from ..data.stream import ImageStream
 from ..models.saving import check_rebuildable
@@ -72,7 +72,9 @@ def set_up(
     set_seed(args.seed)
     data = _by_name(train_dataset, eval_dataset)
     labels = (dataset_labels(dataset, args.label_column) for dataset in data.values())
-    distiller = build_model(model, teacher, args, next((names for names in labels if names), None))
+    named = next((names for names in labels if names), None)
+    shown = shown_labels(train_dataset, args.label_column) if named is None and isinstance(model, str) else None
+    distiller = build_model(model, teacher, args, named, shown)
     student = distiller.student
     check_rebuildable(student)
     for dataset in data.values():
