@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
 import pyarrow.parquet
-from PIL import Image
 
 from ..network import lost_connection
+from .folders import ALL, FOLDERS, read_folder, split_of
 from .holdout import held_out_share, hold_out
 
 
-__all__ = ["DataArguments", "count_images", "holds_classes", "load_data", "load_split"]
+__all__ = ["DataArguments", "count_images", "load_data", "load_local", "load_split"]
 
 AGAIN = "The same command tries again; `--streaming true` reads while training, and tries again by itself."
-SPLIT = re.compile(r"(^|[^a-z])(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
-TABLES = (".csv", ".jsonl", ".parquet", ".arrow", ".tar", ".zip")
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 
@@ -34,6 +32,7 @@ class DataArguments:
         dataset: data set on the Hub, or a local folder that `datasets.load_dataset` understands.
         train_files, eval_files: glob patterns, or URLs, of Parquet, WebDataset or Arrow files, instead of `dataset`.
         dataset_config, revision: configuration and revision (branch, tag or commit) of the data set.
+        folders: what the folders in a folder of images are, "classes" or "splits", where that is not clear from their names.
         cache_dir: where downloads are kept; by default the cache of `datasets`.
         train_split, eval_split: its splits; `none` to evaluate on nothing. A share such as 0.1 for `eval_split` holds out so
             much of `train_split`, see `hold_out`.
@@ -43,6 +42,9 @@ class DataArguments:
     dataset: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a local folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the data set: branch, tag or commit."})
+    folders: str = field(
+        default="auto", metadata={"help": "What the folders of a folder of images are.", "choices": list(FOLDERS)}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads of the data set are kept."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on, or a share to hold out."})
@@ -59,7 +61,8 @@ def load_data(arguments: DataArguments) -> tuple[Any, Any]:
     """
     if arguments.dataset is None and arguments.train_files is None:
         raise ValueError("There is no data: set `dataset`, or `train_files` and `eval_files`.")
-    train = load_split(arguments, arguments.train_files, arguments.train_split)
+    local = load_local(arguments) if arguments.train_files is None or arguments.eval_files is None else None
+    train = load_split(arguments, arguments.train_files, arguments.train_split, local)
     share = held_out_share(arguments.eval_split)
     if share is not None and arguments.eval_files is not None:
         raise ValueError(
@@ -71,36 +74,89 @@ def load_data(arguments: DataArguments) -> tuple[Any, Any]:
     evaluation = None
     evaluate = arguments.eval_split.lower() != "none"
     if arguments.eval_files is not None or (arguments.dataset is not None and evaluate):
-        evaluation = load_split(arguments, arguments.eval_files, arguments.eval_split)
+        evaluation = load_split(arguments, arguments.eval_files, arguments.eval_split, local)
     return train, evaluation
 
 
 def count_images(arguments: DataArguments) -> int | None:
     """Images in the training files, where they are Parquet and say so."""
-    files = sorted(glob.glob(arguments.train_files, recursive=True)) if arguments.train_files else []
+    files = matching_files(arguments.train_files) if arguments.train_files else []
     if not files or any(Path(file).suffix != ".parquet" for file in files):
         return None
     return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
 
 
-def load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any:
+def matching_files(pattern: str) -> list[str]:
+    """Files that a pattern matches, sorted; a folder of it may have brackets in its name, as it is written."""
+    folder, name = os.path.split(pattern)
+    return sorted(glob.glob(pattern, recursive=True) or glob.glob(os.path.join(glob.escape(folder), name)))
+
+
+def load_local(arguments: DataArguments) -> dict[str, datasets.Dataset] | None:
+    """The splits of a folder of images, or of a data set that `save_to_disk` wrote; None for what `datasets` reads.
+
+    Where there are none, all is under "all", and is trained on.
+
+    Raises:
+        ValueError: see `read_folder`.
+    """
+    folder = Path(str(arguments.dataset))
+    if arguments.dataset is None or not folder.is_dir():
+        return None
+    if (folder / "dataset_dict.json").is_file():
+        return dict(datasets.load_from_disk(str(folder)))
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return {ALL: datasets.load_from_disk(str(folder))}
+    images = read_folder(folder, arguments.folders)
+    return images.tables() if images is not None else None
+
+
+def _of_local(local: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
+    """A split, slices of one such as `train[:10%]`, or a sum, as `datasets` writes them; `val` is `validation`."""
+
+    def known(word: re.Match[str]) -> str:
+        name = word[0] if word[0] in local else split_of(word[0]) or word[0]
+        return ALL if name == "train" and ALL in local else name
+
+    spec = re.sub(r"[A-Za-z_.]+", known, split)
+    rows = {name: len(dataset) for name, dataset in local.items()}
+    parts = datasets.ReadInstruction.from_spec(spec).to_absolute(rows)
+    taken = [
+        local[part.splitname].select(range(part.from_ or 0, rows[part.splitname] if part.to is None else part.to))
+        for part in parts
+    ]
+    return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
+
+
+def load_split(
+    arguments: DataArguments, pattern: str | None, split: str, local: dict[str, datasets.Dataset] | None = None
+) -> Any:
     """One split: of the files that a pattern matches, else of the data set that the arguments name.
+
+    Args:
+        arguments: where the images come from.
+        pattern: of files.
+        split: its name.
+        local: what `load_local` has found.
 
     Raises:
         ValueError: see `load_data`.
     """
     options: dict[str, Any] = {"cache_dir": arguments.cache_dir, "streaming": arguments.streaming}
-    if options["streaming"] and "[" in split:
+    if options["streaming"] and "[" in split and (pattern is not None or local is None):
         raise ValueError(f"The split {split!r} is a slice, which a stream does not know: set `streaming` to false.")
     if pattern is not None:
-        files = [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
+        files = [pattern] if "://" in pattern else matching_files(pattern)
         if not files:
             raise ValueError(f"No file matches {pattern!r}, seen from {str(Path.cwd())!r}.")
         suffix = Path(files[0]).suffix
         if suffix not in FORMATS:
             raise ValueError(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}.")
         try:
-            return datasets.load_dataset(FORMATS[suffix], data_files=files, split="train", **options)
+            escaped = [
+                file if "://" in file else glob.escape(file) for file in files
+            ]  # `datasets` takes them for patterns
+            return datasets.load_dataset(FORMATS[suffix], data_files=escaped, split="train", **options)
         except Exception as error:
             if (lost := lost_connection(error)) is None:
                 raise
@@ -108,10 +164,8 @@ def load_split(arguments: DataArguments, pattern: str | None, split: str) -> Any
     source = {"path": arguments.dataset, "name": arguments.dataset_config, "revision": arguments.revision}
     try:
         folder = Path(str(arguments.dataset))
-        if split == "train" and folder.is_dir() and holds_classes(folder):
-            # `datasets` would take a word such as "test" in a file's name for a split and leave the other images out.
-            every = {split: str(folder.resolve() / "*" / "*")}
-            return datasets.load_dataset("imagefolder", data_files=every, split=split, cache_dir=arguments.cache_dir)
+        if local is not None:
+            return _of_local(local, split)
         if arguments.streaming and folder.is_dir():
             # A stream of a folder knows no random access, which files on a disk allow.
             options["streaming"] = datasets.load_dataset_builder(**source).name != "imagefolder"
@@ -139,22 +193,3 @@ def _remedy(arguments: DataArguments, split: str, error: Exception) -> str:
     if "gated" in str(error):
         return f"Accept its terms on {page}, then log in {account}."
     return f"Check the name on {page}. If it is private or gated, log in {account}."
-
-
-def holds_classes(folder: Path) -> bool:
-    """Whether a folder holds one folder of images for each class, and neither splits nor tables."""
-    inside = list(folder.iterdir())
-    files = [path for path in folder.glob("*/*") if not path.name.startswith(".")]
-    return (
-        not any(SPLIT.search(path.name) for path in inside if path.is_dir())
-        and not any(path.suffix in TABLES for path in [*inside, *files])
-        and any(path.suffix.lower() in _image_extensions() for path in files)
-        and not any(path.is_dir() for path in files)
-    )
-
-
-@cache
-def _image_extensions() -> set[str]:
-    """Endings of the files that Pillow can open."""
-    endings = Image.registered_extensions()
-    return {ending for ending, kind in endings.items() if kind in Image.OPEN}

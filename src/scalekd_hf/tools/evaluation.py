@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import dataset_labels
+from ..data.folders import ALL
 from ..data.holdout import held_out_share, hold_out
 from ..data.imagenet import BENCHMARKS, ReaL, benchmark, check_classes, label_places, read_real_labels
-from ..data.loading import DataArguments, holds_classes, load_split
+from ..data.loading import DataArguments, load_local, load_split
 from ..images import IGNORED_LABEL
 from ..models.students import Student, load_student
 from ..publishing.provenance import hardware
@@ -169,22 +170,18 @@ def load_data(arguments: EvaluateArguments) -> Any:
                 f"they publish ({which.folder}), or to a data set with these class names."
             )
         arguments.dataset = which.hub_id
-    folder = Path(str(arguments.dataset))
+    local = load_local(arguments)
     if share is not None:
-        return hold_out(load_split(arguments, None, arguments.train_split), share)[1]
-    if not folder.is_dir():
+        return hold_out(load_split(arguments, None, arguments.train_split, local), share)[1]
+    if local is not None and ALL in local:  # without splits it is evaluated whole
         arguments.eval_split = arguments.eval_split or "validation"
-        return load_split(arguments, None, arguments.eval_split)
-    if holds_classes(folder):
-        # `datasets` would take a word such as "train" in a file's name for a split and leave the other images out.
-        arguments.eval_split = arguments.eval_split or "validation"
-        data_files = {arguments.eval_split: str(folder.resolve() / "*" / "*")}
-        options: dict[str, Any] = {"drop_labels": False, "cache_dir": arguments.cache_dir}
-        return datasets.load_dataset("imagefolder", data_files=data_files, split=arguments.eval_split, **options)
+        return local[ALL]
     if not arguments.eval_split:
-        splits = datasets.get_dataset_split_names(str(folder), arguments.dataset_config)
+        splits = list(local or ())
+        if local is None and Path(str(arguments.dataset)).is_dir():
+            splits = datasets.get_dataset_split_names(str(arguments.dataset), arguments.dataset_config)
         arguments.eval_split = splits[0] if len(splits) == 1 else "validation"
-    return load_split(arguments, None, arguments.eval_split)
+    return load_split(arguments, None, arguments.eval_split, local)
 
 
 def load_model(arguments: EvaluateArguments, config: ScaleKDConfig) -> Student:
