@@ -1,7 +1,13 @@
-"""Folders as people have them: what is a split, what a class, and what is left out."""
+"""Folders as people have them: what is a split, what a class, and what is left out.
+
+The table in docs/data.md is made of the same cases: SCALEKD_WRITE_DOCS=1 pytest tests/data/test_folders.py writes it.
+"""
+
+import os
 
 import datasets
 import pytest
+from helpers import ROOT
 from PIL import Image
 
 from scalekd_hf.data.folders import read_folder
@@ -80,16 +86,20 @@ CASES = {
         "2 classes, 6 images, no splits. Not used: 1 files that are no images here (.cr2); 2 files that are no images here "
         "(.txt); 1 images beside the folders of classes",
     ),
-    "files without an ending": (["cat/one", "dog/two", "dog/3.PNG"], {"all": {"cat": 1, "dog": 2}}, "3 images"),
+    "files without an ending": (
+        ["cat/one", "dog/two", "dog/3.PNG"],
+        {"all": {"cat": 1, "dog": 2}},
+        "2 classes, 3 images, no splits",
+    ),
     "an empty class": (
         [*photos("cat", "dog"), "eel/"],
         {"all": {"cat": 3, "dog": 3, "eel": 0}},
-        "3 classes, 6 images",
+        "3 classes, 6 images, no splits",
     ),
     "spaces, umlauts and brackets": (
         photos("schöne Tiere [v2]/Ölkäfer", "schöne Tiere [v2]/größer"),
         {"all": {"schöne Tiere [v2]": 6}},
-        "1 classes, 6 images",
+        "1 classes, 6 images, no splits",
     ),
 }
 
@@ -199,3 +209,21 @@ def test_tables_in_folders_with_brackets_are_found(tmp_path):
         for streaming in (False, True):
             train, _ = load_data(DataArguments(train_files=pattern, eval_split="none", streaming=streaming))
             assert len(list(train)) == 3
+
+
+BEGIN, END = "<!-- folders: written by tests/data/test_folders.py -->\n", "<!-- end of folders -->\n"
+
+
+def test_the_table_in_the_docs_is_that_of_these_cases():
+    rows = ["| a folder with | is read as |", "|---|---|"]
+    for files, _, line in CASES.values():
+        folders = dict.fromkeys(path.rpartition("/")[0].strip(".") or "." for path in files)
+        shown = ", ".join(f"`{folder}/`" if folder != "." else "images" for folder in folders)
+        rows.append(f"| {shown} | {line} |")
+    page = ROOT / "docs" / "data.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    wanted = f"{before}{BEGIN}\n" + "\n".join(rows) + f"\n\n{END}{after}"
+    if os.environ.get("SCALEKD_WRITE_DOCS"):
+        page.write_text(wanted)
+    assert page.read_text() == wanted
