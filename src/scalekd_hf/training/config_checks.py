@@ -13,6 +13,7 @@ from transformers import SchedulerType
 from ..images import INTERPOLATIONS
 from ..method.losses import TASK_LOSSES
 from ..method.projector import STEM_NORMS, STEMS
+from .refused import check_refused_settings
 
 
 __all__ = ["LR_SCALINGS", "SYNC_BATCHNORMS", "check_processes", "check_settings"]
@@ -90,8 +91,7 @@ def check_settings(config: Any) -> None:
     _check(config, "stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
     _check(config, "task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
     _check_combinations(config)
-    for name in ("remove_unused_columns", "logging_nan_inf_filter"):
-        _check(config, name, f"must be False: {type(config).__dataclass_fields__[name].metadata['help']}", _is_off)
+    check_refused_settings(config)
 
 
 def _check_combinations(config: Any) -> None:
@@ -117,11 +117,6 @@ def _check_combinations(config: Any) -> None:
             f"`lr_by_epoch` is for a cosine, but `lr_scheduler_type` is {schedule!r} and `lr_milestones` are "
             f"{config.lr_milestones}. Set 'cosine' or 'cosine_warmup_with_min_lr', or leave it out."
         )
-    if config.auto_find_batch_size:
-        raise ValueError(
-            "`auto_find_batch_size` is not supported: the order of the images and the learning rate depend on the batch. "
-            "`--plan` estimates the memory; set `per_device_train_batch_size` and `gradient_accumulation_steps`."
-        )
 
 
 def _check(config: Any, name: str, requirement: str, holds: Callable[[Any], bool]) -> None:
@@ -134,7 +129,3 @@ def _check(config: Any, name: str, requirement: str, holds: Callable[[Any], bool
         raise ValueError(f"`{name}` {requirement}, got {value!r} ({type(value).__name__}).") from error
     if not valid:
         raise ValueError(f"`{name}` {requirement}, got {value!r}.")
-
-
-def _is_off(value: bool) -> bool:
-    return not value

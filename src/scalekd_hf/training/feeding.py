@@ -258,7 +258,10 @@ class ImageFeed:
 
     def order_settings(self, dataset: Any) -> dict[str, Any]:
         """What the order of a training set's images depends on, by the names of settings."""
-        settings: dict[str, Any] = {"seed": self.args.seed, "repeated_augmentation": self.args.repeated_augmentation}
+        settings: dict[str, Any] = {
+            "seed": seed_of_images(self.args),
+            "repeated_augmentation": self.args.repeated_augmentation,
+        }
         batch, accumulated = self._batch_size, self.args.gradient_accumulation_steps
         if isinstance(dataset, ImageStream):
             settings["images"] = len(dataset.source)
@@ -272,6 +275,11 @@ class ImageFeed:
             "processes": self.args.world_size,
             "dataloader_num_workers": self.args.dataloader_num_workers,
         }
+
+
+def seed_of_images(args: ScaleKDConfig) -> int:
+    """The seed of the order and the augmentation of the images."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def prepare_images(
@@ -312,12 +320,12 @@ def prepare_images(
         args.rand_augment_std,
         args.random_erasing,
         args.repeated_augmentation,
-        args.seed,
+        seed_of_images(args),
         class_order(name, classes, student.labels, student.num_labels),
         student.num_labels if compare_labels else None,
         (args.pixel_range[0], args.pixel_range[1]) if args.pixel_range else None,
     )
-    shuffle = (args.seed, args.shuffle_buffer_size)
+    shuffle = (seed_of_images(args), args.shuffle_buffer_size)
     one_first = args.main_process_first(desc="counting the images")
     prepared = prepare_dataset(dataset, name, preparation, shuffle, args.max_bad_images, labels_optional, one_first)
     if isinstance(prepared, ImageStream) and isinstance(prepared.source, Shards) and args.world_size > 1:

@@ -24,6 +24,7 @@ from .feeding import prepare_images
 from .metrics import OfCounted, compute_accuracy, keep_top5
 from .model import ScaleKDModel, build_model
 from .optimization import timm_optimizer
+from .refused import check_arguments
 
 
 __all__ = ["Setup", "set_up"]
@@ -108,7 +109,9 @@ def _by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
 def _options(args: ScaleKDConfig, options: dict[str, Any], num_labels: int) -> dict[str, Any]:
     """Arguments of `Trainer`, with what takes the place of those that were not given."""
     options = dict(options)
-    if options.get("compute_metrics") is None and options.get("preprocess_logits_for_metrics") is None:
+    is_ours = options.get("compute_metrics") is None and options.get("preprocess_logits_for_metrics") is None
+    check_arguments(options, is_ours, args)
+    if is_ours:
         options |= {"compute_metrics": compute_accuracy, "preprocess_logits_for_metrics": keep_top5}
     elif options.get("compute_metrics") is not None:
         options["compute_metrics"] = OfCounted(options["compute_metrics"])
