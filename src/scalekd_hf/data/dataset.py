@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import datasets
+import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from ..borrowed.datasets import unshuffled
@@ -16,13 +18,16 @@ from .sources import Shards, Table, retrying
 from .stream import ImageStream, prepare_or_blank
 
 
-__all__ = ["ImageDataset", "check_dataset", "dataset_labels", "prepare_dataset", "shown_labels"]
+__all__ = ["ImageDataset", "check_dataset", "dataset_labels", "is_of_pairs", "prepare_dataset", "shown_labels"]
 
 logger = logging.getLogger(__name__)
 
 
 def dataset_labels(dataset: Any, label_column: str) -> list[str] | None:
-    """Class names of a `datasets` object with a `ClassLabel` column, else None."""
+    """Class names of a `datasets` object with a `ClassLabel` column, or of pairs as torchvision has them; else None."""
+    if is_of_pairs(dataset):
+        names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "dataset", None), "classes", None)
+        return list(names) if names and all(isinstance(name, str) for name in names) else None
     features = getattr(dataset, "features", None) or {}
     feature = features.get(label_column)
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
@@ -56,6 +61,45 @@ def shown_labels(dataset: Any, label_column: str, stated: int | None = None) -> 
 
 def _is_integer(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and "int" in str(feature.dtype)
+
+
+def is_of_pairs(dataset: Any) -> bool:
+    """Whether a torch data set gives (image, class index), as those of torchvision do.
+
+    Raises:
+        ValueError: its images are tensors already.
+    """
+    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset, ImageStream, ImageDataset)):
+        return False
+    if (
+        not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
+        or isinstance(dataset, dict)
+        or not len(dataset)
+    ):
+        return False
+    first = dataset[0]
+    if not isinstance(first, (tuple, list)) or len(first) != 2:
+        return False
+    if isinstance(first[0], torch.Tensor):
+        raise ValueError(
+            "The data set gives (tensor, label): whether its pixels are normalised, and how, cannot be known. Leave its "
+            "`transform` out, so that it gives images, or give samples of `pixel_values`, normalised for the student, and `labels`."
+        )
+    return True
+
+
+class Pairs(Table):
+    """A torch data set of (image, class index) as a table of two columns."""
+
+    def __init__(self, pairs: Any, columns: list[str]):
+        self.pairs, self.columns = pairs, columns
+        self._order = ((-1, -1), np.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return dict(zip(self.columns, self.pairs[number], strict=False))
 
 
 class ImageDataset(Dataset):
@@ -116,7 +160,7 @@ def prepare_dataset(
     """Check a data set and give it its preparation; one that yields `pixel_values` already stays as it is.
 
     Args:
-        dataset: a `datasets.Dataset`, a `datasets.IterableDataset`, or a torch data set of finished samples.
+        dataset: a `datasets.Dataset`, a `datasets.IterableDataset`, or a torch data set of pairs or of finished samples.
         name: the argument that errors name.
         preparation: row to sample.
         shuffle: seed of the shuffle of each pass, and rows of a stream that are shuffled together.
@@ -127,6 +171,11 @@ def prepare_dataset(
     Raises:
         ValueError: see `check_dataset`.
     """
+    if is_of_pairs(dataset):
+        columns = [preparation.image_column, preparation.label_column or "label"]
+        pairs = Pairs(dataset, columns)
+        _check_row(pairs[0], preparation)
+        return _of_table(pairs, preparation, shuffle, max_bad_images, pairs[0][columns[1]])
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return dataset
     given = dataset
@@ -135,23 +184,27 @@ def prepare_dataset(
         mapped = isinstance(given, datasets.Dataset) and given.format["type"] == "custom"
         return given if mapped else given.with_format("torch")
     label = first[preparation.label_column] if preparation.label_column is not None else None
-    source: Table | Shards
     if isinstance(dataset, datasets.Dataset):
-        source = Table(dataset, preparation.columns)
-        if not preparation.training:
-            return ImageDataset(source, preparation, label)
-    else:
-        image = first[preparation.image_column]
-        if preparation.training and dataset.num_shards == 1 and isinstance(image, dict) and image["bytes"] is None:
-            logger.warning(
-                "`%s` streams a folder of images in the order of its names and shuffles them within %d only "
-                "(`shuffle_buffer_size`). Load it with `streaming=False`: nothing is copied, and passes are shuffled whole.",
-                name,
-                shuffle[1],
-            )
-        with one_first or nullcontext():
-            source = Shards(dataset, preparation.columns)
+        return _of_table(Table(dataset, preparation.columns), preparation, shuffle, max_bad_images, label)
+    image = first[preparation.image_column]
+    if preparation.training and dataset.num_shards == 1 and isinstance(image, dict) and image["bytes"] is None:
+        logger.warning(
+            "`%s` streams a folder of images in the order of its names and shuffles them within %d only "
+            "(`shuffle_buffer_size`). Load it with `streaming=False`: nothing is copied, and passes are shuffled whole.",
+            name,
+            shuffle[1],
+        )
+    with one_first or nullcontext():
+        source = Shards(dataset, preparation.columns)
     return ImageStream(source, preparation, *shuffle, max_bad_images, label)
+
+
+def _of_table(
+    table: Table, preparation: Preparation, shuffle: tuple[int, int], max_bad_images: float, label: Any
+) -> ImageDataset | ImageStream:
+    if not preparation.training:
+        return ImageDataset(table, preparation, label)
+    return ImageStream(table, preparation, *shuffle, max_bad_images, label)
 
 
 def _undecoded(dataset: Any) -> Any:
@@ -175,5 +228,10 @@ def _check_columns(first: dict[str, Any], name: str, preparation: Preparation) -
         raise ValueError(
             f"`{name}` has labels such as {label!r}: class indices are needed. {encoding(str(preparation.label_column))}"
         )
-    if preparation.num_labels is not None and preparation.label_column is not None:
-        read_label(label, preparation.label_column, "0", preparation.num_labels, preparation.training)
+    _check_row(first, preparation)
+
+
+def _check_row(first: dict[str, Any], preparation: Preparation) -> None:
+    column, num_labels = preparation.label_column, preparation.num_labels
+    if num_labels is not None and column is not None:
+        read_label(first[column], column, 0, num_labels, preparation.training)

@@ -54,8 +54,8 @@ class ScaleKDTrainer(Trainer):
         model: the student: a name that is built with fresh weights, a module, or a `Student`.
         teacher: a name, whose weights are loaded, a module, or a `Teacher`. None trains the student alone.
         args: the settings.
-        train_dataset, eval_dataset: `datasets` objects, map-style or streaming, with an image and a label column, or
-            anything that yields `pixel_values` (3, height, width), normalised for the student, and `labels`.
+        train_dataset, eval_dataset: `datasets` objects, map-style or streaming, with an image and a label column, torch data
+            sets of (image, class index), or anything that yields `pixel_values` (3, height, width), normalised for the student, and `labels`.
         **kwargs: what `Trainer` takes besides. Without a `compute_metrics` or `preprocess_logits_for_metrics` of yours,
             metrics are top-1 and top-5, and predictions each image's five best classes, best first, not logits.
 
