@@ -34,6 +34,7 @@ def test_an_engine_trains_as_no_engine_does_and_resumes(tmp_path, device, plain,
     assert finished.returncode == 0, finished.stderr[-3000:]
     engine = json.loads((tmp_path / way / "result.json").read_text())
     assert engine["kind"] == ("DistributedType.FSDP" if way == "fsdp2" else "DistributedType.DEEPSPEED")
+    assert engine["logits"] == ["torch.bfloat16"]
     for first, second in zip(plain, engine["history"], strict=True):
         assert second["loss"] == pytest.approx(first["loss"], rel=5e-3)  # in bf16
     before = load_file(tmp_path / way / "model.safetensors")

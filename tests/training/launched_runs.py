@@ -74,12 +74,15 @@ def train(folder, way, batch=4, resume=None, streaming=False, **changes):
     options |= {"save_strategy": "steps", "save_steps": 2, **WAYS[way], **changes}
     torch.manual_seed(0)
     trainer = ScaleKDTrainer(small_student(), timm_swin(), settings(folder, **options), data)
+    logits = set()
+    trainer.distiller.student.register_forward_hook(lambda module, args, output: logits.add(str(output[2].dtype)))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if trainer.is_world_process_zero():
         sharded = [p for p in trainer.model.parameters() if hasattr(p, "ds_tensor") or isinstance(p, DTensor)]
         result = {
             "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "logits": sorted(logits),
             "world_size": trainer.args.world_size,
             "kind": str(trainer.accelerator.distributed_type),
             "partitioned": len(sharded),

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from families import FAMILIES, large_weights
-from helpers import settings, small_student, timm_swin
+from helpers import settings, small_student, some_slow, timm_swin
 from launched_runs import TERMS, result, train, zero
 from processes import in_processes
 from safetensors.torch import load_file
@@ -122,6 +122,20 @@ def test_bf16_under_an_engine_is_that_of_ddp_and_the_student_is_saved_in_full_pr
     for first, second in zip(ddp, engine, strict=True):
         assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
     assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / way / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("way", some_slow(["zero2", "fsdp2"], 1))
+def test_bf16_is_not_turned_off_by_an_engine_as_it_is_on_a_gpu(tmp_path, way):
+    """DeepSpeed asks for the autocast of CUDA, which no CPU has on, and turns it off where its configuration has none."""
+
+    def run_it():
+        is_enabled = torch.is_autocast_enabled
+        torch.is_autocast_enabled = lambda device_type="cpu": is_enabled(device_type)
+        train(tmp_path, way, bf16=True, max_steps=2)
+
+    for outcome in in_processes(tmp_path, run_it, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    assert result(tmp_path)["logits"] == ["torch.bfloat16"]
 
 
 @pytest.mark.slow

@@ -42,11 +42,16 @@ class ScaleKDOutput(ModelOutput):
 
 
 class ScaleKDModel(Distiller):
-    """A `Distiller` as `Trainer` knows models. Arguments are those of `Distiller`."""
+    """A `Distiller` as `Trainer` knows models. Arguments are those of `Distiller`.
+
+    Attributes:
+        autocast_to: the precision that its forward casts to by itself, under DeepSpeed and FSDP; None elsewhere.
+    """
 
     main_input_name = "pixel_values"
     accepts_loss_kwargs = False
     _keys_to_ignore_on_save = None
+    autocast_to: torch.dtype | None = None
 
     @property
     def config(self) -> Any:
@@ -55,7 +60,11 @@ class ScaleKDModel(Distiller):
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ScaleKDOutput:
         """See `Distiller.forward`."""
-        loss, logits, losses = super().forward(pixel_values, labels)
+        if self.autocast_to is None:
+            loss, logits, losses = super().forward(pixel_values, labels)
+        else:
+            with torch.autocast(pixel_values.device.type, self.autocast_to):
+                loss, logits, losses = super().forward(pixel_values, labels)
         return ScaleKDOutput(loss=loss, logits=logits, losses=losses or None)
 
     def activation_checkpointing_enable(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 
-__all__ = ["autocast", "keep_autocast", "say_tf32_in_both_ways", "without_bf16"]
+__all__ = ["autocast_under_engines", "keep_autocast", "say_tf32_in_both_ways", "without_bf16"]
 
 
 def say_tf32_in_both_ways() -> None:
@@ -28,7 +28,8 @@ def keep_autocast(args: TrainingArguments) -> None:
     """Keep the engines' own mixed precision off.
 
     DeepSpeed and FSDP cast the parameters of what they wrap, but not the teacher's, which would meet the student's
-    activations in another precision. `bf16` is the trainer's autocast around float32 parameters there.
+    activations in another precision. `bf16` is autocast around float32 parameters there, in the model's own forward: DeepSpeed
+    turns off what surrounds it on a GPU.
 
     Raises:
         ValueError: another mixed precision than `bf16`.
@@ -64,8 +65,6 @@ def without_bf16(args: TrainingArguments) -> Iterator[None]:
             setattr(args, name, value)
 
 
-def autocast(args: TrainingArguments, cache_enabled: bool | None = True) -> AbstractContextManager:
-    """That of `bf16` under DeepSpeed and FSDP; elsewhere Accelerate casts."""
-    if args.bf16 and args.mixed_precision == "no":
-        return torch.autocast(args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
-    return nullcontext()
+def autocast_under_engines(args: TrainingArguments) -> torch.dtype | None:
+    """What the model itself casts to: that of `bf16` under DeepSpeed and FSDP; elsewhere Accelerate casts."""
+    return torch.bfloat16 if args.bf16 and args.mixed_precision == "no" else None

@@ -24,6 +24,7 @@ from .feeding import prepare_images
 from .metrics import OfCounted, compute_accuracy, keep_top5
 from .model import ScaleKDModel, build_model
 from .optimization import timm_optimizer
+from .precision import autocast_under_engines
 from .refused import check_arguments
 
 
@@ -76,6 +77,7 @@ def set_up(
     named = next((names for names in labels if names), None)
     shown = shown_labels(train_dataset, args.label_column) if named is None and isinstance(model, str) else None
     distiller = build_model(model, teacher, args, named, shown)
+    distiller.autocast_to = autocast_under_engines(args)
     student = distiller.student
     check_rebuildable(student)
     for dataset in data.values():

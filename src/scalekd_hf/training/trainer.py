@@ -30,7 +30,7 @@ from .feeding import ImageFeed, prepare_images
 from .loss_log import LossLog
 from .model import ScaleKDModel
 from .optimization import decayed_parameters, own_schedule, scale_learning_rate
-from .precision import autocast, without_bf16
+from .precision import without_bf16
 from .run_folder import RunFolder
 from .settings import run_settings
 from .setup import set_up
@@ -184,10 +184,6 @@ class ScaleKDTrainer(Trainer):
         """The parent's, with bf16 under DeepSpeed as `ScaleKDConfig` has it."""
         with without_bf16(self.args):
             super().create_accelerator_and_postprocess()
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
-        """That of `bf16` under DeepSpeed and FSDP."""
-        return autocast(self.args, cache_enabled)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay, see `decay_all`."""
