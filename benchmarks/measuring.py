@@ -86,6 +86,12 @@ def peak_gib(work: Work, device: torch.device) -> float:
     return peak / 2**30
 
 
+def graph_pools_gib() -> float:
+    """What CUDA graphs hold for themselves, GiB: their replays allocate nothing."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if segment["segment_pool_id"] != (0, 0)) / 2**30
+
+
 def tflops_of(work: Work) -> float:
     """TFLOP of the work, as plans count them."""
     return flops_of(work) / 1e12

@@ -43,8 +43,10 @@ def _seed():
 @pytest.fixture
 def device(request):
     """The card, or the device of that name that a test is parametrised with; float32 is float32 there."""
+    torch.backends.fp32_precision = "none"  # which a compiling trainer turns to TF32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield place(getattr(request, "param", "cuda"))
+    torch.backends.fp32_precision = "none"
     torch.use_deterministic_algorithms(False)  # which `full_determinism` turns on
 
 

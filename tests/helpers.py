@@ -88,7 +88,9 @@ def settings(folder, **changes):
         "hflip": 0.0,
         "stem_norm": "layer",
     }
-    return ScaleKDConfig(**{**options, **changes})
+    options |= changes
+    options.setdefault("dataloader_num_workers", 0 if options["use_cpu"] else 2)
+    return ScaleKDConfig(**options)
 
 
 def golden(name, device="cpu"):

@@ -68,17 +68,19 @@ def test_the_quickstart_killed_and_resumed_gives_the_same_weights(tmp_path, devi
     words += ["--full_determinism", "true", "--eval_strategy", "no", "--use_cpu", str(device.type == "cpu")]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT, "env": environment}
-    uninterrupted = subprocess.Popen([*words, "--output_dir", str(whole)], **quiet)
-    started = subprocess.Popen([*words, "--output_dir", str(killed), "--max_steps", "50"], **quiet)
+    logs = [tmp_path / "whole.log", tmp_path / "killed.log"]
+    with logs[0].open("w") as first, logs[1].open("w") as second:
+        options = {"cwd": ROOT, "env": environment, "stderr": subprocess.STDOUT}
+        uninterrupted = subprocess.Popen([*words, "--output_dir", str(whole)], stdout=first, **options)
+        started = subprocess.Popen([*words, "--output_dir", str(killed)], stdout=second, **options)
     while not (killed / "checkpoint-20").exists() and started.poll() is None:
         time.sleep(0.01)
     started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
+    assert started.wait() == -signal.SIGKILL, logs[1].read_text()[-3000:]
     assert not (killed / "model.safetensors").exists()
     finished = run(*words, "--output_dir", killed, "--resume_from_checkpoint", "true", env=environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert uninterrupted.wait(timeout=300) == 0
+    assert uninterrupted.wait(timeout=300) == 0, logs[0].read_text()[-3000:]
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, killed))
     unequal = [name for name in expected if not torch.equal(expected[name], found[name])]
     record_property("tensors that differ after kill -9 and resume", f"{len(unequal)} of {len(expected)}")

@@ -105,11 +105,12 @@ def test_nothing_is_asked_of_the_device_between_two_logs(tmp_path, digits, chang
 
 @pytest.mark.gpu
 def test_torch_finds_no_synchronisation_in_a_step_on_a_gpu(tmp_path, digits, device):
+    options = {"bf16": True, "ema_decay": 0.9, "max_grad_norm": 1.0}
     if device.type == "cpu":
-        return train(tmp_path, digits, lambda: None, lambda: None, bf16=True)
+        return train(tmp_path, digits, lambda: None, lambda: None, **options)
     mode = torch.cuda.set_sync_debug_mode
     try:
-        train(tmp_path, digits, lambda: mode("error"), lambda: mode("default"), use_cpu=False, bf16=True)
+        train(tmp_path, digits, lambda: mode("error"), lambda: mode("default"), use_cpu=False, **options)
     finally:
         mode("default")
 

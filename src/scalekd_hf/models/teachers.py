@@ -148,7 +148,7 @@ class PlainTeacher(Teacher):
         if masked:
             tokens = torch.cat([tokens.new_zeros(tokens.shape[0], prefix, tokens.shape[2]), tokens], dim=1)
             hidden = tokens.new_zeros(1, 1, 1, tokens.shape[1])
-            hidden[..., :prefix] = float("-inf")
+            hidden[..., :prefix].fill_(float("-inf"))  # a number that is assigned is copied from the host
             given = options.get(self.layout.mask)
             options = {**options, self.layout.mask: hidden if given is None else given + hidden}
         for block in self._blocks()[-self.last_blocks :]:
