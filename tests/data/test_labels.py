@@ -1,5 +1,8 @@
 """A label of the data means the same class to the model, by whichever door the data comes in."""
 
+import io
+import tarfile
+
 import datasets
 import numpy as np
 import pytest
@@ -108,9 +111,9 @@ NO_CLASS = [
     ),
     ([1, 0, 1, 0], datasets.Sequence(INTEGER), r"has \[1, 0, 1, 0\] in row \d+: soft labels are shares.*multi-label"),
     (
-        "bee",
+        "eel",
         datasets.Value("string"),
-        "such as 'bee': class indices are needed. `dataset.class_encode_column.*of a stream",
+        r"has 'eel' in row \d+, which is no class of the model: 'ant', 'bee', 'cat', 'dog'",
     ),
 ]
 
@@ -244,3 +247,47 @@ def test_a_teacher_of_another_task_is_given_new_classes(tmp_path, streaming):
         words += ["--num_classes", "4"]
     train_teacher.main(words)
     assert load_student(str(tmp_path / "new"), pretrained=True).labels == list("0123")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_labels_in_files_are_checked_as_those_in_memory(tmp_path, kind, streaming):
+    data = with_labels([0, 1, 2, 3, 0, 9], INTEGER)
+    if kind == "parquet":
+        data.to_parquet(tmp_path / "data.parquet")
+        columns, files = {}, str(tmp_path / "data.parquet")
+    else:
+        columns, files = {"image_column": "png", "label_column": "cls"}, str(tmp_path / "data.tar")
+        with tarfile.open(files, "w") as archive:
+            for number, row in enumerate(data.cast_column("image", datasets.Image(decode=False))):
+                for ending, content in (("png", row["image"]["bytes"]), ("cls", str(row["label"]).encode())):
+                    member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    loaded = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
+    trainer = ScaleKDTrainer(small_student(num_classes=4), None, settings(tmp_path / "run", **columns), loaded)
+    with pytest.raises(LabelError, match="has 9 in row 5, but the model's classes are 0 to 3"):
+        trainer.train()
+    with pytest.raises(LabelError, match="has 9 in row 5"):
+        trainer.evaluate(loaded)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_that_are_names_are_taken_by_name(tmp_path, streaming):
+    indices = [0, 1, 2, 3, 3, 1]
+    named = with_labels([NAMES[index] for index in indices], datasets.Value("string"), streaming)
+    trainer = trainer_for(tmp_path, named, named)
+    assert trainer.predict(named).label_ids.tolist() == indices
+    assert trainer.evaluate()["eval_loss"] > 0 and set(
+        next(iter(trainer.get_train_dataloader()))["labels"].tolist()
+    ) <= {0, 1, 2, 3}
+    student = small_student(num_classes=4)
+    if streaming:
+        with pytest.raises(
+            ValueError, match="such as 'ant': class indices are needed, for the model names no classes.*of a stream"
+        ):
+            ScaleKDTrainer(student, None, settings(tmp_path), named)
+    else:
+        assert ScaleKDTrainer(student, None, settings(tmp_path), named).student.labels == NAMES
+        built = ScaleKDTrainer("timm/convnext_atto", None, settings(tmp_path, image_size=32), named).student
+        assert built.labels == NAMES and built.num_labels == 4

@@ -380,3 +380,15 @@ def test_speed_is_that_of_a_whole_batch(tmp_path):
     found = measure_model(student, settings(tmp_path, per_device_eval_batch_size=4))
     assert 20 < found["images_per_second"] < 80
     assert (found["batch_size"], found["device"], found["dtype"]) == (4, "1 CPU process", "float32")
+
+
+def test_class_names_in_another_order_are_evaluated_by_name(tmp_path, digits, caplog):
+    student = small_student(labels=list("0123456789"))
+    bare = digits.cast_column("label", datasets.Value("int64"))
+    reverse = bare.map(lambda row: {"label": 9 - row["label"]})
+    same, other = (
+        data.cast_column("label", datasets.ClassLabel(names=names))
+        for data, names in ((bare, list("0123456789")), (reverse, list("9876543210")))
+    )
+    expected, found = (evaluate_model(student, data, settings(tmp_path)) for data in (same, other))
+    assert found == pytest.approx(expected) and "in another order" in caplog.text

@@ -6,7 +6,7 @@ import torch
 from helpers import settings, small_student, some_slow, timm_swin, transformers_vit
 from trainers import trainer_for
 
-from scalekd_hf import ScaleKDConfig, ScaleKDTrainer
+from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student
 
 
 def test_samples_without_labels_are_not_taken_silently(tmp_path):
@@ -121,3 +121,12 @@ def test_settings_that_streams_do_not_heed_are_named(tmp_path, digits, digits_st
     caplog.clear()
     trainer_for(tmp_path, evaluation=digits, **{setting: value})
     assert "no effect" not in caplog.text
+
+
+def test_a_batch_of_one_is_named_where_a_batchnorm_needs_two_values(tmp_path, digits):
+    options = {"layers": (1, 1, 1, 1), "channels": (8, 8, 12, 16), "num_classes": 10, "image_size": 32}
+    student = load_student("timm/resnet18", **options)
+    with pytest.raises(
+        ValueError, match="`per_device_train_batch_size` is 1, but a BatchNorm gets a map of a single cell"
+    ):
+        trainer_for(tmp_path, digits, teacher=None, student=student, per_device_train_batch_size=1).train()

@@ -18,7 +18,15 @@ from .sources import Shards, Table, retrying
 from .stream import ImageStream, prepare_or_blank
 
 
-__all__ = ["ImageDataset", "check_dataset", "dataset_labels", "is_of_pairs", "prepare_dataset", "shown_labels"]
+__all__ = [
+    "ImageDataset",
+    "check_dataset",
+    "dataset_labels",
+    "has_names",
+    "is_of_pairs",
+    "prepare_dataset",
+    "shown_labels",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +42,7 @@ def dataset_labels(dataset: Any, label_column: str) -> list[str] | None:
 
 
 def shown_labels(dataset: Any, label_column: str, stated: int | None = None) -> list[str] | None:
-    """Names of the classes that a data set shows: its own, else numbers, as many as are stated or counted.
+    """Names of the classes that a data set shows: its own, else numbers, as many as are stated or counted, or labels that are names.
 
     Args:
         dataset: a `datasets` object; the labels of one on disk are counted, up to the highest.
@@ -56,7 +64,15 @@ def shown_labels(dataset: Any, label_column: str, stated: int | None = None) -> 
         highest = max((label for label in dataset.unique(label_column) if label is not None), default=-1)
         names = [str(number) for number in range(highest + 1)]
         logger.info("The labels have no names; the highest is %d, so that there are %d classes.", highest, len(names))
+    if names is None and isinstance(dataset, datasets.Dataset) and has_names(dataset, label_column):
+        names = sorted({label for label in dataset.unique(label_column) if label is not None})
+        logger.info("The labels are names, sorted as text: %d classes.", len(names))
     return names or None
+
+
+def has_names(dataset: Any, label_column: str) -> bool:
+    """Whether the labels are names, as strings."""
+    return "string" in str(getattr((getattr(dataset, "features", None) or {}).get(label_column), "dtype", ""))
 
 
 def _is_integer(feature: Any) -> bool:
@@ -224,9 +240,10 @@ def _check_columns(first: dict[str, Any], name: str, preparation: Preparation) -
                 f"{', or to none to train without labels' if argument == 'label_column' else ''}."
             )
     label = first[preparation.label_column] if preparation.label_column is not None else None
-    if isinstance(label, str):
+    if isinstance(label, str) and preparation.places is None:
         raise ValueError(
-            f"`{name}` has labels such as {label!r}: class indices are needed. {encoding(str(preparation.label_column))}"
+            f"`{name}` has labels such as {label!r}: class indices are needed, for the model names no classes. "
+            f"{encoding(str(preparation.label_column))}"
         )
     _check_row(first, preparation)
 
@@ -234,4 +251,4 @@ def _check_columns(first: dict[str, Any], name: str, preparation: Preparation) -
 def _check_row(first: dict[str, Any], preparation: Preparation) -> None:
     column, num_labels = preparation.label_column, preparation.num_labels
     if num_labels is not None and column is not None:
-        read_label(first[column], column, 0, num_labels, preparation.training)
+        read_label(first[column], column, 0, num_labels, preparation.training, preparation.places)

@@ -84,7 +84,9 @@ class LabelError(ValueError):
     """A label that means no class of the model."""
 
 
-def read_label(label: Any, column: str, row: Any, num_labels: int, training: bool) -> Any:
+def read_label(
+    label: Any, column: str, row: Any, num_labels: int, training: bool, places: dict[str, int] | None = None
+) -> Any:
     """A row's label as samples have it: a class index, or the shares of all classes.
 
     Args:
@@ -92,6 +94,7 @@ def read_label(label: Any, column: str, row: Any, num_labels: int, training: boo
         column, row: that errors name.
         num_labels: classes of the model.
         training: every image needs a label; in an evaluation, -1 and None mean that it has none.
+        places: the model's classes by name, for labels that are names.
 
     Raises:
         LabelError: it is neither.
@@ -103,8 +106,15 @@ def read_label(label: Any, column: str, row: Any, num_labels: int, training: boo
             f"{where}: class indices are whole numbers. Cast the column: `dataset.cast_column({column!r}, "
             'datasets.Value("int64"))`.'
         )
-    if isinstance(label, str):
-        raise LabelError(f"{where}: class indices are needed, not names. {encoding(column)}")
+    if isinstance(label, str):  # a name
+        if places is None:
+            raise LabelError(
+                f"{where}: class indices are needed, not names, for the model names no classes. {encoding(column)}"
+            )
+        if label not in places:
+            known = ", ".join(map(repr, list(places)[:SHOWN])) + (", ..." if len(places) > SHOWN else "")
+            raise LabelError(f"{where}, which is no class of the model: {known}.")
+        return places[label]
     if label is None or isinstance(label, (int, np.integer)):
         if label == IGNORED_LABEL or (not training and (label is None or label == -1)):
             return IGNORED_LABEL

@@ -82,6 +82,7 @@ class Preparation:
         seed: of the augmentation.
         class_order: the model's class for each label, where they differ (see `labels.class_order`).
         num_labels: classes of the model, for which labels are checked; None for no check.
+        names: of the model's classes, for labels that are names.
         pixel_range: see `open_image`.
 
     Raises:
@@ -105,9 +106,11 @@ class Preparation:
         class_order: list[int] | None = None,
         num_labels: int | None = None,
         pixel_range: tuple[float, float] | None = None,
+        names: list[str] | None = None,
     ):
         self.spec, self.training, self.pixel_range = spec, training, pixel_range
         self.class_order, self.num_labels = class_order, num_labels
+        self.places = {name: place for place, name in enumerate(names)} if names else None
         self.seed, self.repeats = seed, repeats if training else 1
         self.image_column, self.label_column = image_column, label_column
         self.transform: Any
@@ -151,7 +154,7 @@ class Preparation:
             return label
         assert self.label_column is not None
         number = identity[0] if isinstance(identity, tuple) else identity
-        label = read_label(label, self.label_column, number, self.num_labels, self.training)
+        label = read_label(label, self.label_column, number, self.num_labels, self.training, self.places)
         return label if self.class_order is None or label == IGNORED_LABEL else self.class_order[label]
 
     def blank(self, label: Any) -> dict[str, Any]:

@@ -324,6 +324,7 @@ def prepare_images(
         class_order(name, classes, student.labels, student.num_labels),
         student.num_labels if compare_labels else None,
         (args.pixel_range[0], args.pixel_range[1]) if args.pixel_range else None,
+        student.labels if compare_labels else None,
     )
     shuffle = (seed_of_images(args), args.shuffle_buffer_size)
     one_first = args.main_process_first(desc="counting the images")

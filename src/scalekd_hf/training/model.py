@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,15 @@ from ..models.teachers import Teacher, load_teacher
 from .config import ScaleKDConfig
 
 
-__all__ = ["ScaleKDModel", "ScaleKDOutput", "asked_images", "attention_heads", "build_model", "class_names"]
+__all__ = [
+    "ScaleKDModel",
+    "ScaleKDOutput",
+    "asked_images",
+    "attention_heads",
+    "batch_of_one_explained",
+    "build_model",
+    "class_names",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +163,24 @@ def _build_student(student: str | nn.Module | Student, args: ScaleKDConfig, labe
     if unused := student.freeze_unused():
         logger.info("No logit depends on %s of the student: frozen.", unused)
     return student
+
+
+@contextmanager
+def batch_of_one_explained(images: int) -> Iterator[None]:
+    """Inside, what torch says of a BatchNorm that gets a single value is said by the setting.
+
+    Raises:
+        ValueError: a batch of one image, and a map of one cell.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if images > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "`per_device_train_batch_size` is 1, but a BatchNorm gets a map of a single cell, and one value has no variance. Take at "
+            "least 2 images, or a larger `image_size`; accumulating gradients does not help."
+        ) from error
 
 
 def asked_images(student: Student, args: ScaleKDConfig) -> ImageSpec:

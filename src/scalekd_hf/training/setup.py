@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from ..data.dataset import dataset_labels, shown_labels
+from ..data.dataset import dataset_labels, has_names, shown_labels
 from ..data.preparation import Collator, collate
 from ..data.stream import ImageStream
 from ..models.saving import check_rebuildable
@@ -82,6 +82,8 @@ def set_up(
     check_rebuildable(student)
     for dataset in data.values():
         names = dataset_labels(dataset, args.label_column)
+        if student.labels is None and has_names(dataset, args.label_column):
+            names = shown_labels(dataset, args.label_column)
         if names and student.labels is None and len(names) == student.num_labels:
             student.name_labels(names)
     if args.sync_batchnorm != "none" and args.world_size > 1:

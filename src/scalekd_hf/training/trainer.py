@@ -28,7 +28,7 @@ from .epochs import count_epochs, steps_per_epoch
 from .facts import PushedCheckpoints, card_facts
 from .feeding import ImageFeed, prepare_images
 from .loss_log import LossLog
-from .model import ScaleKDModel
+from .model import ScaleKDModel, batch_of_one_explained
 from .optimization import decayed_parameters, own_schedule, scale_learning_rate
 from .precision import without_bf16
 from .run_folder import RunFolder
@@ -167,7 +167,8 @@ class ScaleKDTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The parent's, of images that are normalised and mixed on the device."""
         inputs = self.feed.training_inputs(inputs)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with batch_of_one_explained(len(inputs["pixel_values"])):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self.loss_log.count(len(inputs["pixel_values"]) * self.args.world_size)
         return loss
 
