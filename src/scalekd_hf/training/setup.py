@@ -82,8 +82,8 @@ def set_up(
     check_rebuildable(student)
     for dataset in data.values():
         names = dataset_labels(dataset, args.label_column)
-        if student.labels is None and has_names(dataset, args.label_column):
-            names = shown_labels(dataset, args.label_column)
+        if dataset is train_dataset and student.labels is None and has_names(dataset, args.label_column):
+            names = shown_labels(dataset, args.label_column)  # which it will learn
         if names and student.labels is None and len(names) == student.num_labels:
             student.name_labels(names)
     if args.sync_batchnorm != "none" and args.world_size > 1:
