@@ -127,8 +127,10 @@ def test_what_is_read_as_what(tmp_path, caplog, case):
 
 
 def test_an_empty_class_is_warned_of_and_numbers_sort_as_text(tmp_path, caplog):
-    make(tmp_path, *photos("1", "2", "10"), "3/")
-    assert read_folder(tmp_path).classes == ["1", "10", "2", "3"]
+    read_folder(make(tmp_path / "one", *photos("images")))
+    assert "has a single class, 'images'" in caplog.text
+    make(tmp_path / "numbers", *photos("1", "2", "10"), "3/")
+    assert read_folder(tmp_path / "numbers").classes == ["1", "10", "2", "3"]
     assert "holds no image: its class is there" in caplog.text and "sorted as text: 1, 10, 2, 3" in caplog.text
 
 
@@ -163,6 +165,9 @@ def test_linked_class_folders_are_followed_and_circles_are_not(tmp_path):
 def test_tables_archives_and_metadata_are_left_to_datasets(tmp_path):
     make(tmp_path / "table", *photos("cat"))
     (tmp_path / "table" / "metadata.csv").write_text("file_name,label\n")
+    beside = make(tmp_path / "beside", *photos("cat", "dog"))
+    (beside / "labels.csv").write_text("a table of somebody's\n")
+    assert read_folder(beside).unused == {"files that are no images here (.csv)": 1}
     (tmp_path / "nothing").mkdir()
     assert read_folder(tmp_path / "table") is None and read_folder(tmp_path / "nothing") is None
 

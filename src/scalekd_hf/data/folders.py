@@ -27,7 +27,8 @@ SPLITS = {
 }
 ALL = "all"  # where there are no splits
 # What `datasets` reads: tables, archives, and labels beside the images.
-TABLES = (".csv", ".json", ".jsonl", ".parquet", ".arrow", ".tar", ".zip")
+TABLES = (".parquet", ".arrow", ".tar", ".zip")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SHOWN = 5
 
 
@@ -146,6 +147,8 @@ def _with_splits(root: Path, found: dict[str, list[str]], unused: Counter[str], 
 def _said(root: Path, folder: ImageFolder) -> ImageFolder:
     logger.info("%s: %s.", root.name, folder.describe())
     classes = folder.classes
+    if len(classes) == 1:
+        logger.warning("%r has a single class, %r: there is nothing to tell apart.", str(root), classes[0])
     if all(name.isdecimal() for name in classes) and classes != sorted(classes, key=int):
         logger.warning("The classes of %r are sorted as text: %s.", str(root), ", ".join(classes[:SHOWN]))
     return folder
@@ -173,7 +176,7 @@ def _images(
                 yield from _images(Path(entry.path), unused, above=above | {here})
             continue
         ending = Path(entry.name).suffix.lower()
-        if ending in TABLES:
+        if ending in TABLES or entry.name in METADATA:
             unused["tables"] += 1
         elif ending in _image_endings() or (not ending and _is_image(entry.path)):
             yield entry.path
