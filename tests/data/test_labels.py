@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import settings, small_student
+from helpers import settings, small_student, some_slow
 from PIL import Image
 
 from scalekd_hf import ScaleKDTrainer, load_student
@@ -119,7 +119,7 @@ NO_CLASS = [
 
 
 @pytest.mark.parametrize(("label", "kind", "message"), NO_CLASS)
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", some_slow([False, True], 1))
 def test_a_label_that_means_no_class_is_refused_at_every_door(tmp_path, label, kind, message, streaming):
     data, trainer = with_labels([label] * 6, kind, streaming), trainer_for(tmp_path)
     for door in (
@@ -133,7 +133,7 @@ def test_a_label_that_means_no_class_is_refused_at_every_door(tmp_path, label, k
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", some_slow([0, 1], 1))
 def test_a_wrong_label_anywhere_ends_a_run_with_a_checkpoint_and_its_row(tmp_path, streaming, workers):
     data = with_labels([0, 1, 2, 3, 0, 1, 2, 9], INTEGER, streaming)
     student = small_student(num_classes=4)

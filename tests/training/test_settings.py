@@ -92,7 +92,7 @@ def test_an_odd_batch_at_the_end_of_a_pass_keeps_its_last_image_unmixed(tmp_path
             },
             "needs labels",
         ),
-        ({"auto_find_batch_size": True}, "`auto_find_batch_size` is not supported"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size` must be False, got True: the order"),
         ({"lr_by_epoch": True, "lr_scheduler_type": "linear"}, "`lr_by_epoch` is for a cosine, .* is 'linear'"),
         ({"lr_by_epoch": True, "lr_scheduler_type": "cosine", "lr_milestones": [0.5]}, r"`lr_milestones` are \[0.5\]"),
     ],

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from families import FAMILIES, large_weights
-from helpers import settings, small_student, some_slow, timm_swin
+from helpers import settings, small_student, timm_swin
 from launched_runs import TERMS, result, train, zero
 from processes import in_processes
 from safetensors.torch import load_file
@@ -124,7 +124,8 @@ def test_bf16_under_an_engine_is_that_of_ddp_and_the_student_is_saved_in_full_pr
     assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / way / "model.safetensors").values())
 
 
-@pytest.mark.parametrize("way", some_slow(["zero2", "fsdp2"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero2", "fsdp2"])
 def test_bf16_is_not_turned_off_by_an_engine_as_it_is_on_a_gpu(tmp_path, way):
     """DeepSpeed asks for the autocast of CUDA, which no CPU has on, and turns it off where its configuration has none."""
 

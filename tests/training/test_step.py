@@ -18,7 +18,8 @@ from scalekd_hf.training.model import build_model
 TO_THE_HOST = ("tolist", "cpu", "numpy", "item")
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")  # each needs a value on the host
 BY_INDEX = ("index", "index_put", "index_put_")  # how many entries a mask has is known on the device
-ON_THE_HOST = ("timm/optim/_helpers.py",)  # LAMB counts its steps in a tensor that stays on the CPU
+# LAMB counts its steps in a tensor that stays on the CPU; labels are checked before they leave it.
+ON_THE_HOST = ("timm/optim/_helpers.py", "scalekd_hf/data/labels.py")
 
 
 class Waits(TorchDispatchMode):
