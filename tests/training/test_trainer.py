@@ -175,7 +175,8 @@ def test_recomputed_activations_give_the_same_run(tmp_path, digits, student):
 def test_torch_compile_gives_the_same_losses(tmp_path, digits):
     losses = []
     for compiled in (False, True):
-        trainer = trainer_for(tmp_path / str(compiled), digits, torch_compile=compiled, max_steps=2)
+        options = {"teacher": "vit", "teacher_perception": False, "frequency_weight": 0.0, "max_steps": 2}
+        trainer = trainer_for(tmp_path / str(compiled), digits, torch_compile=compiled, **options)
         trainer.train()
         trainer.save_model()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
