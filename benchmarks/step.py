@@ -245,7 +245,7 @@ def check_equal(
     )
     assert max(in_float64) < TOLERANCE["float64"], f"ours differs from the published step: {in_float64}"
     for kind, mine, theirs in zip(("loss", "gradient"), rounded["ours"], rounded["published"], strict=True):
-        assert mine < max(tolerance, 2 * theirs), f"our {kind} is less exact: {mine:.1e}, published {theirs:.1e}"
+        assert mine < max(tolerance, 1.25 * theirs), f"our {kind} is less exact: {mine:.1e}, published {theirs:.1e}"
 
 
 def check_compiled(

@@ -172,6 +172,12 @@ def test_tables_archives_and_metadata_are_left_to_datasets(tmp_path):
     assert read_folder(tmp_path / "table") is None and read_folder(tmp_path / "nothing") is None
 
 
+def test_what_the_folders_are_is_said_of_a_folder_of_images_alone(tmp_path):
+    for name in ("user/on-the-hub", str(tmp_path)):
+        with pytest.raises(ValueError, match="`folders` is 'classes', but `dataset` .* is no local folder of images"):
+            load_local(DataArguments(dataset=name, folders="classes"))
+
+
 def test_splits_slices_and_their_other_names(tmp_path):
     make(tmp_path, *photos("train/cat", "train/dog", "val/cat"))
     arguments = DataArguments(dataset=str(tmp_path))

@@ -291,3 +291,27 @@ def test_labels_that_are_names_are_taken_by_name(tmp_path, streaming):
         assert ScaleKDTrainer(student, None, settings(tmp_path), named).student.labels == NAMES
         built = ScaleKDTrainer("timm/convnext_atto", None, settings(tmp_path, image_size=32), named).student
         assert built.labels == NAMES and built.num_labels == 4
+
+
+def test_finished_samples_in_another_order_are_refused_since_they_cannot_be_taken_by_name(tmp_path):
+    features = datasets.Features(
+        {"pixel_values": datasets.Array3D((3, 32, 32), "float32"), "label": datasets.ClassLabel(names=NAMES[::-1])}
+    )
+    rows = {"pixel_values": np.zeros((4, 3, 32, 32), np.float32), "label": [0, 1, 2, 3]}
+    samples = datasets.Dataset.from_dict(rows, features=features)
+    trainer = trainer_for(tmp_path)
+    for door in (
+        lambda: trainer.evaluate(samples),
+        lambda: trainer.predict(samples),
+        lambda: trainer_for(tmp_path / "train", samples),
+    ):
+        with pytest.raises(ValueError, match="holds finished samples.*in another order"):
+            door()
+
+
+def test_a_metric_of_the_users_is_not_asked_where_no_image_has_a_label(tmp_path):
+    def metric(prediction):
+        raise AssertionError("there is nothing to measure")
+
+    trainer = ScaleKDTrainer(small_student(num_classes=4), None, settings(tmp_path), compute_metrics=metric)
+    assert len(trainer.predict(with_labels([-1] * 6, INTEGER)).predictions) == 6

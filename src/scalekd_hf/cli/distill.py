@@ -86,10 +86,11 @@ def fresh_model(arguments: DistillArguments, config: ScaleKDConfig, train: Any) 
 def classes_of(
     arguments: DistillArguments, config: ScaleKDConfig, train: Any, teacher: Teacher | None
 ) -> list[str] | None:
-    """Names of the student's classes: the data set's, else the teacher's, else as many as are stated or counted."""
-    stated = arguments.num_classes
-    named = dataset_labels(train, config.label_column) or (class_names(teacher) if stated is None else None)
-    return named or shown_labels(train, config.label_column, stated)
+    """Names of the student's classes: the data set's or as many as are stated, else the teacher's, else as many as are counted."""
+    if arguments.num_classes is not None:
+        return shown_labels(train, config.label_column, arguments.num_classes)
+    named = dataset_labels(train, config.label_column) or class_names(teacher)
+    return named or shown_labels(train, config.label_column)
 
 
 def evaluate(model: Any, config: ScaleKDConfig, evaluation: Any) -> dict[str, float]:

@@ -27,7 +27,7 @@ def main(words: Sequence[str] | None = None) -> None:
     labels = shown_labels(train, config.label_column, arguments.num_classes)
     if labels is None:
         raise ValueError(
-            "The stream names no classes, and a model keeps none of another task: set `num_classes` to their number."
+            "The training data name no classes, and a model keeps none of another task: set `num_classes` to their number."
         )
     model = load_student(
         arguments.model,

@@ -197,6 +197,11 @@ def prepare_dataset(
     given = dataset
     dataset, first = check_dataset(dataset, name, preparation, labels_optional)
     if "pixel_values" in first:
+        if preparation.class_order is not None:
+            raise ValueError(
+                f"`{name}` holds finished samples, whose labels stay as they are, but names the model's classes in another order. "
+                "Give its images as they are stored, or its labels in the model's order."
+            )
         mapped = isinstance(given, datasets.Dataset) and given.format["type"] == "custom"
         return given if mapped else given.with_format("torch")
     label = first[preparation.label_column] if preparation.label_column is not None else None

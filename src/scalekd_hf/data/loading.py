@@ -102,13 +102,24 @@ def load_local(arguments: DataArguments) -> dict[str, datasets.Dataset] | None:
     """
     folder = Path(str(arguments.dataset))
     if arguments.dataset is None or not folder.is_dir():
+        _check_no_folder(arguments)
         return None
     if (folder / "dataset_dict.json").is_file():
         return dict(datasets.load_from_disk(str(folder)))
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return {ALL: datasets.load_from_disk(str(folder))}
     images = read_folder(folder, arguments.folders)
-    return images.tables() if images is not None else None
+    if images is None:
+        _check_no_folder(arguments)
+        return None
+    return images.tables()
+
+
+def _check_no_folder(arguments: DataArguments) -> None:
+    if arguments.folders != "auto":
+        raise ValueError(
+            f"`folders` is {arguments.folders!r}, but `dataset` {arguments.dataset!r} is no local folder of images. Leave it out."
+        )
 
 
 def _of_local(local: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, get_scheduler
 
-from ..data.dataset import check_dataset, dataset_labels
+from ..data.dataset import check_dataset, dataset_labels, shown_labels
 from ..data.holdout import held_out_share, refuse_stream
 from ..data.loading import count_images, load_data
 from ..data.preparation import Preparation
@@ -102,7 +102,13 @@ def _local_data(arguments: DistillArguments, config: ScaleKDConfig) -> tuple[lis
         if data is not None:
             column = config.label_column if config.has_labels else None
             check_dataset(data, name, Preparation(ImageSpec(), False, config.image_column, column))
-            labels = labels or dataset_labels(data, config.label_column)
+            stated = arguments.num_classes
+            names = (
+                shown_labels(data, config.label_column, stated)
+                if stated
+                else dataset_labels(data, config.label_column)
+            )
+            labels = labels or names
     return labels, getattr(train, "num_rows", None) or count_images(arguments)
 
 

@@ -40,11 +40,11 @@ class AveragedStudent(TrainerCallback):
         self._parts: ModelEmaV3 | None = None  # of this process, where they are newer than the whole
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trained = self.student.model.state_dict()
-        if not any(isinstance(tensor, DTensor) for tensor in trained.values()):
+        if not any(isinstance(parameter, DTensor) for parameter in self.student.model.parameters()):
             # timm's update asks for nothing but the state dict; that of ZeRO-3's partitions is gathered.
             self.average.update(SimpleNamespace(state_dict=partial(full_state, self.student.model)))
             return
+        trained = self.student.model.state_dict()
         if self._parts is None:
             whole = self.average.module.state_dict()
             parts = [part_of_whole(whole[name], like) for name, like in trained.items()]
