@@ -17,17 +17,11 @@ from scalekd_hf.models.taps import first_tensor
 def entering_tokens(teacher, pixel_values):
     """What enters the last stage as (B, P + N_p, D_p), the last map and the logits."""
     seen = []
-
-    def keep(module, args, kwargs):
-        seen.append(args[0] if args else kwargs["hidden_states"])
-
-    hook = teacher.entry().register_forward_pre_hook(keep, with_kwargs=True)
+    module = teacher.model.get_submodule(teacher.taps[0].module)
+    hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
     last_map, logits = teacher(pixel_values)
     hook.remove()
-    tokens = seen[0]
-    if tokens.ndim == 4:
-        tokens = tokens.flatten(2).transpose(1, 2) if teacher.layout.order == "NCHW" else tokens.flatten(1, 2)
-    return tokens, last_map, logits
+    return teacher.taps[0].as_tokens(seen[0]), last_map, logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,28 +68,24 @@ def without_prefix(model):
 def test_patch_tokens_alone_get_the_position_terms_of_the_patches(family):
     model = large_weights(FAMILIES[family]()).eval()
     teacher = load_teacher(model)
+    entering, last = (tap.module for tap in teacher.taps)
+    path, _, index = entering.rpartition(".")
+    given = []
+    block = model.get_submodule(path)[int(index) + 1]
+    block.register_forward_pre_hook(lambda module, args, options: given.append((args, options)), with_kwargs=True)
     tokens, *_ = entering_tokens(teacher, torch.randn(2, 3, *teacher.spec.size))
-    patches = tokens[:, -16:]
-    _, positions, options = teacher._captured["entering"]
+    (_, *positions), options = given[0]
     if family == "timm_beit_shared_bias":
         options = {"shared_rel_pos_bias": options["shared_rel_pos_bias"][..., 1:, 1:]}
-    expected = patches
+    patches = expected = tokens[:, -16:]
     with torch.no_grad():
         bare = without_prefix(model)
-        paths = teacher.layout.blocks
-        blocks = next(getattr_path(bare, path) for path in paths if getattr_path(bare, path) is not None)
-        for block in blocks[-2:]:
+        for block in bare.get_submodule(path)[int(index) + 1 :]:
             expected = first_tensor(block(expected, *positions, **options))
-        expected = bare.get_submodule(teacher.layout.norm)(expected)
+        if last != f"{path}.3":
+            expected = bare.get_submodule(last)(expected)
         actual = teacher.last_stage(patches)
     assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def getattr_path(module, path):
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,9 +151,9 @@ def test_a_teacher_without_head_gives_no_logits():
 
 def test_last_blocks_is_a_setting_of_plain_teachers():
     teacher = load_teacher(timm_vit(), last_blocks=3)
-    assert teacher.entry() is teacher.model.blocks[1]
-    with pytest.raises(ValueError, match="`teacher_last_blocks` must be between 1 and the 4 blocks.*got 5"):
-        load_teacher(timm_vit(), last_blocks=5)
+    assert teacher.taps[0].module == "blocks.0"
+    with pytest.raises(ValueError, match="`teacher_last_blocks` must be between 1 and 3, one less than the blocks.*got 4"):
+        load_teacher(timm_vit(), last_blocks=4)
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,15 @@ from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS, ImageSpec
 from ..network import lost_connection
 from . import mixers  # noqa: F401  registers a mixer by its name
+from .vision_side import classifies, vision_side
 
 
 __all__ = ["Classifier", "check_patches", "load_classifier", "patch_size"]
 
 logger = logging.getLogger(__name__)
 
+HEADS, POOLER = ("classifier", "head", "fc"), "pooler"  # parts of the names of weights that no map passes through
+SHOWN = 4
 SIZE_OPTIONS = {"student": "image_size", "teacher": "teacher_image_size"}
 
 
@@ -59,7 +62,7 @@ class Classifier:
         """Number of classes K; 0 without a classifier head."""
         if self.library == "timm":
             return int(self.module.num_classes)
-        return int(self.module.config.num_labels) if "ForImageClassification" in type(self.module).__name__ else 0
+        return int(self.module.config.num_labels) if classifies(self.module) else 0
 
 
 @whole_models()
@@ -162,6 +165,9 @@ def _wrap_module(module: nn.Module, role: str) -> Classifier:
             wrapped = _timm_classifier(module.timm_model, source or name, labels, module.config.pretrained_cfg)
             wrapped.spec = wrapped.spec.updated(antialias=getattr(module.config, "antialias", None))
             return wrapped
+        if role == "teacher":
+            module = vision_side(module)
+        labels = labels if classifies(module) else None
         spec = _config_spec(module.config)
         return Classifier(module, "transformers", _processor_spec(source, spec) if source else spec, name, labels)
     if hasattr(module, "forward_features") and hasattr(module, "pretrained_cfg"):
@@ -254,7 +260,10 @@ def _load_transformers(
             return _load_timm(f"hf-hub:{name}", role, pretrained, labels, image_size, model_args)
         headless = type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
         auto = AutoModel if headless and role == "teacher" else AutoModelForImageClassification
-        module = _pretrained(auto, name, config, role) if pretrained else auto.from_config(config)
+        if not pretrained:
+            module = auto.from_config(config)
+        else:
+            module = _trained(auto, name, config) if role == "teacher" else _pretrained(auto, name, config)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -269,19 +278,47 @@ def _load_transformers(
     return classifier
 
 
-def _pretrained(auto: Any, name: str, config: Any, role: str) -> nn.Module:
-    """Weights in float32, with a new classifier where the number of classes differs; nothing else may be new."""
+def _pretrained(auto: Any, name: str, config: Any) -> nn.Module:
+    """Weights in float32, with a new classifier where the checkpoint has another or none; nothing else may be new."""
+    module, changed, missing = _loaded(auto, name, config)
+    if lost := [key for key in changed if not any(part in key for part in HEADS)]:
+        raise ValueError(_other_shapes(lost))
+    if lost := [key for key in missing if not any(part in key for part in (*HEADS, POOLER))]:
+        raise ValueError(f"its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all.")
+    return module
+
+
+def _trained(auto: Any, name: str, config: Any) -> nn.Module:
+    """Weights in float32 of which none is new: without a classifier where the checkpoint has none."""
+    module, changed, missing = _loaded(auto, name, config)
+    if changed:
+        raise ValueError(_other_shapes(changed))
+    if missing and auto is not AutoModel:
+        logger.warning(
+            "The checkpoint of `teacher` %r lacks %s: it has no trained classifier, and teaches through its features alone.",
+            name,
+            ", ".join(missing[:SHOWN]),
+        )
+        return _trained(AutoModel, name, config)
+    if lost := [key for key in missing if POOLER not in key]:  # no map passes through a pooler
+        raise ValueError(f"its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all: it would teach noise.")
+    return module
+
+
+def _loaded(auto: Any, name: str, config: Any) -> tuple[nn.Module, list[str], list[str]]:
+    """A model, its weights that have other shapes in the checkpoint, and those that the checkpoint lacks."""
     module, info = auto.from_pretrained(
         name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
     )
-    names = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    lost = [key for key in names if not any(part in key for part in ("classifier", "head", "fc"))]
-    if lost or (names and role == "teacher"):
-        raise ValueError(
-            f"its weights {lost or names} have other shapes than this image size, these classes or these arguments ask "
-            "for. Load it as it was trained; images are resized for the teacher."
-        )
-    return module
+    changed = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    return module, sorted(changed), sorted(set(info["missing_keys"]) - set(changed))
+
+
+def _other_shapes(names: list[str]) -> str:
+    return (
+        f"its weights {names} have other shapes than this image size, these classes or these arguments ask for. Load it as it "
+        "was trained; images are resized for the teacher."
+    )
 
 
 def _config_labels(config: Any) -> list[str] | None:

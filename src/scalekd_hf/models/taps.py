@@ -60,6 +60,20 @@ class Tap:
             return x[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
         return x
 
+    def as_tokens(self, output: Any) -> Tensor:
+        """The module's output as (B, N, C), or with its prefix (B, P + N, C)."""
+        x = first_tensor(output)
+        if self.layout == "tokens":
+            return x
+        return x.flatten(2).transpose(1, 2) if self.layout == "NCHW" else x.flatten(1, 2)
+
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, C) as the module puts them out."""
+        if self.layout == "tokens":
+            return tokens
+        x = tokens.unflatten(1, self.grid)
+        return x.permute(0, 3, 1, 2) if self.layout == "NCHW" else x
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -73,12 +87,15 @@ class Visit:
     entering: int = 0  # cells of its input, where that is a map
 
 
-def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[Tap, Tap]:
-    """The penultimate and last tap of a student, found by a dry run with one image of zeros.
+def find_taps(
+    student: Tapped, mixers_after_norm: bool = False, last_blocks: int | None = None
+) -> tuple[Tap, Tap]:
+    """The penultimate and last tap of a student or a teacher, found by a dry run with one image of zeros.
 
     Args:
         student: to be tapped.
-        mixers_after_norm: the last map of a mixer is taken after its final norm, as up to November 2026.
+        mixers_after_norm: the last map of a mixer is taken after its final norm, as up to November 2026 and of teachers.
+        last_blocks: of a teacher without stages: blocks between the taps.
 
     Raises:
         ValueError: a model that does not run at its image size, or without two maps to tap.
@@ -88,6 +105,8 @@ def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[Tap, Ta
         return _named_taps(student, visits, student.tap_names)
     one_cell = _halved_to_one_cell(visits, logits.grad_fn)
     visits = [visit for visit in visits if visit.tap.grid != (1, 1)]
+    pooling = [name for name, module in student.model.named_modules() if _pools_by_attention(module)]
+    visits = [visit for visit in visits if not any(visit.name.startswith(f"{name}.") for name in pooling)]
     cuts = [visit for visit in visits if _is_cut(visit.node, logits.grad_fn)]
     if not cuts:
         raise ValueError(
@@ -116,6 +135,13 @@ def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[Tap, Ta
         penultimate = _last_of_stage(before, visits)
         return penultimate.tap, last.tap
     blocks, position = _isotropic_blocks(student, here)
+    if last_blocks is not None:
+        position = len(blocks) - last_blocks
+        if not 1 <= position < len(blocks):
+            raise ValueError(
+                f"`teacher_last_blocks` must be between 1 and {len(blocks) - 1}, one less than the blocks of `teacher` "
+                f"{student.name!r}, got {last_blocks}."
+            )
     if not (_has_attention(blocks[0]) or _has_matrix(last.module) or mixers_after_norm):
         last = blocks[-1]  # not the norm behind it
     return blocks[position - 1].tap, last.tap
@@ -176,6 +202,12 @@ def _isotropic_blocks(student: Tapped, visits: list[Visit]) -> tuple[list[Visit]
 
 def _has_attention(block: Visit) -> bool:
     return any("attn" in name or "attention" in name for name, _ in block.module.named_children())
+
+
+def _pools_by_attention(module: nn.Module) -> bool:
+    """Whether a module makes one vector of a map with queries: what is inside is no map of the network's."""
+    kind = type(module).__name__.lower()
+    return "attention" in kind and "pool" in kind
 
 
 def _no_taps(student: Tapped) -> str:

@@ -1,27 +1,33 @@
 """Frozen teachers: the last map, the logits, and the last stage as a function of its tokens.
 
-The last map is what the teacher's own classifier pools. `last_stage(tokens entering the last stage)`
-equals the last map for every family here. Plain transformers take patch tokens with or without their
-prefix (class, register) tokens: the method, as published, gives patch tokens alone (section 3.3).
+The last map is what the teacher's own classifier pools. Nothing of a family is known here: a dry run finds the tokens that
+enter the last stage and the last map (see `taps.py`), the model's own forward leads from one to the other (see
+`last_stage.py`), and each teacher proves when it is loaded that its last stage applied to its own tokens gives its own map.
+Plain transformers take patch tokens with or without their prefix (class, register) tokens: the method, as published, gives
+patch tokens alone (section 3.3).
 
 Shapes in this file: B images, P prefix tokens, N = H*W patch tokens, D channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .loading import Classifier, check_patches, load_classifier, patch_size
-from .taps import first_tensor
+from .last_stage import LastStage
+from .loading import Classifier, check_patches, load_classifier
+from .taps import Tap, find_taps, first_tensor
 
 
 __all__ = ["Teacher", "load_teacher"]
 
 Grid = tuple[int, int]
+# Arguments of blocks that are added to the attention scores.
+MASKS = ("attn_mask", "attention_mask", "shared_rel_pos_bias", "relative_position_bias")
+TOLERANCE = 1e-4  # of the last map's largest value
 
 
 class Teacher(nn.Module):
@@ -31,28 +37,41 @@ class Teacher(nn.Module):
     for); no parameter requires a gradient, but gradients pass through `last_stage` to its input.
 
     Attributes:
+        taps: the `Tap`s whose outputs are the tokens entering the last stage and the last map.
         penultimate_dim, penultimate_grid: width D_p and grid (H_p, W_p) of the tokens entering the last stage.
         dim, grid: width D and grid (H, W) of the last map.
         spec: the images the teacher was made for; labels: its class names or None; num_labels: K or 0.
+
+    Raises:
+        ValueError: a model in which no last stage is found, or one that does not give the model's own last map.
     """
 
-    def __init__(self, classifier: Classifier, layout: Layout, last_blocks: int, drop_path: float):
+    def __init__(
+        self,
+        classifier: Classifier,
+        last_blocks: int = 2,
+        drop_path: float = 0.0,
+        tap_names: tuple[str, str] | None = None,
+    ):
         super().__init__()
         self.model: Any = classifier.module
-        self.layout, self.last_blocks, self.drop_path = layout, last_blocks, drop_path
+        self.drop_path, self.tap_names = drop_path, tap_names
         self.is_sharded = False  # see `sharding.py`
         self.name, self.spec = classifier.name, classifier.spec
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
-        self._patch = patch_size(classifier)
         self._drop_paths = [module for module in self.model.modules() if "droppath" in type(module).__name__.lower()]
         self.requires_grad_(False)
         self.eval()
         check_patches(classifier, "teacher")
-        self._check()
+        self._check_drop_path()
+        self.taps = self._find_taps(last_blocks)
+        (self.penultimate_dim, self.penultimate_grid), (self.dim, self.grid) = ((tap.dim, tap.grid) for tap in self.taps)
         self._captured: dict[str, Any] = {}
-        self.entry().register_forward_pre_hook(self._keep_entering, with_kwargs=True)
-        self.exit().register_forward_hook(self._keep_last)
-        self._measure()
+        self._mask = ""  # the argument that hides prefix tokens, where position terms are sized for them
+        self._hidden: Tensor | None = None
+        self._stage = LastStage(self.model, self.spec.size, *(tap.module for tap in self.taps))
+        self.model.get_submodule(self.taps[1].module).register_forward_hook(self._keep_last)
+        self._prove()
 
     def train(self, mode: bool = True) -> Teacher:
         """Calls `eval()`: a teacher has no training mode; stochastic depth follows `mode` where it was asked for."""
@@ -65,267 +84,145 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B, 3, height, width) to the last map (B, D, H, W) and logits (B, K), None without a head."""
-        self._captured.pop("last", None)  # left by a call of a part alone, or by one that failed
         output = self.model(pixel_values.to(next(self.parameters()).dtype))
-        last_map = self._as_map(self._captured.pop("last"))
-        if not self.num_labels:
-            return last_map, None
-        return last_map, output.logits if hasattr(output, "logits") else first_tensor(output)
+        last_map = self.taps[1].as_map(self._captured.pop("last"))
+        return last_map, _logits(output) if self.num_labels else None
 
     def last_stage(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, N_p, D_p) to (B, N, D) through the frozen last stage and the norm before pooling."""
-        raise NotImplementedError
+        """Tokens (B, N_p, D_p) to (B, N, D) through the frozen last stage and the norm before pooling.
 
-    def entry(self) -> nn.Module:
-        """The module that receives the tokens entering the last stage as its first argument."""
-        raise NotImplementedError
+        Patch tokens may come with their prefix, (B, P + N_p, D_p), and then leave with theirs. Where position terms are
+        sized for the prefix, patch tokens alone are kept in place by empty tokens that nothing attends to.
+        """
+        entering = self.taps[0]
+        if tokens.shape[1] > self._patches(entering):
+            return self._run(tokens)
+        if self._mask:
+            tokens = self._behind(tokens.new_zeros(tokens.shape[0], entering.prefix, tokens.shape[2]), tokens)
+        tokens = self._run(tokens)
+        return tokens[:, tokens.shape[1] - self._patches(self.taps[1]) :]
 
-    def exit(self) -> nn.Module:
-        """The module that puts out the last map, or the tokens it is made of."""
-        raise NotImplementedError
+    def _run(self, tokens: Tensor) -> Tensor:
+        entering, last = self.taps
+        try:
+            return last.as_tokens(self._stage(entering.from_tokens(tokens)))
+        finally:
+            self._hidden = None
 
-    def _check(self) -> None:
-        """Refuse an image size that the model's windows do not divide, and options that do not fit."""
+    def classify(self, pixel_values: Tensor) -> Tensor:
+        """Images (B, 3, height, width) to logits (B, K), or without a head to numbers (B, 1) that all its features enter."""
+        output = self.model(pixel_values)
+        return _logits(output) if self.num_labels else first_tensor(output).flatten(1).mean(1, keepdim=True)
+
+    def _patches(self, tap: Tap) -> int:
+        return tap.grid[0] * tap.grid[1]
+
+    def _behind(self, prefix: Tensor, tokens: Tensor) -> Tensor:
+        """Tokens behind a prefix that the blocks are told to hide."""
+        self._hidden = tokens.new_zeros(1, 1, 1, prefix.shape[1] + tokens.shape[1])
+        self._hidden[..., : prefix.shape[1]].fill_(float("-inf"))  # a number that is assigned is copied from the host
+        return torch.cat([prefix, tokens], dim=1)
+
+    def _hide(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._hidden is None:
+            return None
+        given = kwargs.get(self._mask)
+        return args, {**kwargs, self._mask: self._hidden if given is None else given + self._hidden}
+
+    def _keep_last(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._captured["last"] = first_tensor(output)
+
+    def _check_drop_path(self) -> None:
         if self.drop_path and not self._drop_paths:
             raise ValueError(
                 f"`teacher_drop_path` is {self.drop_path}, but `teacher` {self.name!r} has no stochastic depth layers. "
                 "Set it to 0, or give a teacher that has them by name."
             )
 
-    def _as_map(self, output: Any) -> Tensor:
-        raise NotImplementedError
+    def _find_taps(self, last_blocks: int) -> tuple[Tap, Tap]:
+        self.requires_grad_(True)
+        try:
+            return find_taps(self, mixers_after_norm=True, last_blocks=last_blocks)
+        finally:
+            self.requires_grad_(False)
 
-    def _grids(self) -> tuple[Grid, Grid]:
-        """Grids before and after the last stage; the model has run once."""
-        raise NotImplementedError
+    @torch.no_grad()
+    def _prove(self) -> None:
+        """See that the last stage, applied to tokens of the model's own, gives its last map.
 
-    def _keep_entering(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        tokens, *positions = args or (kwargs.pop("hidden_states"),)
-        self._captured["entering"] = (tokens.shape, tuple(positions), kwargs)
-
-    def _keep_last(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if "last" not in self._captured:
-            self._captured["last"] = first_tensor(output)
-
-    def _measure(self) -> None:
-        """Learn widths and grids, and that the model runs at its image size, from one image of zeros."""
-        parameter = next(self.parameters())
-        image = torch.zeros(1, 3, *self.spec.size, device=parameter.device, dtype=parameter.dtype)
-        with torch.no_grad():
-            self.model(image)
-        self.penultimate_grid, self.grid = self._grids()
-        self.penultimate_dim = self._dim(self._captured["entering"][0])
-        self.dim = self._as_map(self._captured.pop("last")).shape[1]
-
-    def _dim(self, shape: torch.Size) -> int:
-        return shape[1] if self.layout.order == "NCHW" else shape[-1]
-
-    def _patch_grid(self) -> Grid:
-        if built := getattr(getattr(self.model, "patch_embed", None), "grid_size", None):
-            return built[0], built[1]
-        assert self._patch is not None
-        return self.spec.size[0] // self._patch[0], self.spec.size[1] // self._patch[1]
-
-
-class PlainTeacher(Teacher):
-    """Isotropic transformers: the last stage is the last `last_blocks` blocks and the norm before pooling."""
-
-    def entry(self) -> nn.Module:
-        return self._blocks()[-self.last_blocks]
-
-    def exit(self) -> nn.Module:
-        return self.model.get_submodule(self.layout.norm) if self.layout.norm else self._blocks()[-1]
-
-    def last_stage(self, tokens: Tensor) -> Tensor:
-        """Patch tokens (B, N, D), or with their prefix (B, P + N, D), to tokens of the same number.
-
-        Blocks get the position terms that they got from the model. Terms that are sized for the prefix
-        are kept in place by empty tokens that nothing attends to.
+        Raises:
+            ValueError: it does not.
         """
-        shape, positions, options = self._captured["entering"]
-        prefix = shape[1] - tokens.shape[1]
-        masked = self.layout.mask and prefix and self._has_position_terms(options)
-        if masked:
-            tokens = torch.cat([tokens.new_zeros(tokens.shape[0], prefix, tokens.shape[2]), tokens], dim=1)
-            hidden = tokens.new_zeros(1, 1, 1, tokens.shape[1])
-            hidden[..., :prefix].fill_(float("-inf"))  # a number that is assigned is copied from the host
-            given = options.get(self.layout.mask)
-            options = {**options, self.layout.mask: hidden if given is None else given + hidden}
-        for block in self._blocks()[-self.last_blocks :]:
-            tokens = first_tensor(block(tokens, *positions, **options))
-        tokens = self.exit()(tokens) if self.layout.norm else tokens
-        self._captured.pop("last", None)
-        return tokens[:, prefix:] if masked else tokens
-
-    def _has_position_terms(self, options: dict[str, Any]) -> bool:
-        if self.layout.mask != "attn_mask":
-            return True  # tables of relative positions
-        return options.get("rope") is not None
-
-    def _blocks(self) -> Any:
-        return self.model.get_submodule(self.layout.blocks[0])
-
-    def _check(self) -> None:
-        super()._check()
-        if not 1 <= self.last_blocks <= len(self._blocks()):
+        parameter = next(self.parameters())
+        if parameter.is_meta:
+            return
+        entering, last = self.taps
+        entered: list[Tensor] = []
+        hook = self.model.get_submodule(entering.module).register_forward_hook(
+            lambda module, args, output: entered.append(entering.as_tokens(output))
+        )
+        images = torch.randn(2, 3, *self.spec.size, generator=torch.Generator().manual_seed(0)).to(parameter)
+        try:
+            self.model(images)
+        finally:
+            hook.remove()
+        expected = last.as_tokens(self._captured.pop("last"))
+        self.model(torch.zeros_like(images[:1]))  # what modules keep of a batch is not of these images
+        if entering.prefix:
+            self._prepare_for_patches_alone(entered[0])
+        found = self.last_stage(entered[0])
+        if not _close(found, expected[:, expected.shape[1] - found.shape[1] :]):
+            error, scale = (found - expected[:, -found.shape[1] :]).abs().max(), expected.abs().max()
             raise ValueError(
-                f"`teacher_last_blocks` must be between 1 and the {len(self._blocks())} blocks of `teacher` "
-                f"{self.name!r}, got {self.last_blocks}."
+                f"`teacher` {self.name!r}: from {entering.module} on, its last stage gives another map at {last.module} than the model: "
+                f"they differ by {error:.3g} where the map reaches {scale:.3g}. More than these tokens enters it. {REMEDY}"
             )
 
-    def _as_map(self, output: Any) -> Tensor:
-        grid = self._patch_grid()
-        return output[:, output.shape[1] - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+    def _prepare_for_patches_alone(self, tokens: Tensor) -> None:
+        """Find whether the last stage takes patch tokens alone, or else the argument of its blocks that hides their prefix.
 
-    def _grids(self) -> tuple[Grid, Grid]:
-        return self._patch_grid(), self._patch_grid()
+        Raises:
+            ValueError: neither.
+        """
+        patches = tokens[:, self.taps[0].prefix :]
+        try:
+            self._run(patches)
+            return
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+        blocks = self._blocks()
+        arguments = inspect.signature(blocks[0].forward).parameters if blocks else ()
+        self._mask = next((name for name in MASKS if name in arguments), "")
+        if self._mask:
+            for block in blocks:
+                block.register_forward_pre_hook(self._hide, with_kwargs=True)
+            others = self._run(self._behind(tokens[:, : self.taps[0].prefix], patches))
+            found = self.last_stage(patches)
+            if _close(found, others[:, -found.shape[1] :]):
+                return
+        raise ValueError(
+            f"`teacher` {self.name!r}: its last stage does not run on patch tokens alone, as the method has it ({reason}), and has "
+            f"no mask that hides their prefix of {self.taps[0].prefix}. {REMEDY}"
+        )
 
-
-class StagedTeacher(Teacher):
-    """Hierarchical models of which the last stage is a chain of modules on maps."""
-
-    def entry(self) -> nn.Module:
-        return self._chain()[0]
-
-    def exit(self) -> nn.Module:
-        return self._chain()[-1]
-
-    def last_stage(self, tokens: Tensor) -> Tensor:
-        x = tokens.unflatten(1, self.penultimate_grid)  # (B, H_p, W_p, D_p)
-        if self.layout.order == "NCHW":
-            x = x.permute(0, 3, 1, 2)
-        for module in self._chain():
-            x = first_tensor(module(x))
-        self._captured.pop("last", None)
-        return self._as_map(x).flatten(2).transpose(1, 2)
-
-    def _chain(self) -> list[Any]:
-        modules = []
-        for path in self.layout.blocks:
-            parent, _, index = path.rpartition(".-")
-            modules.append(self.model.get_submodule(parent)[-int(index)] if parent else self.model.get_submodule(path))
-        return modules
-
-    def _check(self) -> None:
-        super()._check()
-        for stage in getattr(self.model, "layers", ()):  # Swin
-            block = stage.blocks[0]
-            self._check_window(tuple(block.input_resolution), tuple(block.window_size))
-
-    def _check_window(self, grid: Grid, window: Grid) -> None:
-        if any(cells > side and cells % side for cells, side in zip(grid, window, strict=True)):
-            height, width = self.spec.size
-            raise ValueError(
-                f"`teacher` {self.name!r} attends in windows of {window[0]}x{window[1]} tokens, which do not divide its "
-                f"grid {grid[0]}x{grid[1]} at image size {height}x{width}. Choose another `teacher_image_size`."
-            )
-
-    def _as_map(self, output: Any) -> Tensor:
-        return output if self.layout.order == "NCHW" else output.permute(0, 3, 1, 2)
-
-    def _grids(self) -> tuple[Grid, Grid]:
-        shape = self._captured["entering"][0]
-        last = self._as_map(self._captured["last"]).shape
-        before = shape[2:] if self.layout.order == "NCHW" else shape[1:3]
-        return (before[0], before[1]), (last[2], last[3])
+    def _blocks(self) -> list[nn.Module]:
+        """The blocks of a plain transformer that follow the one whose tokens enter the last stage."""
+        path, _, index = self.taps[0].module.rpartition(".")
+        return list(self.model.get_submodule(path).children())[int(index) + 1 :] if index.isdigit() else []
 
 
-class TransformersSwin(StagedTeacher):
-    """Swin and Swin V2 of transformers, whose merging sits at the end of the stage before, on tokens."""
-
-    def entry(self) -> nn.Module:
-        return self._layers()[-2].downsample
-
-    def exit(self) -> nn.Module:
-        return self.model.base_model.layernorm
-
-    def last_stage(self, tokens: Tensor) -> Tensor:
-        tokens = self._layers()[-2].downsample(tokens, self.penultimate_grid)
-        tokens = self.exit()(first_tensor(self._layers()[-1](tokens, self.grid)))
-        self._captured.pop("last", None)
-        return tokens
-
-    def _layers(self) -> Any:
-        return self.model.base_model.encoder.layers
-
-    def _stages(self) -> list[Grid]:
-        grids = [self._patch_grid()]
-        for _ in range(len(self._layers()) - 1):
-            grids.append(((grids[-1][0] + 1) // 2, (grids[-1][1] + 1) // 2))  # merging pads odd grids
-        return grids
-
-    def _check(self) -> None:
-        if len(self._layers()) < 2:
-            raise ValueError(f"`teacher` {self.name!r} has one stage: there is no stage before its last one.")
-        for grid in self._stages():
-            self._check_window(grid, (self.model.config.window_size, self.model.config.window_size))
-        super()._check()
-
-    def _as_map(self, output: Any) -> Tensor:
-        return output.transpose(1, 2).unflatten(2, self._stages()[-1])
-
-    def _grids(self) -> tuple[Grid, Grid]:
-        return self._stages()[-2], self._stages()[-1]
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal to rounding, by the largest value."""
+    tolerance = max(TOLERANCE, 4 * torch.finfo(expected.dtype).eps)
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a family keeps its last stage.
-
-    Attributes:
-        adapter: the class that reads it.
-        blocks: of a plain transformer, the path of its blocks; of a hierarchical model, the paths of the chain that is
-            its last stage, `.-1` for the last child.
-        norm: path of the norm before pooling, of a plain transformer that has one there.
-        mask: the blocks' argument for an additive mask, where position terms are sized for the prefix.
-        order: of the maps in a hierarchical model.
-    """
-
-    adapter: type[Teacher]
-    blocks: tuple[str, ...] = ("blocks",)
-    norm: str = "norm"
-    mask: str = ""
-    order: str = "tokens"
+REMEDY = "Name other modules with `teacher_taps`, or take another teacher."
 
 
-def _transformers_plain(base: str, blocks: str = "layers", norm: str = "layernorm", mask: str = "") -> Layout:
-    return Layout(PlainTeacher, (f"{base}.{blocks}",), f"{base}.{norm}" if norm else "", mask)
-
-
-LAYOUTS: dict[tuple[str, str], Layout] = {
-    ("timm", "VisionTransformer"): Layout(PlainTeacher),  # ViT, DeiT, DINOv2, CLIP, SigLIP
-    ("timm", "Eva"): Layout(PlainTeacher, mask="attn_mask"),  # EVA, EVA-02, DINOv3
-    ("timm", "Beit"): Layout(PlainTeacher, mask="shared_rel_pos_bias"),  # BEiT, BEiT v2
-    ("timm", "SwinTransformer"): Layout(StagedTeacher, ("layers.-1", "norm"), order="NHWC"),
-    ("timm", "SwinTransformerV2"): Layout(StagedTeacher, ("layers.-1", "norm"), order="NHWC"),
-    ("timm", "ConvNeXt"): Layout(StagedTeacher, ("stages.-1", "norm_pre"), order="NCHW"),
-    ("timm", "ResNet"): Layout(StagedTeacher, ("layer4",), order="NCHW"),
-    ("timm", "RegNet"): Layout(StagedTeacher, ("s4", "final_conv"), order="NCHW"),
-    ("transformers", "ViTForImageClassification"): _transformers_plain("vit"),
-    ("transformers", "DeiTForImageClassification"): _transformers_plain("deit"),
-    ("transformers", "DeiTForImageClassificationWithTeacher"): _transformers_plain("deit"),
-    ("transformers", "BeitForImageClassification"): _transformers_plain("beit", mask="attention_mask"),
-    ("transformers", "Dinov2ForImageClassification"): _transformers_plain("dinov2", "encoder.layer"),
-    ("transformers", "Dinov2WithRegistersForImageClassification"): _transformers_plain(
-        "dinov2_with_registers", "encoder.layer"
-    ),
-    ("transformers", "DINOv3ViTModel"): Layout(PlainTeacher, ("model.layer",), "norm"),
-    ("transformers", "CLIPForImageClassification"): _transformers_plain("vision_model", "encoder.layers", norm=""),
-    ("transformers", "SiglipForImageClassification"): _transformers_plain(
-        "vision_model", "encoder.layers", norm="post_layernorm"
-    ),
-    ("transformers", "SwinForImageClassification"): Layout(TransformersSwin),
-    ("transformers", "Swinv2ForImageClassification"): Layout(TransformersSwin),
-    ("transformers", "ConvNextForImageClassification"): Layout(
-        StagedTeacher, ("convnext.encoder.stages.-1",), order="NCHW"
-    ),
-    ("transformers", "ConvNextV2ForImageClassification"): Layout(
-        StagedTeacher, ("convnextv2.encoder.stages.-1",), order="NCHW"
-    ),
-    ("transformers", "ResNetForImageClassification"): Layout(
-        StagedTeacher, ("resnet.encoder.stages.-1",), order="NCHW"
-    ),
-}
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output.logits if hasattr(output, "logits") else first_tensor(output)
+    return logits
 
 
 def load_teacher(
@@ -355,12 +252,4 @@ def load_teacher(
     if drop_path and isinstance(name_or_module, str):
         kwargs["drop_path_rate"] = drop_path
     classifier = load_classifier(name_or_module, role="teacher", pretrained=pretrained, **kwargs)
-    for cls in type(classifier.module).__mro__:
-        layout = LAYOUTS.get((classifier.library, cls.__name__))
-        if layout is not None:
-            return layout.adapter(classifier, layout, last_blocks, drop_path)
-    known = ", ".join(f"{class_name} ({library})" for library, class_name in LAYOUTS)
-    raise ValueError(
-        f"`teacher` {classifier.name!r} is a {type(classifier.module).__name__} of {classifier.library}, of which no last "
-        f"stage is known that ScaleKD can run on the student's tokens. Teachers known: {known}."
-    )
+    return Teacher(classifier, last_blocks, drop_path)

@@ -1,0 +1,188 @@
+"""The last stage of any model as a function of the tokens that enter it: its own forward, run on from one of its modules.
+
+The modules that ran before are passed over: each puts out zeros of the shape that it had, which take no memory. So whatever
+stands between the modules in the model's code is run as it is written, and nothing of a family needs to be known.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .taps import first_tensor
+
+
+__all__ = ["LastStage"]
+
+
+class Reached(Exception):
+    """Carries what the last module of the stage has put out past all that would follow in the model's forward."""
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor of `fixed` sides and sides that grow with the number of images; `first` is what the tokens take the place of."""
+
+    fixed: tuple[int, ...]
+    growing: tuple[int, ...]
+    dtype: torch.dtype
+    first: bool = False
+
+    def made(self, tokens: Tensor) -> Tensor:
+        """Zeros for as many images as there are in `tokens`."""
+        sides = [fixed + growing * tokens.shape[0] for fixed, growing in zip(self.fixed, self.growing, strict=True)]
+        dtype = tokens.dtype if self.dtype.is_floating_point else self.dtype
+        return torch.zeros((), dtype=dtype, device=tokens.device).expand(sides)
+
+
+class PassedOver:
+    """The forward of a module that came before: its own, and zeros while the last stage runs alone."""
+
+    def __init__(self, forward: Callable[..., Any], stage: LastStage, output: Any, is_entrance: bool):
+        functools.update_wrapper(self, forward)
+        self.forward, self.stage, self.output, self.is_entrance = forward, stage, output, is_entrance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tokens = self.stage.waiting
+        if tokens is None:
+            return self.forward(*args, **kwargs)
+        if self.is_entrance:
+            self.stage.waiting = None
+        return tree_map(lambda leaf: _replaced(leaf, tokens), self.output)
+
+
+def _replaced(leaf: Any, tokens: Tensor) -> Any:
+    if not isinstance(leaf, Like):
+        return leaf
+    return tokens if leaf.first else leaf.made(tokens)
+
+
+class LastStage:
+    """Runs a model from one module to another.
+
+    Args:
+        model: in eval mode. The forwards of its modules before `entrance` are wrapped.
+        size: of its images, (height, width).
+        entrance: name of the module whose first tensor enters the stage: what it puts out, or with `by_input` what it gets.
+        last: name of the module that puts out the stage's result.
+        channels: of its images.
+
+    Attributes:
+        waiting: tokens on their way to the entrance; None while the whole model runs.
+        running: whether the stage runs alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, size: tuple[int, int], entrance: str, last: str, by_input: bool = False, channels: int = 3
+    ):
+        self.model, self.image = model, (channels, *size)
+        self.waiting: Tensor | None = None
+        self.running = False
+        self.calls = self.left = 1
+        modules = dict(model.named_modules())
+        one, two = self._observe(1, entrance, last, by_input), self._observe(2, entrance, last, by_input)
+        for name in _outermost(one):
+            if name != entrance or by_input:
+                output = _compared(one[name], two[name])
+                grows = [any(leaf.growing) for leaf in tree_leaves(output) if isinstance(leaf, Like)]
+                if grows and all(grows):
+                    modules[name].forward = PassedOver(modules[name].forward, self, output, False)
+        if by_input:
+            modules[entrance].register_forward_pre_hook(self._enter, with_kwargs=True)
+        else:
+            output = _compared(one[entrance], two[entrance], with_first=True)
+            modules[entrance].forward = PassedOver(modules[entrance].forward, self, output, True)
+        modules[last].register_forward_hook(self._reach)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """What the last module puts out when the entrance gives `tokens`, of the shape that the model has there."""
+        image = torch.zeros((), dtype=self._dtype(), device=tokens.device).expand(tokens.shape[0], *self.image)
+        self.waiting, self.running, self.left = tokens, True, self.calls
+        try:
+            self.model.forward(image)  # past the hooks of the model as a whole: an engine's would not see its end
+        except Reached as reached:
+            result: Tensor = first_tensor(reached.args[0])
+            return result
+        finally:
+            self.waiting, self.running = None, False
+        raise RuntimeError("The last stage has ended without its last module.")
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        tokens, self.waiting = self.waiting, None
+        if tokens is None:
+            return None
+        if args:
+            return (tokens, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): tokens}
+
+    def _reach(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not self.running or self.waiting is not None:
+            return
+        self.left -= 1
+        if not self.left:
+            raise Reached(output)
+
+    @torch.no_grad()
+    def _observe(self, images: int, entrance: str, last: str, by_input: bool) -> dict[str, Any]:
+        """The shapes of what each module put out that ended before the tokens entered, and of the entrance."""
+        seen: dict[str, Any] = {}
+        after: list[str] = []
+        entered = False
+
+        def begin(name: str) -> None:
+            nonlocal entered
+            entered = entered or (by_input and name == entrance)
+
+        def end(name: str, output: Any) -> None:
+            nonlocal entered
+            if entered:
+                after.append(name)
+            else:
+                seen.setdefault(name, tree_map(_shape, output))
+            entered = entered or (not by_input and name == entrance)
+
+        hooks = []
+        for name, module in self.model.named_modules():
+            if name:
+                hooks.append(module.register_forward_pre_hook(lambda *_, name=name: begin(name)))
+                hooks.append(module.register_forward_hook(lambda *given, name=name: end(name, given[2])))
+        try:
+            parameter = next(self.model.parameters())
+            self.model(torch.zeros(images, *self.image, dtype=parameter.dtype, device=parameter.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.calls = max(1, after.count(last))
+        return seen
+
+
+def _shape(leaf: Any) -> Any:
+    return Like(tuple(leaf.shape), (0,) * leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _compared(one: Any, two: Any, with_first: bool = False) -> Any:
+    """A module's output for one image and for two, as what it is for any number."""
+    first = first_tensor(one) if with_first else None
+
+    def compare(a: Any, b: Any) -> Any:
+        if not isinstance(a, Like):
+            return a
+        growing = tuple(y - x for x, y in zip(a.fixed, b.fixed, strict=True))
+        fixed = tuple(x - step for x, step in zip(a.fixed, growing, strict=True))
+        return Like(fixed, growing, a.dtype, a is first)
+
+    return tree_map(compare, one, two)
+
+
+def _outermost(names: dict[str, Any]) -> list[str]:
+    """Those that are in no other of them."""
+    return [name for name in names if not any(f"{name}.".startswith(f"{other}.") and other != name for other in names)]
