@@ -41,12 +41,12 @@ STUDENTS = {
     "eva_l_to_eva02_s": EVA02,
 } | {name: MOBILENET if "mobilenet" in name else RESNET50 for name in AS_RUN if "_to_mob" in name or "_to_res" in name}
 PREFIX = {"eva_l_to_eva02_s": 1}  # a class token, left out by `x[:, 1:]`
-# Entry of the last stage, widths and grids before and after it, and the norm that the last map has passed.
+# The module before the last stage, widths and grids before and after that, and the norm that the last map has passed.
 TEACHERS = {
-    "swin_s": ("layers.3", (384, 14), (768, 7), nn.LayerNorm),
-    "swin_b": ("layers.3", (512, 14), (1024, 7), nn.LayerNorm),
-    "swin_l": ("layers.3", (768, 14), (1536, 7), nn.LayerNorm),
-    "eva_l": ("blocks.22", (1024, 16), (1024, 16), nn.Identity),  # layers 22 and 23; norm2 comes after pooling
+    "swin_s": ("layers.2", (384, 14), (768, 7), nn.LayerNorm),
+    "swin_b": ("layers.2", (512, 14), (1024, 7), nn.LayerNorm),
+    "swin_l": ("layers.2", (768, 14), (1536, 7), nn.LayerNorm),
+    "eva_l": ("blocks.21", (1024, 16), (1024, 16), nn.Identity),  # layers 22 and 23; norm2 comes after pooling
 }
 
 
@@ -90,11 +90,11 @@ def check_taps(name, model):
     assert isinstance(model.heads.penultimate_norm, nn.LayerNorm) == (name == "swin_l_to_swin_t")
 
     kind = name.partition("_to_")[0]
-    entry, before, after, norm = TEACHERS[kind]
+    entering, before, after, norm = TEACHERS[kind]
     if "eva02" in name:
         before = after = (1024, 24)
-    assert teacher.entry() is teacher.model.get_submodule(entry)
-    assert type(teacher.exit()) is norm
+    assert teacher.taps[0].module == entering
+    assert type(teacher.model.get_submodule(teacher.taps[1].module)) is norm
     assert (teacher.penultimate_dim, teacher.penultimate_grid[0]) == before
     assert (teacher.dim, teacher.grid[0]) == after
     rates = [module.drop_prob for module in teacher.model.modules() if type(module).__name__ == "DropPath"]

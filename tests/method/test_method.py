@@ -245,7 +245,7 @@ def test_one_step_is_one_forward_of_the_student_and_one_of_the_teacher():
     model = distiller()
     calls = []
     model.student.model.register_forward_hook(lambda *_: calls.append("student"))
-    model.teacher.model.patch_embed.register_forward_hook(lambda *_: calls.append("teacher"))
+    model.teacher.model.patch_embed.proj.register_forward_hook(lambda *_: calls.append("teacher"))
     model.teacher.model.head.register_forward_hook(lambda *_: calls.append("teacher's head"))
     model(images(), torch.tensor([1, 2]))
     assert sorted(calls) == ["student", "teacher", "teacher's head"]

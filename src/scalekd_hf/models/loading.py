@@ -191,6 +191,10 @@ def _load_timm(
         model_args = {"num_classes": len(labels), **model_args}
     if image_size is not None:
         model_args = {"img_size": image_size, **model_args}
+    trained = role == "teacher" and pretrained
+    without_head = trained and model_args.get("num_classes") == 0
+    if without_head:  # taken off afterwards: with other classes than its own timm would pass over missing weights, too
+        model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
     try:
         try:
             module = timm.create_model(timm_name, pretrained=pretrained, **model_args)
@@ -206,6 +210,13 @@ def _load_timm(
         raise ValueError(
             f"`{role}` {name!r} could not be built by timm with {model_args or 'no arguments'}: {error}.{hint}"
         ) from error
+    if without_head:
+        module.reset_classifier(0)
+    elif trained and module.num_classes != (published := module.pretrained_cfg["num_classes"]):
+        raise ValueError(
+            f"`{role}` {name!r} has a classifier of {published} classes, but `num_classes` {module.num_classes} asks for a new one, "
+            "which would teach noise. Leave `num_classes` out, or set it to 0 for a teacher of features alone."
+        )
     classifier = _timm_classifier(module, name)
     classifier.spec = classifier.spec.updated(size=image_size, antialias=_saved_antialias(name))
     return classifier
