@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .taps import first_tensor
-
 
 __all__ = ["LastStage"]
 
@@ -27,12 +25,12 @@ class Reached(Exception):
 
 @dataclass(frozen=True)
 class Like:
-    """A tensor of `fixed` sides and sides that grow with the number of images; `first` is what the tokens take the place of."""
+    """A tensor of `fixed` sides and sides that grow with the number of images; the tokens take the place of one."""
 
     fixed: tuple[int, ...]
     growing: tuple[int, ...]
     dtype: torch.dtype
-    first: bool = False
+    is_replaced: bool = False
 
     def made(self, tokens: Tensor) -> Tensor:
         """Zeros for as many images as there are in `tokens`."""
@@ -60,7 +58,7 @@ class PassedOver:
 def _replaced(leaf: Any, tokens: Tensor) -> Any:
     if not isinstance(leaf, Like):
         return leaf
-    return tokens if leaf.first else leaf.made(tokens)
+    return tokens if leaf.is_replaced else leaf.made(tokens)
 
 
 class LastStage:
@@ -69,9 +67,10 @@ class LastStage:
     Args:
         model: in eval mode. The forwards of its modules before `entrance` are wrapped.
         size: of its images, (height, width).
-        entrance: name of the module whose first tensor enters the stage: what it puts out, or with `by_input` what it gets.
+        entrance: name of the module whose tensor enters the stage.
         last: name of the module that puts out the stage's result.
-        channels: of its images.
+        by_input: it enters as the first that the module gets, and not as one that it puts out.
+        index: of the tensor among those that the module puts out.
 
     Attributes:
         waiting: tokens on their way to the entrance; None while the whole model runs.
@@ -79,13 +78,14 @@ class LastStage:
     """
 
     def __init__(
-        self, model: nn.Module, size: tuple[int, int], entrance: str, last: str, by_input: bool = False, channels: int = 3
+        self, model: nn.Module, size: tuple[int, int], entrance: str, last: str, by_input: bool = False, index: int = 0
     ):
-        self.model, self.image = model, (channels, *size)
+        self.model, self.image = model, (3, *size)
         self.waiting: Tensor | None = None
         self.running = False
         self.calls = self.left = 1
         modules = dict(model.named_modules())
+        self.entrance, self.by_input = modules[entrance], by_input
         one, two = self._observe(1, entrance, last, by_input), self._observe(2, entrance, last, by_input)
         for name in _outermost(one):
             if name != entrance or by_input:
@@ -96,22 +96,29 @@ class LastStage:
         if by_input:
             modules[entrance].register_forward_pre_hook(self._enter, with_kwargs=True)
         else:
-            output = _compared(one[entrance], two[entrance], with_first=True)
+            output = _compared(one[entrance], two[entrance], index)
             modules[entrance].forward = PassedOver(modules[entrance].forward, self, output, True)
         modules[last].register_forward_hook(self._reach)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor) -> Any:
         """What the last module puts out when the entrance gives `tokens`, of the shape that the model has there."""
         image = torch.zeros((), dtype=self._dtype(), device=tokens.device).expand(tokens.shape[0], *self.image)
         self.waiting, self.running, self.left = tokens, True, self.calls
         try:
             self.model.forward(image)  # past the hooks of the model as a whole: an engine's would not see its end
         except Reached as reached:
-            result: Tensor = first_tensor(reached.args[0])
-            return result
+            return reached.args[0]
         finally:
             self.waiting, self.running = None, False
         raise RuntimeError("The last stage has ended without its last module.")
+
+    def watch(self, seen: list[Any]) -> Any:
+        """Keep what enters the stage when the whole model runs in `seen`; returns a handle with `remove`."""
+        if self.by_input:
+            return self.entrance.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(_first_argument(args, kwargs)), with_kwargs=True
+            )
+        return self.entrance.register_forward_hook(lambda module, args, output: seen.append(output))
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
@@ -165,20 +172,25 @@ class LastStage:
         return seen
 
 
+def _first_argument(args: tuple, kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def _shape(leaf: Any) -> Any:
     return Like(tuple(leaf.shape), (0,) * leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
-def _compared(one: Any, two: Any, with_first: bool = False) -> Any:
-    """A module's output for one image and for two, as what it is for any number."""
-    first = first_tensor(one) if with_first else None
+def _compared(one: Any, two: Any, index: int | None = None) -> Any:
+    """A module's output for one image and for two, as what it is for any number; the tokens replace the tensor at `index`."""
+    shapes = [leaf for leaf in tree_leaves(one) if isinstance(leaf, Like)]
+    replaced = None if index is None else shapes[index]
 
     def compare(a: Any, b: Any) -> Any:
         if not isinstance(a, Like):
             return a
         growing = tuple(y - x for x, y in zip(a.fixed, b.fixed, strict=True))
         fixed = tuple(x - step for x, step in zip(a.fixed, growing, strict=True))
-        return Like(fixed, growing, a.dtype, a is first)
+        return Like(fixed, growing, a.dtype, a is replaced)
 
     return tree_map(compare, one, two)
 

@@ -34,6 +34,7 @@ from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS, ImageSpec
 from ..network import lost_connection
 from . import mixers  # noqa: F401  registers a mixer by its name
+from .taps import SIZE_OPTIONS
 from .vision_side import classifies, vision_side
 
 
@@ -43,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 HEADS, POOLER = ("classifier", "head", "fc"), "pooler"  # parts of the names of weights that no map passes through
 SHOWN = 4
-SIZE_OPTIONS = {"student": "image_size", "teacher": "teacher_image_size"}
+RGB = 3  # channels of the images that are read
+CHANNELS = ("in_chans", "num_channels")  # arguments of timm and transformers
 
 
 @dataclass
@@ -91,8 +93,11 @@ def load_classifier(
         **model_args: passed to `timm.create_model` or to the transformers configuration.
 
     Raises:
-        ValueError: a name that cannot be found, a download that broke off, or a module that is neither timm's nor transformers'.
+        ValueError: a name that cannot be found, a download that broke off, a module that is neither timm's nor transformers',
+            or a model of other images than RGB.
     """
+    for name in CHANNELS:
+        _check_channels(role, name, model_args.get(name))
     if isinstance(name_or_module, nn.Module):
         if model_args or image_size:
             given = {**model_args, **({"image_size": image_size} if image_size else {})}
@@ -109,10 +114,27 @@ def load_classifier(
                 f"`{role}` {name_or_module!r} was not downloaded whole: {type(lost).__name__}, {lost}. The same command goes on with "
                 f"the download; without a network, give `{role}` the folder of a model that you have."
             ) from error
+    _check_channels(role, *_channels(classifier))
     classifier.spec = classifier.spec.updated(mean=mean, std=std, crop_pct=crop_pct)
     if labels is not None and classifier.num_labels == len(labels):
         classifier.labels = list(labels)  # a new head, or one that will learn to mean these
     return classifier
+
+
+def _channels(classifier: Classifier) -> tuple[str, Any]:
+    """The name that a library has for the number of channels of a model's images, and that number, None where it is unknown."""
+    if classifier.library == "timm":
+        return "in_chans", getattr(classifier.module, "in_chans", classifier.model_args.get("in_chans"))
+    config = classifier.module.config
+    return "num_channels", getattr(getattr(config, "vision_config", config), "num_channels", None)
+
+
+def _check_channels(role: str, name: str, channels: Any) -> None:
+    if channels not in (None, RGB):
+        raise ValueError(
+            f"`{role}` has `{name}` {channels}, but images are read, augmented and normalised as RGB, {RGB} channels. Leave `{name}` "
+            f"out: grey images are read as RGB, too. Of images with more bands, choose {RGB} and save them as RGB."
+        )
 
 
 def patch_size(classifier: Classifier) -> tuple[int, int] | None:
@@ -127,6 +149,8 @@ def patch_size(classifier: Classifier) -> tuple[int, int] | None:
         config = getattr(module.config, "vision_config", module.config)
         has_attention = any(hasattr(config, name) for name in ("num_attention_heads", "num_heads"))
         patch = getattr(config, "patch_size", None) if has_attention else None
+        if patch is not None:
+            patch = getattr(config, "patch_stride", patch)
     if isinstance(patch, int):
         return patch, patch
     return (patch[0], patch[1]) if isinstance(patch, (tuple, list)) else None
@@ -162,7 +186,8 @@ def _wrap_module(module: nn.Module, role: str) -> Classifier:
     if isinstance(module, PreTrainedModel):
         labels, source = _config_labels(module.config), module.config.name_or_path
         if hasattr(module, "timm_model"):  # transformers' wrapper keeps the data configuration to itself
-            wrapped = _timm_classifier(module.timm_model, source or name, labels, module.config.pretrained_cfg)
+            data = getattr(module.config, "pretrained_cfg", None)  # not there in configurations made by hand
+            wrapped = _timm_classifier(module.timm_model, source or name, labels, data)
             wrapped.spec = wrapped.spec.updated(antialias=getattr(module.config, "antialias", None))
             return wrapped
         if role == "teacher":
@@ -270,6 +295,9 @@ def _load_transformers(
         if isinstance(config, TimmWrapperConfig):  # a Hub id of a timm model, without timm's prefix
             return _load_timm(f"hf-hub:{name}", role, pretrained, labels, image_size, model_args)
         headless = type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        kinds: Any = None if headless else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+        if isinstance(kinds, tuple) and not config.architectures:  # the plain one of DeiT's and LeViT's
+            config.architectures = [kinds[0].__name__]
         auto = AutoModel if headless and role == "teacher" else AutoModelForImageClassification
         if not pretrained:
             module = auto.from_config(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from functools import cached_property, partial
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .loading import Classifier, check_patches, load_classifier
-from .taps import Tap, dry_run, find_taps, first_tensor
+from .maps import Tap, first_tensor
+from .taps import dry_run, find_taps
 
 
 __all__ = ["Student", "load_student"]
@@ -29,8 +31,12 @@ class Student(nn.Module):
     Attributes:
         model: the classifier itself, what is saved and published.
         taps: the two `Tap`s, found at their first use; `dims` and `grids` are theirs.
+        tap_remarks: sentences on what of them is not as the method, or the model's library, would have it.
         spec: the images it takes; labels: class names or None; num_labels: K.
     """
+
+    role = "student"
+    last_blocks = None
 
     def __init__(self, classifier: Classifier, tap_names: tuple[str, str] | None = None):
         super().__init__()
@@ -40,12 +46,18 @@ class Student(nn.Module):
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
         self.tap_names = tap_names
         self.pretrained = False
+        self.tap_remarks: list[str] = []
         self._tapped: dict[str, Any] = {}
         self._hooks: list[Any] = []
         self._recording = False
         if not self.num_labels:
             raise ValueError(
                 f"`student` {self.name!r} has no classifier head. Give it one with its number of classes."
+            )
+        if wanted := _other_input(self.model):
+            raise ValueError(
+                f"`student` {self.name!r} ({type(self.model).__name__}) takes {wanted}, not images as `pixel_values` (B, 3, height, "
+                "width): no map of an image can be tapped in it, at any `image_size`. Take a student that takes images."
             )
 
     def checkpoint_activations(self, kwargs: dict[str, Any] | None = None) -> None:
@@ -79,7 +91,12 @@ class Student(nn.Module):
     @cached_property
     def taps(self) -> tuple[Tap, Tap]:
         check_patches(dataclasses.replace(self.classifier, spec=self.spec), "student")
-        taps = find_taps(self)
+        try:
+            taps, self.tap_remarks = find_taps(self)
+        except AttributeError as error:  # of which `Module` would make that there are no `taps`
+            raise RuntimeError(f"`student` {self.name!r} could not be tapped: {error}.") from error
+        for remark in self.tap_remarks:
+            logger.warning(remark)
         self._hook(taps)
         return taps
 
@@ -114,7 +131,14 @@ class Student(nn.Module):
     def classify(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, height, width) to logits (B, K)."""
         output = self.model(pixel_values.to(self._dtype()))
-        return output.logits if isinstance(self.model, PreTrainedModel) else first_tensor(output)
+        if not isinstance(self.model, PreTrainedModel):
+            return first_tensor(output)
+        if not hasattr(output, "logits"):
+            raise TypeError(
+                f"a {type(self.model).__name__} puts out {', '.join(output)}, but no `logits`, which this package and the "
+                "pipelines of transformers read. Take another student, or such a network from timm."
+            )
+        return output.logits
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, height, width) to the penultimate map, the last map (B, C, h, w each) and logits (B, K)."""
@@ -177,3 +201,13 @@ def load_student(
     student = Student(classifier, tuple(taps) if taps is not None else None)  # type: ignore[arg-type]
     student.pretrained = pretrained and isinstance(name_or_module, str)
     return student
+
+
+def _other_input(model: Any) -> str | None:
+    """What a model of transformers takes instead of images, or beside their patches."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    if model.main_input_name != "pixel_values":
+        return f"`{model.main_input_name}`"
+    shapes = "spatial_shapes"  # of images that are cut into patches before
+    return f"cut patches with their `{shapes}`" if shapes in inspect.signature(model.forward).parameters else None

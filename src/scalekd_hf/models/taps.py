@@ -1,78 +1,47 @@
-"""Where a student is tapped: which modules put out its penultimate and its last map, and how to read them.
+"""Where a student or a teacher is tapped: which modules put out its penultimate and its last map, and how to read them.
 
 They are found by a dry run with one image. The autograd graph says at which modules the whole network passes through
 a single tensor (outputs of blocks and stages, not of their branches); their shapes say which of those belong to the
 last stage and to the one before it. The last map has passed the final norm where one stands before pooling, but in
 isotropic students without attention: of mixers the method takes the last block's output.
+
+What is found is checked against what timm or transformers say of the model's stages, and theirs are taken where it differs.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..images import ImageSpec
+from .maps import Tap, all_tensors, first_tensor, read_layout
+from .stages import Stage, raster_order, stated_stages
 
 
-__all__ = ["Tap", "dry_run", "find_taps", "first_tensor"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["SIZE_OPTIONS", "Tap", "dry_run", "find_taps", "first_tensor", "taps_between"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
-MAX_PREFIX_TOKENS = 16
+SHOWN = 12  # modules of a student that cannot be tapped by itself
+SIZE_OPTIONS = {"student": "image_size", "teacher": "teacher_image_size"}
 HALVED = 4  # cells, 2x2, of which a stage makes a single one
 
 
 class Tapped(Protocol):
-    """What the search needs to know of a student."""
+    """What the search needs to know of a student or a teacher."""
 
+    role: str  # "student" or "teacher"
     name: str
     model: Any
     spec: ImageSpec
     tap_names: tuple[str, str] | None
+    last_blocks: int | None  # of a teacher without stages: the blocks between the taps
 
     def classify(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, height, width) to logits (B, K)."""
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A module whose output is tapped, and how to read it as a map (B, C, h, w)."""
-
-    module: str
-    layout: str  # "NCHW", "NHWC" or "tokens"
-    dim: int
-    grid: tuple[int, int]
-    prefix: int = 0  # tokens before the patches
-
-    def as_map(self, output: Any) -> Tensor:
-        """The module's output as (B, C, h, w)."""
-        x = first_tensor(output)
-        if self.layout == "NHWC":
-            return x.permute(0, 3, 1, 2)
-        if self.layout == "tokens":
-            return x[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
-        return x
-
-    def as_tokens(self, output: Any) -> Tensor:
-        """The module's output as (B, N, C), or with its prefix (B, P + N, C)."""
-        x = first_tensor(output)
-        if self.layout == "tokens":
-            return x
-        return x.flatten(2).transpose(1, 2) if self.layout == "NCHW" else x.flatten(1, 2)
-
-    def from_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, N, C) as the module puts them out."""
-        if self.layout == "tokens":
-            return tokens
-        x = tokens.unflatten(1, self.grid)
-        return x.permute(0, 3, 1, 2) if self.layout == "NCHW" else x
 
 
 @dataclass(frozen=True)
@@ -87,64 +56,134 @@ class Visit:
     entering: int = 0  # cells of its input, where that is a map
 
 
-def find_taps(
-    student: Tapped, mixers_after_norm: bool = False, last_blocks: int | None = None
-) -> tuple[Tap, Tap]:
-    """The penultimate and last tap of a student or a teacher, found by a dry run with one image of zeros.
+def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[tuple[Tap, Tap], list[str]]:
+    """The penultimate and last tap of a student, found by a dry run with one image of zeros, and what to say of them.
 
     Args:
         student: to be tapped.
-        mixers_after_norm: the last map of a mixer is taken after its final norm, as up to November 2026 and of teachers.
-        last_blocks: of a teacher without stages: blocks between the taps.
+        mixers_after_norm: the last map of a mixer is taken after its final norm, as up to November 2026.
+
+    Returns:
+        The two taps, and sentences on what is not as the method, or the model's library, would have it.
 
     Raises:
         ValueError: a model that does not run at its image size, or without two maps to tap.
     """
     visits, logits = dry_run(student)
     if student.tap_names is not None:
-        return _named_taps(student, visits, student.tap_names)
-    one_cell = _halved_to_one_cell(visits, logits.grad_fn)
+        penultimate, last = _named_taps(student, visits, student.tap_names)
+        return (_in_order(student, penultimate), _in_order(student, last)), []
+    stages = stated_stages(student.model, student.spec.size)
+    one_cell = _halved_to_one_cell(visits, logits.grad_fn) or _ends_in_one_cell(stages, visits)
     visits = [visit for visit in visits if visit.tap.grid != (1, 1)]
-    pooling = [name for name, module in student.model.named_modules() if _pools_by_attention(module)]
-    visits = [visit for visit in visits if not any(visit.name.startswith(f"{name}.") for name in pooling)]
-    cuts = [visit for visit in visits if _is_cut(visit.node, logits.grad_fn)]
-    if not cuts:
-        raise ValueError(
-            f"`student` {student.name!r} ({type(student.model).__name__}) has no module at which all information passes "
-            f"through one map larger than 1x1 at {student.spec.size[0]}x{student.spec.size[1]} px: nothing can be tapped. "
-            "Larger images may help, or two modules named with `student_taps`."
-        )
-    same = [visit for visit in cuts if visit.node is cuts[-1].node]  # modules that hand on one tensor
-    last = min(same, key=lambda visit: (not visit.plain, len(visit.name)))
+    stages, ends = _stage_ends(stages, visits, student.spec.size)
+    whole = [visit for visit in visits if not visit.tap.index]  # not the second tensor of a module
+    cuts = [visit for visit in whole if _is_cut(visit.node, logits.grad_fn) and not _in_attention(visit)]
+    found = _search(student, whole, cuts, ends, mixers_after_norm) if cuts else None
+    if len(ends) > 1 and None not in ends[-2:] and (found is not None or not one_cell):
+        found = _reconciled(student, found, cuts, stages, [end for end in ends if end is not None])
+    if found is None:
+        raise ValueError(_no_taps(student, whole, bool(cuts)))
+    penultimate, last = found
+    remarks = [said] if (said := _disagreement(student, found, stages)) else []
     if one_cell:
-        logger.warning(
-            "`student` %r ends in a single cell at %dx%d px, which has no place and no second view: its last map is %s, before "
-            "it, and the last stage learns from the logits alone. Larger images give it a map (`image_size`).",
-            student.name,
-            *student.spec.size,
-            last.name,
+        remarks.append(
+            f"`{student.role}` {student.name!r} ends in a single cell at {student.spec.size[0]}x{student.spec.size[1]} px, which has "
+            f"no place and no second view: its last map is {last.module}, before it, and the last stage learns from the "
+            f"logits alone. Larger images give it a map (`{SIZE_OPTIONS[student.role]}`)."
         )
-    blocks = [visit for visit in cuts if any(True for _ in visit.module.children()) and _has_matrix(visit.module)]
+    return (_in_order(student, penultimate), _in_order(student, last)), remarks
+
+
+def _search(
+    student: Tapped, visits: list[Visit], cuts: list[Visit], ends: list[Visit | None], mixers_after_norm: bool
+) -> tuple[Tap, Tap] | None:
+    """The taps that the dry run alone suggests; of the library's stages, only how many blocks an isotropic network has."""
+    last = _last_cut(cuts)
+    blocks = [visit for visit in cuts if _is_block(visit)]
     here = [visit for visit in blocks if visit.tap.grid == last.tap.grid]
     before = [visit for visit in blocks if visit.tap.grid != last.tap.grid]
     if any(_area(visit) < _area(last) for visit in before):
-        raise ValueError(_no_taps(student))
+        return None
     kinds = Counter(_kind(visit) for visit in here if not isinstance(visit.module, CONTAINERS))
     # Hierarchical: the same kind of block on a larger grid, or too few blocks on the last one to be the whole network.
     if before and (any(_kind(visit) in kinds for visit in before) or max(kinds.values(), default=0) < 3):
-        penultimate = _last_of_stage(before, visits)
-        return penultimate.tap, last.tap
-    blocks, position = _isotropic_blocks(student, here)
-    if last_blocks is not None:
-        position = len(blocks) - last_blocks
-        if not 1 <= position < len(blocks):
-            raise ValueError(
-                f"`teacher_last_blocks` must be between 1 and {len(blocks) - 1}, one less than the blocks of `teacher` "
-                f"{student.name!r}, got {last_blocks}."
-            )
-    if not (_has_attention(blocks[0]) or _has_matrix(last.module) or mixers_after_norm):
-        last = blocks[-1]  # not the norm behind it
-    return blocks[position - 1].tap, last.tap
+        return _last_of_stage(before, visits).tap, last.tap
+    kind, depth = kinds.most_common(1)[0] if kinds else ("", 0)
+    if depth < 2:
+        return None
+    isotropic = [visit for visit in here if _kind(visit) == kind]
+    stated = [visit for visit in ends if visit is not None]
+    if len(stated) == depth:
+        isotropic = stated  # of which the blocks found may be parts
+    if not (_has_attention(isotropic[0]) or _has_matrix(last.module) or mixers_after_norm or student.last_blocks):
+        last = isotropic[-1]  # not the norm behind it
+    return isotropic[_published_position(student, isotropic) - 1].tap, last.tap
+
+
+def _last_cut(cuts: list[Visit]) -> Visit:
+    same = [visit for visit in cuts if visit.node is cuts[-1].node]  # modules that hand on one tensor
+    return min(same, key=lambda visit: (not visit.plain, len(visit.name)))
+
+
+def _stage_ends(
+    stages: list[Stage], visits: list[Visit], size: tuple[int, int]
+) -> tuple[list[Stage], list[Visit | None]]:
+    """The library's stages that learn and end in more than a cell, and the visits that their names and strides are of.
+
+    A stage without weights, such as the pooling after the last convolution of VGG, belongs to the one before it.
+    """
+    kept: list[Stage] = []
+    ends: list[Visit | None] = []
+    since = 0
+    for stage in stages:
+        named = [place for place, visit in enumerate(visits) if visit.name == stage.name]
+        place = next((place for place in named if stage.fits(visits[place].tap.grid, size)), None)
+        if place is None:
+            if min(size) > stage.stride:
+                kept.append(stage)
+                ends.append(None)
+            continue
+        if kept and ends[-1] is not None and not any(_has_matrix(visit.module) for visit in visits[since : place + 1]):
+            continue
+        kept.append(stage)
+        ends.append(visits[place])
+        since = place + 1
+    return kept, ends
+
+
+def _reconciled(
+    student: Tapped, found: tuple[Tap, Tap] | None, cuts: list[Visit], stages: list[Stage], ends: list[Visit]
+) -> tuple[Tap, Tap]:
+    """The taps found, or the ends of the last two stages of the library where there are none, or others."""
+    size = student.spec.size
+    isotropic = len({stage.stride for stage in stages}) == 1
+    before, last = ends[-2].tap, ends[-1].tap
+    if isotropic and len(ends) == len(stages):
+        before = ends[_published_position(student, ends) - 1].tap
+    if found is not None and stages[-1].fits(found[1].grid, size):
+        inside = not isotropic and found[0].module.startswith(f"{last.module}.")
+        return (before if inside or not stages[-2].fits(found[0].grid, size) else found[0]), found[1]
+    if found is None and cuts and stages[-1].fits(_last_cut(cuts).tap.grid, size):
+        last = _last_cut(cuts).tap  # has passed the norm
+    return before, last
+
+
+def _disagreement(student: Tapped, taps: tuple[Tap, Tap], stages: list[Stage]) -> str | None:
+    """What to say where taps are of other strides than the last two stages that the library states."""
+    size = student.spec.size
+    if len(stages) < 2 or all(stage.fits(tap.grid, size) for stage, tap in zip(stages[-2:], taps, strict=True)):
+        return None
+    found = " and ".join(f"{tap.module} (stride {size[0] / tap.grid[0]:.3g})" for tap in taps)
+    library = "transformers" if hasattr(student.model, "config") else "timm"
+    return (
+        f"`{student.role}` {student.name!r} is tapped at {found}, but {library} says that its last two stages are {stages[-2]} and "
+        f"{stages[-1]}. If these are what you want, name them, or the modules that they are, with `{student.role}_taps`."
+    )
+
+
+def _in_order(student: Tapped, tap: Tap) -> Tap:
+    return replace(tap, order=raster_order(student.model, tap.grid)) if tap.layout == "tokens" else tap
 
 
 def _last_of_stage(before: list[Visit], visits: list[Visit]) -> Visit:
@@ -175,46 +214,97 @@ def _last_of_stage(before: list[Visit], visits: list[Visit]) -> Visit:
 
 
 def _named_taps(student: Tapped, visits: list[Visit], names: tuple[str, str]) -> tuple[Tap, Tap]:
-    by_name = {visit.name: visit.tap for visit in visits}
+    by_name = {visit.name: visit.tap for visit in sorted(visits, key=lambda visit: -visit.tap.index)}  # the first map
     wrong = len(names) != 2 or names[0] == names[1] or any(name not in by_name for name in names)
     order = [visit.name for visit in visits]
     if wrong or order.index(names[0]) > order.index(names[1]):
         raise ValueError(
-            f"`student_taps` must name two modules of `student` {student.name!r} that put out maps, the earlier first, got {list(names)}. "
+            f"`{student.role}_taps` must name two modules of `{student.role}` {student.name!r} that put out maps, the earlier first, got {list(names)}. "
             f"Those are: {', '.join(by_name)}."
         )
     return by_name[names[0]], by_name[names[1]]
 
 
-def _isotropic_blocks(student: Tapped, visits: list[Visit]) -> tuple[list[Visit], int]:
-    """The blocks, and which of them, counted from 1, is the penultimate tap as published.
+def taps_between(teacher: Tapped, names: tuple[str, str]) -> tuple[Tap, Tap]:
+    """What the first of two modules gets and what the second puts out.
 
-    That is block 9 of 12 in a ViT (3/4 of the depth), and the third from the end in mixers and EVA-02.
+    Raises:
+        ValueError: names of no modules, or modules without a map there.
     """
-    kinds = Counter(_kind(visit) for visit in visits if not isinstance(visit.module, CONTAINERS))
-    kind, depth = kinds.most_common(1)[0] if kinds else ("", 0)
-    if depth < 2:
-        raise ValueError(_no_taps(student))
-    blocks = [visit for visit in visits if _kind(visit) == kind]
-    vit = _has_attention(blocks[0]) and "eva" not in kind.lower()
-    return blocks, max(1, 3 * depth // 4) if vit else max(1, depth - 2)
+    modules = dict(teacher.model.named_modules())
+    if unknown := [name for name in names if name not in modules]:
+        raise ValueError(f"`teacher_taps` names {unknown}, which `teacher` {teacher.name!r} does not have.")
+    got: list[Tensor] = []
+    hook = modules[names[0]].register_forward_pre_hook(
+        lambda module, args, kwargs: got.append(first_tensor(args or kwargs)), with_kwargs=True
+    )
+    try:
+        visits, _ = dry_run(teacher)
+    finally:
+        hook.remove()
+    grids = [visit.tap.grid for visit in visits if visit.tap.layout == "NCHW"]
+    channels_last = getattr(teacher.model, "output_fmt", "") == "NHWC"
+    entering = read_layout(names[0], got[0], teacher.spec.size, grids, channels_last) if got else None
+    last = next((visit.tap for visit in reversed(visits) if visit.name == names[1] and not visit.tap.index), None)
+    if entering is None or last is None:
+        wrong = names[0] if entering is None else names[1]
+        raise ValueError(
+            f"`teacher_taps` are {list(names)}, but {wrong} {'gets' if entering is None else 'puts out'} no map or tokens of one in "
+            f"`teacher` {teacher.name!r}. Those that put out some are: {', '.join(dict.fromkeys(v.name for v in visits))}."
+        )
+    return _in_order(teacher, entering), _in_order(teacher, last)
+
+
+def _published_position(student: Tapped, blocks: list[Visit]) -> int:
+    """Which block of an isotropic network, counted from 1, is the penultimate tap: of a student as published.
+
+    That is block 9 of 12 in a ViT (3/4 of the depth), and the third from the end in mixers and EVA-02, whose blocks are timm's
+    also for later ViTs, such as DINOv3.
+    """
+    if student.last_blocks is not None:
+        if not 1 <= student.last_blocks < len(blocks):
+            raise ValueError(
+                f"`teacher_last_blocks` must be between 1 and {len(blocks) - 1}, one less than the blocks of `teacher` "
+                f"{student.name!r}, got {student.last_blocks}."
+            )
+        return len(blocks) - student.last_blocks
+    architecture = (getattr(student.model, "pretrained_cfg", None) or {}).get("architecture") or ""
+    vit = _has_attention(blocks[0]) and not architecture.startswith("eva02")
+    return max(1, 3 * len(blocks) // 4 if vit else len(blocks) - 2)
 
 
 def _has_attention(block: Visit) -> bool:
     return any("attn" in name or "attention" in name for name, _ in block.module.named_children())
 
 
-def _pools_by_attention(module: nn.Module) -> bool:
-    """Whether a module makes one vector of a map with queries: what is inside is no map of the network's."""
-    kind = type(module).__name__.lower()
-    return "attention" in kind and "pool" in kind
+def _in_attention(visit: Visit) -> bool:
+    """Whether a module is part of an attention, whose keys and values are no map: one that pools has nothing beside them."""
+    return any("attn" in name or "attention" in name for name in visit.name.split(".")[:-1])
 
 
-def _no_taps(student: Tapped) -> str:
-    return (
-        f"`student` {student.name!r} ({type(student.model).__name__}) has no two stages or blocks that the dry run could "
-        f"find at {student.spec.size[0]}x{student.spec.size[1]} px. Name two modules with `student_taps`."
+def _no_taps(student: Tapped, visits: list[Visit], any_cut: bool) -> str:
+    missing = (
+        "no two stages or blocks that the dry run could find"
+        if any_cut
+        else "no module at which all information passes through one map larger than 1x1"
     )
+    blocks = [visit for visit in visits if _is_block(visit)]
+    names = {visit.name for visit in blocks}
+    outer = {v.name: v.tap.grid for v in blocks if not any(v.name.startswith(f"{name}.") for name in names)}
+    shown = ", ".join([f"{name} ({height}x{width})" for name, (height, width) in outer.items()][-SHOWN:])
+    return (
+        f"`{student.role}` {student.name!r} ({type(student.model).__name__}) has {missing} at "
+        f"{student.spec.size[0]}x{student.spec.size[1]} px. "
+        + (
+            f"Name two modules with `{student.role}_taps`; these put out maps: {shown}."
+            if shown
+            else "Larger images may help."
+        )
+    )
+
+
+def _is_block(visit: Visit) -> bool:
+    return any(True for _ in visit.module.children()) and _has_matrix(visit.module)
 
 
 def _area(visit: Visit) -> int:
@@ -234,12 +324,16 @@ def dry_run(student: Tapped) -> tuple[list[Visit], Tensor]:
     visits: list[Visit] = []
     grids: list[tuple[int, int]] = []
     names = {module: name for name, module in student.model.named_modules() if name}
+    channels_last = getattr(student.model, "output_fmt", "") == "NHWC"
 
     def record(module: nn.Module, args: tuple, output: Any) -> None:
-        x = first_tensor(output)
-        tap = _read_layout(names[module], x, student, grids) if isinstance(x, Tensor) and x.requires_grad else None
-        if tap is not None:
-            visits.append(Visit(tap.module, module, tap, x.grad_fn, x is output, _cells(first_tensor(args), tap)))
+        for index, x in enumerate(all_tensors(output)):
+            if not x.requires_grad or x.shape[0] != 1:  # not of the image, or of windows of it
+                continue
+            tap = read_layout(names[module], x, student.spec.size, grids, channels_last)
+            if tap is not None:
+                visit = Visit(tap.module, module, tap, x.grad_fn, x is output, _cells(first_tensor(args), tap))
+                visits.append(replace(visit, tap=replace(tap, index=index)))
 
     hooks = [module.register_forward_hook(record) for module in names]
     was_training = [(module, module.training) for module in student.model.modules()]
@@ -249,10 +343,12 @@ def dry_run(student: Tapped) -> tuple[list[Visit], Tensor]:
         student.model.eval()
         with torch.enable_grad():
             logits = student.classify(image)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:  # whatever the model raises
+        size_may_help = isinstance(error, (RuntimeError, ValueError, AssertionError))
         raise ValueError(
-            f"`student` {student.name!r} does not run on images of {student.spec.size[0]}x{student.spec.size[1]} px: "
-            f"{error} Choose an `image_size` that fits its patches, windows and strides."
+            f"`{student.role}` {student.name!r} does not run on images of {student.spec.size[0]}x{student.spec.size[1]} px: "
+            f"{str(error).rstrip('.') or repr(error)}."
+            + (f" Choose a `{SIZE_OPTIONS[student.role]}` that fits its patches, windows and strides." if size_may_help else "")
         ) from error
     finally:
         for hook in hooks:
@@ -269,8 +365,9 @@ def _halved_to_one_cell(visits: list[Visit], logits_node: Any) -> bool:
     return first is not None and first.entering <= HALVED and _has_matrix(first.module)
 
 
-def _is_single(x: Tensor) -> bool:
-    return x.ndim == 4 and (x.shape[2:] == (1, 1) or x.shape[1:3] == (1, 1))
+def _ends_in_one_cell(stages: list[Stage], visits: list[Visit]) -> bool:
+    """Whether the last stage that the library states does."""
+    return bool(stages) and any(v.name == stages[-1].name and v.tap.grid == (1, 1) for v in visits)
 
 
 def _cells(x: Any, tap: Tap) -> int:
@@ -278,45 +375,6 @@ def _cells(x: Any, tap: Tap) -> int:
     if not isinstance(x, Tensor) or x.ndim != 4:
         return 0
     return x.shape[1] * x.shape[2] if tap.layout == "NHWC" else x.shape[2] * x.shape[3]
-
-
-def _read_layout(name: str, x: Tensor, student: Tapped, grids: list[tuple[int, int]]) -> Tap | None:
-    """How to read an output as a map with the image's aspect ratio, or as a single cell; None if it is neither."""
-    height, width = student.spec.size
-    if _is_single(x):
-        return (
-            Tap(name, "NCHW", x.shape[1], (1, 1)) if x.shape[2:] == (1, 1) else Tap(name, "NHWC", x.shape[3], (1, 1))
-        )
-
-    def fits(h: int, w: int) -> bool:
-        return h * w > 1 and abs(h * width - w * height) <= max(height, width) and h <= height and w <= width
-
-    if x.ndim == 4:
-        nchw, nhwc = fits(*x.shape[2:]), fits(*x.shape[1:3])
-        if nhwc and (not nchw or getattr(student.model, "output_fmt", "") == "NHWC"):
-            return Tap(name, "NHWC", x.shape[3], (x.shape[1], x.shape[2]))
-        if not nchw:
-            return None
-        grid = (x.shape[2], x.shape[3])
-        grids.append(grid)
-        return Tap(name, "NCHW", x.shape[1], grid)
-    if x.ndim == 3:
-        for grid in _token_grids(x.shape[1], (height, width), grids):
-            prefix = x.shape[1] - grid[0] * grid[1]
-            if fits(*grid):
-                return Tap(name, "tokens", x.shape[2], grid, prefix)
-    return None
-
-
-def _token_grids(tokens: int, size: tuple[int, int], grids: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Grids that `tokens` may stand for: one seen as a map earlier (the patch embedding), else of the image's shape."""
-    for h, w in reversed(grids):
-        if 0 <= tokens - h * w <= MAX_PREFIX_TOKENS and h * w > tokens // 2:
-            yield h, w
-    for prefix in range(min(MAX_PREFIX_TOKENS, tokens)):
-        h = round(((tokens - prefix) * size[0] / size[1]) ** 0.5)
-        if h and (tokens - prefix) % h == 0 and abs(h * size[1] - (tokens - prefix) // h * size[0]) < max(size):
-            yield h, (tokens - prefix) // h
 
 
 def _is_cut(node: Any, logits_node: Any) -> bool:
@@ -335,10 +393,3 @@ def _is_cut(node: Any, logits_node: Any) -> bool:
             return False  # a leaf that is no parameter is the image
         stack.extend(parent for parent, _ in current.next_functions if parent is not None)
     return True
-
-
-def first_tensor(output: Any) -> Any:
-    """The tensor of a module's output: itself, or the first of a tuple, list or model output."""
-    while isinstance(output, (tuple, list, dict)) and len(output):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .last_stage import LastStage
 from .loading import Classifier, check_patches, load_classifier
-from .taps import Tap, find_taps, first_tensor
+from .maps import first_tensor
+from .taps import find_taps, taps_between
 
 
 __all__ = ["Teacher", "load_teacher"]
@@ -31,13 +32,20 @@ TOLERANCE = 1e-4  # of the last map's largest value
 
 
 class Teacher(nn.Module):
-    """A frozen classifier, seen as a map of its last stage, logits, and that last stage.
+    """A frozen network, seen as a map of its last stage, logits, and that last stage.
 
     Stays in eval mode whatever `train()` is called with (but for stochastic depth, where that was asked
     for); no parameter requires a gradient, but gradients pass through `last_stage` to its input.
 
+    Args:
+        classifier: the network.
+        last_blocks: see `load_teacher`.
+        drop_path: see `load_teacher`.
+        tap_names: names of the module that gets the tokens entering the last stage and of the one that puts out the last map;
+            None to find them.
+
     Attributes:
-        taps: the `Tap`s whose outputs are the tokens entering the last stage and the last map.
+        taps: where the tokens enter the last stage, and where the last map leaves it.
         penultimate_dim, penultimate_grid: width D_p and grid (H_p, W_p) of the tokens entering the last stage.
         dim, grid: width D and grid (H, W) of the last map.
         spec: the images the teacher was made for; labels: its class names or None; num_labels: K or 0.
@@ -45,6 +53,8 @@ class Teacher(nn.Module):
     Raises:
         ValueError: a model in which no last stage is found, or one that does not give the model's own last map.
     """
+
+    role = "teacher"
 
     def __init__(
         self,
@@ -55,7 +65,7 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.model: Any = classifier.module
-        self.drop_path, self.tap_names = drop_path, tap_names
+        self.last_blocks, self.drop_path, self.tap_names = last_blocks, drop_path, tap_names
         self.is_sharded = False  # see `sharding.py`
         self.name, self.spec = classifier.name, classifier.spec
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
@@ -64,14 +74,22 @@ class Teacher(nn.Module):
         self.eval()
         check_patches(classifier, "teacher")
         self._check_drop_path()
-        self.taps = self._find_taps(last_blocks)
+        self._find()
+
+    def _find(self) -> None:
+        """Find the last stage, and see that it gives the model's own last map."""
+        self.taps = find_taps(self)[0] if self.tap_names is None else taps_between(self, self.tap_names)
         (self.penultimate_dim, self.penultimate_grid), (self.dim, self.grid) = ((tap.dim, tap.grid) for tap in self.taps)
         self._captured: dict[str, Any] = {}
         self._mask = ""  # the argument that hides prefix tokens, where position terms are sized for them
         self._hidden: Tensor | None = None
-        self._stage = LastStage(self.model, self.spec.size, *(tap.module for tap in self.taps))
-        self.model.get_submodule(self.taps[1].module).register_forward_hook(self._keep_last)
-        self._prove()
+        self.register_buffer("_places", self.taps[0].places(), persistent=False)  # of tokens in another order
+        names = [tap.module for tap in self.taps]
+        by_input = self.tap_names is not None
+        self._stage = LastStage(self.model, self.spec.size, names[0], names[1], by_input, self.taps[0].index)
+        self.model.get_submodule(names[1]).register_forward_hook(self._keep_last)
+        if not next(self.parameters()).is_meta:
+            self._prove()
 
     def train(self, mode: bool = True) -> Teacher:
         """Calls `eval()`: a teacher has no training mode; stochastic depth follows `mode` where it was asked for."""
@@ -104,6 +122,8 @@ class Teacher(nn.Module):
 
     def _run(self, tokens: Tensor) -> Tensor:
         entering, last = self.taps
+        if self._places is not None:
+            tokens = tokens[:, self._places]
         try:
             return last.as_tokens(self._stage(entering.from_tokens(tokens)))
         finally:
@@ -114,7 +134,7 @@ class Teacher(nn.Module):
         output = self.model(pixel_values)
         return _logits(output) if self.num_labels else first_tensor(output).flatten(1).mean(1, keepdim=True)
 
-    def _patches(self, tap: Tap) -> int:
+    def _patches(self, tap: Any) -> int:
         return tap.grid[0] * tap.grid[1]
 
     def _behind(self, prefix: Tensor, tokens: Tensor) -> Tensor:
@@ -130,7 +150,7 @@ class Teacher(nn.Module):
         return args, {**kwargs, self._mask: self._hidden if given is None else given + self._hidden}
 
     def _keep_last(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._captured["last"] = first_tensor(output)
+        self._captured["last"] = output
 
     def _check_drop_path(self) -> None:
         if self.drop_path and not self._drop_paths:
@@ -138,13 +158,6 @@ class Teacher(nn.Module):
                 f"`teacher_drop_path` is {self.drop_path}, but `teacher` {self.name!r} has no stochastic depth layers. "
                 "Set it to 0, or give a teacher that has them by name."
             )
-
-    def _find_taps(self, last_blocks: int) -> tuple[Tap, Tap]:
-        self.requires_grad_(True)
-        try:
-            return find_taps(self, mixers_after_norm=True, last_blocks=last_blocks)
-        finally:
-            self.requires_grad_(False)
 
     @torch.no_grad()
     def _prove(self) -> None:
@@ -154,23 +167,20 @@ class Teacher(nn.Module):
             ValueError: it does not.
         """
         parameter = next(self.parameters())
-        if parameter.is_meta:
-            return
         entering, last = self.taps
-        entered: list[Tensor] = []
-        hook = self.model.get_submodule(entering.module).register_forward_hook(
-            lambda module, args, output: entered.append(entering.as_tokens(output))
-        )
+        entered: list[Any] = []
+        watching = self._stage.watch(entered)
         images = torch.randn(2, 3, *self.spec.size, generator=torch.Generator().manual_seed(0)).to(parameter)
         try:
             self.model(images)
         finally:
-            hook.remove()
+            watching.remove()
         expected = last.as_tokens(self._captured.pop("last"))
         self.model(torch.zeros_like(images[:1]))  # what modules keep of a batch is not of these images
+        tokens = entering.as_tokens(entered[0])
         if entering.prefix:
-            self._prepare_for_patches_alone(entered[0])
-        found = self.last_stage(entered[0])
+            self._prepare_for_patches_alone(tokens)
+        found = self.last_stage(tokens)
         if not _close(found, expected[:, expected.shape[1] - found.shape[1] :]):
             error, scale = (found - expected[:, -found.shape[1] :]).abs().max(), expected.abs().max()
             raise ValueError(
@@ -208,7 +218,9 @@ class Teacher(nn.Module):
     def _blocks(self) -> list[nn.Module]:
         """The blocks of a plain transformer that follow the one whose tokens enter the last stage."""
         path, _, index = self.taps[0].module.rpartition(".")
-        return list(self.model.get_submodule(path).children())[int(index) + 1 :] if index.isdigit() else []
+        if not index.isdigit():
+            return []
+        return list(self.model.get_submodule(path).children())[int(index) + (self.tap_names is None) :]
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

@@ -18,6 +18,7 @@ from ..data.holdout import held_out_share, refuse_stream
 from ..data.loading import count_images, load_data
 from ..data.preparation import Preparation
 from ..images import ImageSpec
+from ..models.saving import check_rebuildable
 from ..models.students import load_student
 from ..models.teachers import load_teacher
 from ..training.config import ScaleKDConfig
@@ -128,6 +129,7 @@ def _build(arguments: DistillArguments, config: ScaleKDConfig, labels: list[str]
         image_size=config.image_size,
         **dict(arguments.student_args or {}),  # type: ignore[arg-type]
     )
+    check_rebuildable(student)
     return build_model(student, teacher, config).train()
 
 
@@ -155,6 +157,7 @@ def _describe_models(result: Plan, model: ScaleKDModel) -> None:
         "last_grid": grids[1],
         "last_dim": dims[1],
     }
+    result.warnings += student.tap_remarks
 
 
 def _parameters(module: nn.Module) -> int:

@@ -216,7 +216,7 @@ def check_taps(folder: Path, student: Student, settings: dict[str, Any] | None) 
     if settings is not None:
         then = settings["student_taps"]
     else:
-        then = now if student.tap_names is not None else [tap.module for tap in find_taps(student, True)]
+        then = now if student.tap_names is not None else [tap.module for tap in find_taps(student, True)[0]]
     if then is not None and then != now:
         raise ValueError(
             f"The checkpoint {str(folder)!r} is of a student that was tapped at {', '.join(then)}; it would be tapped at "
