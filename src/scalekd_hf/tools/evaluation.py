@@ -228,7 +228,9 @@ def evaluate_model(
         per_image = PerImage(label_places(dataset_labels(dataset, config.label_column), which), which.classes)
     student.spec = asked_images(student, config)
     prepared = prepare_images(dataset, "eval_dataset", student, config, compare_labels=which is None)
-    _check_label(getattr(prepared, "label", 0), config.label_column, student.num_labels)
+    label = getattr(prepared, "label", 0)
+    if not (which is None and isinstance(label, str)):  # a name has been looked up
+        _check_label(label, config.label_column, student.num_labels)
     if which is not None and which.name == "imagenet-real":
         real = ReaL(read_real_labels(real_labels), dataset, config.image_column, len(prepared))
     # The trainer compares class names with the model's, where the data set is not yet prepared.
