@@ -172,7 +172,14 @@ def test_a_plan_and_a_student_of_a_recipe_have_the_stated_classes(tmp_path):
     digits = [str(number) for number in range(10)]
     names = [f"number {digit}" for digit in digits]
     _, pattern = stored(with_labels([names[3], names[0]], TEXT), tmp_path / "data")
-    given = {"student": "timm/resnet18", "image_size": 32, "teacher": str(TEACHER), "train_files": pattern}
+    small = {"depths": [1, 1, 2, 1], "dims": [8, 12, 16, 24], "patch_size": 2}
+    given = {
+        "student": "timm/convnext_atto",
+        "student_args": json.dumps(small),
+        "image_size": 32,
+        "teacher": str(TEACHER),
+        "train_files": pattern,
+    }
     given |= {"logit_weight": 0.0, "max_steps": 2, "output_dir": str(tmp_path / "run"), "eval_split": "none"}
     assert "'number 3' in row 0, which is no class of the model" in plan(given).error
     assert plan({**given, "class_names": names}).error is None

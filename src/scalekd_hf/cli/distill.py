@@ -109,7 +109,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     alone = [baseline_config(words, arguments, config)] if arguments.baseline else []
     resume_or_refuse(config, *alone)
-    data = load_data(arguments)
+    data = load_data(arguments, config.output_dir if config.process_index == 0 else None)
     if config.process_index == 0:
         write_config(arguments, config, Path(str(config.output_dir)) / RESOLVED_FILE)
     results = {}

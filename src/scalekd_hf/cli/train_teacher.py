@@ -22,7 +22,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Train the classifier that the words name; those of this process by default."""
     arguments, config = parse_config(TeacherArguments, words)
     resume_or_refuse(config)
-    train, evaluation = load_data(arguments)
+    train, evaluation = load_data(arguments, config.output_dir if config.process_index == 0 else None)
     set_seed(config.seed)
     labels = shown_labels(train, config.label_column, arguments.num_classes, arguments.class_names)
     if labels is None:

@@ -21,6 +21,7 @@ from .holdout import held_out_share, hold_out
 __all__ = ["DataArguments", "count_images", "load_data", "load_local", "load_split"]
 
 AGAIN = "The same command tries again; `--streaming true` reads while training, and tries again by itself."
+UNUSED_FILE = "unused_files.jsonl"
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 
@@ -53,15 +54,19 @@ class DataArguments:
     streaming: bool = field(default=True, metadata={"help": "Read while training, without a download first."})
 
 
-def load_data(arguments: DataArguments) -> tuple[Any, Any]:
+def load_data(arguments: DataArguments, list_in: str | Path | None = None) -> tuple[Any, Any]:
     """The training and the evaluation data set.
+
+    Args:
+        arguments: where the images come from.
+        list_in: folder in which the files of a folder of images that are not used are listed, in `unused_files.jsonl`.
 
     Raises:
         ValueError: no source, files that do not exist, or a data set that cannot be loaded.
     """
     if arguments.dataset is None and arguments.train_files is None:
         raise ValueError("There is no data: set `dataset`, or `train_files` and `eval_files`.")
-    local = load_local(arguments) if arguments.train_files is None or arguments.eval_files is None else None
+    local = load_local(arguments, list_in) if arguments.train_files is None or arguments.eval_files is None else None
     train = load_split(arguments, arguments.train_files, arguments.train_split, local)
     share = held_out_share(arguments.eval_split)
     if share is not None and arguments.eval_files is not None:
@@ -92,10 +97,10 @@ def matching_files(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern, recursive=True) or glob.glob(os.path.join(glob.escape(folder), name)))
 
 
-def load_local(arguments: DataArguments) -> dict[str, datasets.Dataset] | None:
+def load_local(arguments: DataArguments, list_in: str | Path | None = None) -> dict[str, datasets.Dataset] | None:
     """The splits of a folder of images, or of a data set that `save_to_disk` wrote; None for what `datasets` reads.
 
-    Where there are none, all is under "all", and is trained on.
+    Where there are none, all is under "all", and is trained on. Arguments as of `load_data`.
 
     Raises:
         ValueError: see `read_folder`.
@@ -112,6 +117,8 @@ def load_local(arguments: DataArguments) -> dict[str, datasets.Dataset] | None:
     if images is None:
         _check_no_folder(arguments)
         return None
+    if list_in is not None:
+        images.list_unused(Path(list_in) / UNUSED_FILE)
     return images.tables()
 
 

@@ -152,8 +152,10 @@ def summarise(
     }
 
 
-def load_data(arguments: EvaluateArguments) -> Any:
+def load_data(arguments: EvaluateArguments, list_in: str | None = None) -> Any:
     """The labelled images that the arguments name, a `datasets` object; `arguments.eval_split` becomes the split's name.
+
+    Files of a folder that are not used are listed in the folder `list_in`.
 
     Raises:
         ValueError: none are named, or they cannot be loaded.
@@ -170,7 +172,7 @@ def load_data(arguments: EvaluateArguments) -> Any:
                 f"they publish ({which.folder}), or to a data set with these class names."
             )
         arguments.dataset = which.hub_id
-    local = load_local(arguments)
+    local = load_local(arguments, list_in)
     if share is not None:
         return hold_out(load_split(arguments, None, arguments.train_split, local), share)[1]
     if local is not None and ALL in local:  # without splits it is evaluated whole
