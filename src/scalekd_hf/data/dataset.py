@@ -91,11 +91,9 @@ def _labels(dataset: Any, label_column: str) -> set[Any] | None:
     if not is_integer and not has_names(dataset, label_column):
         return None
     labels = distinct_values(dataset, label_column)
-    return (
-        labels
-        if labels is not None and all(isinstance(label, int if is_integer else str) for label in labels)
-        else None
-    )
+    if labels is None or not all(isinstance(label, int if is_integer else str) for label in labels):
+        return None
+    return labels if is_integer else {label.strip() for label in labels}
 
 
 def _check_stated(dataset: Any, label_column: str, stated: list[str], own: list[str] | None) -> None:

@@ -191,6 +191,7 @@ def read_label(
                 f"{where}: class indices are needed, not names, for the model names no classes. Name them, in their order: with "
                 "the setting `class_names`, or in Python with `load_student(name, labels=names)`."
             )
+        label = label if label in places else label.strip()  # text files end in a line break
         if label not in places:
             raise LabelError(
                 f"{where}, which is no class of the model: {some(list(places))}. A new student's classes are named by `class_names`."
@@ -209,6 +210,11 @@ def read_label(
             begin = " Labels that begin at 1 must be one less." if label == num_labels else ""
             raise LabelError(f"{where}, but the model's classes are 0 to {num_labels - 1}.{begin}")
         return label
+    if isinstance(label, dict):
+        key = next(iter(label), "label")
+        raise LabelError(
+            f"{where}, in which one entry may be the label. Take it out: `dataset.map(lambda row: {{'label': row[{column!r}][{key!r}]}})`."
+        )
     check_shares(np.asarray(label)[None], num_labels, where)
     return label
 

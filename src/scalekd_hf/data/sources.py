@@ -36,7 +36,7 @@ from ..borrowed.datasets import (
 from ..network import is_of_network
 
 
-__all__ = ["Shards", "StreamReadError", "Table", "distinct_values", "retrying"]
+__all__ = ["Shards", "StreamReadError", "Table", "arrow_reader", "distinct_values", "retrying"]
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def distinct_values(dataset: Any, column: str) -> set[Any] | None:
     for file, groups in parquet or [(file, None) for file in files]:
         with pyarrow.memory_map(file) as mapped:
             if arrow is not None:
-                table = _arrow_table(mapped)
+                table = arrow_reader(mapped).read_all()
             else:
                 opened = pyarrow.parquet.ParquetFile(mapped)
                 wanted = range(opened.num_row_groups) if groups is None else groups
@@ -181,12 +181,12 @@ def distinct_values(dataset: Any, column: str) -> set[Any] | None:
     return values - {None}
 
 
-def _arrow_table(mapped: Any) -> Any:
-    """An Arrow file, in either of its formats; what is not looked at is not read."""
+def arrow_reader(mapped: Any) -> Any:
+    """A reader of a memory-mapped Arrow file, in either of its formats; what is not looked at is not read."""
     try:
-        return pyarrow.ipc.open_stream(mapped).read_all()
+        return pyarrow.ipc.open_stream(mapped)
     except pyarrow.ArrowInvalid:
-        return pyarrow.ipc.open_file(mapped).read_all()
+        return pyarrow.ipc.open_file(mapped)
 
 
 def _rows(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
