@@ -3,6 +3,7 @@
 The table in docs/data.md is made of the same cases: SCALEKD_WRITE_DOCS=1 pytest tests/data/test_folders.py writes it.
 """
 
+import json
 import os
 
 import datasets
@@ -83,8 +84,9 @@ CASES = {
     "other files": (
         [*photos("cat", "dog"), "cat/notes.txt", "readme.txt", "cat/.hidden.png", "beside.png", "dog/raw.cr2"],
         {"all": {"cat": 3, "dog": 3}},
-        "2 classes, 6 images, no splits. Not used: 1 files that are no images here (.cr2); 2 files that are no images here "
-        "(.txt); 1 images beside the folders of classes",
+        "2 classes, 6 images, no splits. Not used: 1 files that are no images here (.cr2): dog/raw.cr2; 2 files that are no "
+        "images here (.txt): cat/notes.txt, readme.txt; 1 hidden files or folders: cat/.hidden.png; 1 images beside the folders "
+        "of classes: beside.png",
     ),
     "files without an ending": (
         ["cat/one", "dog/two", "dog/3.PNG"],
@@ -167,9 +169,30 @@ def test_tables_archives_and_metadata_are_left_to_datasets(tmp_path):
     (tmp_path / "table" / "metadata.csv").write_text("file_name,label\n")
     beside = make(tmp_path / "beside", *photos("cat", "dog"))
     (beside / "labels.csv").write_text("a table of somebody's\n")
-    assert read_folder(beside).unused == {"files that are no images here (.csv)": 1}
+    assert read_folder(beside).unused == {"files that are no images here (.csv)": ["labels.csv"]}
     (tmp_path / "nothing").mkdir()
     assert read_folder(tmp_path / "table") is None and read_folder(tmp_path / "nothing") is None
+
+
+def test_every_file_that_is_not_used_is_named_and_listed_in_the_output_folder(tmp_path, caplog):
+    root = make(tmp_path / "photos", *photos("train/cat", "train/dog"), "train/beside.png", ".git/")
+    for number in range(7):
+        (root / "train" / "dog" / f"{number}.txt").touch()
+    arguments = DataArguments(dataset=str(root), eval_split="none")
+    load_data(arguments, tmp_path / "run")
+    text, hidden = "files that are no images here (.txt)", "hidden files or folders"
+    notes = [f"train/dog/{number}.txt" for number in range(7)]
+    assert f"7 {text}: {', '.join(notes[:5])}, ...; 1 {hidden}: .git; 1 images beside the folders of" in caplog.text
+    listed = [json.loads(line) for line in (tmp_path / "run" / "unused_files.jsonl").read_text().splitlines()]
+    assert listed[:7] == [{"file": name, "reason": text} for name in notes] and listed[7]["file"] == ".git"
+    assert listed[8] == {"file": "train/beside.png", "reason": "images beside the folders of classes"}
+    unused = read_folder(root).unused
+    assert len(listed) == 9 == sum(map(len, unused.values())) and unused[text] == notes
+    for name in [*notes, "train/beside.png"]:
+        (root / name).unlink()
+    (root / ".git").rmdir()
+    load_data(arguments, tmp_path / "run")
+    assert not (tmp_path / "run" / "unused_files.jsonl").exists()
 
 
 def test_what_the_folders_are_is_said_of_a_folder_of_images_alone(tmp_path):

@@ -15,6 +15,7 @@ from datasets.utils.file_utils import xopen
 
 
 __all__ = [
+    "arrow_files",
     "files_of",
     "has_rows_in_shard_order",
     "open_file",
@@ -88,6 +89,11 @@ def parquet_row_groups(stream: datasets.IterableDataset) -> list[tuple[str, tupl
     if getattr(builder, "name", None) != "parquet" or builder.config.filters is not None or "files" not in files:
         return None
     return list(zip(files["files"], files["row_groups_list"], strict=True))
+
+
+def arrow_files(stream: datasets.IterableDataset) -> list[str] | None:
+    """The files of a plain stream of Arrow files; None for other streams."""
+    return files_of(stream).get("files") if getattr(_builder(stream), "name", None) == "arrow" else None
 
 
 def token_of(stream: datasets.IterableDataset) -> str | bool | None:

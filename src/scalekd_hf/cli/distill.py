@@ -13,16 +13,16 @@ from transformers import AutoModelForImageClassification, set_seed
 from transformers.utils import logging
 
 from ..borrowed.transformers import whole_models
-from ..data.dataset import dataset_labels, shown_labels
+from ..data.dataset import dataset_labels
 from ..data.loading import DataArguments, load_data
 from ..models.students import Student, load_student
 from ..models.teachers import Teacher, load_teacher
 from ..publishing.provenance import Source
 from ..publishing.publisher import RESULTS_FILE
-from ..tools.plan import plan_words
+from ..tools.plan import classes_of, plan_words
 from ..tools.recipe import DistillArguments, as_words, given_arguments, mapping, parse_config, write_config
 from ..training.config import ScaleKDConfig
-from ..training.model import ScaleKDModel, build_model, class_names
+from ..training.model import ScaleKDModel, build_model
 from ..training.trainer import ScaleKDTrainer
 from .runs import RESOLVED_FILE, has_finished, resume_or_refuse, train_and_save
 
@@ -83,16 +83,6 @@ def fresh_model(arguments: DistillArguments, config: ScaleKDConfig, train: Any) 
     return build_model(student, teacher, config)
 
 
-def classes_of(
-    arguments: DistillArguments, config: ScaleKDConfig, train: Any, teacher: Teacher | None
-) -> list[str] | None:
-    """Names of the student's classes: the data set's or as many as are stated, else the teacher's, else as many as are counted."""
-    if arguments.num_classes is not None:
-        return shown_labels(train, config.label_column, arguments.num_classes)
-    named = dataset_labels(train, config.label_column) or class_names(teacher)
-    return named or shown_labels(train, config.label_column)
-
-
 def evaluate(model: Any, config: ScaleKDConfig, evaluation: Any) -> dict[str, float]:
     """Accuracy of a classifier, with its own images: size, resizing and evaluation crop."""
     own: dict[str, Any] = {"image_size": None, "crop_pct": None, "interpolation": None, "antialias": None}
@@ -119,7 +109,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     alone = [baseline_config(words, arguments, config)] if arguments.baseline else []
     resume_or_refuse(config, *alone)
-    data = load_data(arguments)
+    data = load_data(arguments, config.output_dir if config.process_index == 0 else None)
     if config.process_index == 0:
         write_config(arguments, config, Path(str(config.output_dir)) / RESOLVED_FILE)
     results = {}

@@ -173,7 +173,7 @@ def main(words: Sequence[str] | None = None) -> None:
     folder = Path(str(config.output_dir))
     read_rows(folder)  # what cannot be added to is refused now
     card = card_of(arguments.model) if arguments.update_card else None
-    dataset = load_data(arguments)
+    dataset = load_data(arguments, None if config.process_index else config.output_dir)
     student = load_model(arguments, config)
     metrics = evaluate_model(student, dataset, config, arguments.benchmark, arguments.real_labels)
     if config.process_index:

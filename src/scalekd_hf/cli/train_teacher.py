@@ -22,12 +22,13 @@ def main(words: Sequence[str] | None = None) -> None:
     """Train the classifier that the words name; those of this process by default."""
     arguments, config = parse_config(TeacherArguments, words)
     resume_or_refuse(config)
-    train, evaluation = load_data(arguments)
+    train, evaluation = load_data(arguments, config.output_dir if config.process_index == 0 else None)
     set_seed(config.seed)
-    labels = shown_labels(train, config.label_column, arguments.num_classes)
+    labels = shown_labels(train, config.label_column, arguments.num_classes, arguments.class_names)
     if labels is None:
         raise ValueError(
-            "The training data name no classes, and a model keeps none of another task: set `num_classes` to their number."
+            "The training data name no classes, and a model keeps none of another task: set `num_classes` to their number, or "
+            "`class_names` to their names, in the order of the labels."
         )
     model = load_student(
         arguments.model,

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 
 from ..borrowed.datasets import unshuffled
-from .labels import encoding, read_label
+from .labels import read_label, some, unshared
 from .preparation import Preparation
-from .sources import Shards, Table, retrying
+from .sources import Shards, Table, distinct_values, retrying
 from .stream import ImageStream, prepare_or_blank
 
 
@@ -41,42 +41,91 @@ def dataset_labels(dataset: Any, label_column: str) -> list[str] | None:
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def shown_labels(dataset: Any, label_column: str, stated: int | None = None) -> list[str] | None:
-    """Names of the classes that a data set shows: its own, else numbers, as many as are stated or counted, or labels that are names.
+def shown_labels(
+    dataset: Any, label_column: str, num_classes: int | None = None, class_names: list[str] | None = None
+) -> list[str] | None:
+    """Names of the classes of a data set: those that are stated, or its own, else what its labels show.
 
     Args:
-        dataset: a `datasets` object; the labels of one on disk are counted, up to the highest.
-        label_column: of class indices.
-        stated: the number of classes.
+        dataset: a `datasets` object. Labels on disk, and in streams of local Parquet and Arrow files, are looked through:
+            integers count up to the highest, names are sorted as text, by code point.
+        label_column: of class indices or names.
+        num_classes, class_names: that are stated; indices without names are then numbers, up to the one, or named by the other.
 
     Returns:
-        The names; None of a stream that says nothing.
+        The names; None where nothing tells.
 
     Raises:
-        ValueError: another number is stated than the data set names.
+        ValueError: other classes are stated than the data set has.
     """
     names = dataset_labels(dataset, label_column)
-    if names is not None and stated not in (None, len(names)):
-        raise ValueError(f"`num_classes` is {stated}, but the data set names {len(names)} classes. Leave it out.")
-    if names is None and stated is not None:
-        names = [str(number) for number in range(stated)]
-    if names is None and isinstance(dataset, datasets.Dataset) and _is_integer(dataset.features.get(label_column)):
-        highest = max((label for label in dataset.unique(label_column) if label is not None), default=-1)
-        names = [str(number) for number in range(highest + 1)]
-        logger.info("The labels have no names; the highest is %d, so that there are %d classes.", highest, len(names))
-    if names is None and isinstance(dataset, datasets.Dataset) and has_names(dataset, label_column):
-        names = sorted({label for label in dataset.unique(label_column) if label is not None})
-        logger.info("The labels are names, sorted as text: %d classes.", len(names))
+    if class_names is not None:
+        _check_stated(dataset, label_column, class_names, names)
+        return list(class_names)
+    if names is None and num_classes is not None and not has_names(dataset, label_column):
+        return [str(number) for number in range(num_classes)]
+    if names is None:
+        names = _looked_through(dataset, label_column)
+    if names is not None and num_classes not in (None, len(names)):
+        raise ValueError(f"`num_classes` is {num_classes}, but the data set names {len(names)} classes. Leave it out.")
     return names or None
+
+
+def _looked_through(dataset: Any, label_column: str) -> list[str] | None:
+    """The classes that labels without a list of names show."""
+    labels = _labels(dataset, label_column)
+    if labels is None:
+        return None
+    if has_names(dataset, label_column):
+        logger.info("The labels are names, sorted as text: %d classes.", len(labels))
+        return sorted(labels)
+    highest = max(labels, default=-1)
+    logger.info("The labels have no names; the highest is %d, so that there are %d classes.", highest, highest + 1)
+    return [str(number) for number in range(highest + 1)]
+
+
+def _labels(dataset: Any, label_column: str) -> set[Any] | None:
+    """The labels of a data set, names or integers; None where they cannot be known, or are neither."""
+    feature = (getattr(dataset, "features", None) or {}).get(label_column)
+    is_integer = isinstance(feature, datasets.Value) and "int" in str(feature.dtype)
+    if not is_integer and not has_names(dataset, label_column):
+        return None
+    labels = distinct_values(dataset, label_column)
+    if labels is None or not all(isinstance(label, int if is_integer else str) for label in labels):
+        return None
+    return labels if is_integer else {label.strip() for label in labels}
+
+
+def _check_stated(dataset: Any, label_column: str, stated: list[str], own: list[str] | None) -> None:
+    """Refuse `class_names` that are not those of the data set; warn of those that no image has."""
+    labels, known = _labels(dataset, label_column) or set(), set(stated)
+    if own is not None and (len(own) != len(stated) or set(own) != known):
+        raise ValueError(
+            f"`class_names` has {len(stated)} names, and the data set names {len(own)} classes of its own."
+            f"{unshared(own, stated, '`class_names`')} Leave it out, or list the same names."
+        )
+    if has_names(dataset, label_column):
+        unknown, unused = sorted(labels - known), sorted(known - labels) if labels else []
+        if unknown:
+            raise ValueError(
+                f"`class_names` has {len(stated)} names, and `label_column` {label_column!r} others: {some(unknown)}. Add them to "
+                "the list, or leave out their rows."
+            )
+    else:
+        highest = max(labels, default=-1)
+        if highest >= len(stated):
+            raise ValueError(
+                f"`class_names` has {len(stated)} names, but `label_column` {label_column!r} has labels up to {highest}: label "
+                f"{highest} has no name. List {highest + 1} names at least, that of label 0 first."
+            )
+        unused = [name for place, name in enumerate(stated) if place not in labels] if labels else []
+    if unused:
+        logger.warning("`class_names` has classes of which there is no image: %s.", some(unused))
 
 
 def has_names(dataset: Any, label_column: str) -> bool:
     """Whether the labels are names, as strings."""
     return "string" in str(getattr((getattr(dataset, "features", None) or {}).get(label_column), "dtype", ""))
-
-
-def _is_integer(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and "int" in str(feature.dtype)
 
 
 def is_of_pairs(dataset: Any) -> bool:
@@ -244,12 +293,6 @@ def _check_columns(first: dict[str, Any], name: str, preparation: Preparation) -
                 f"`{name}` has no column {column!r}, its columns are {list(first)}. Set `{argument}` to one of them"
                 f"{', or to none to train without labels' if argument == 'label_column' else ''}."
             )
-    label = first[preparation.label_column] if preparation.label_column is not None else None
-    if isinstance(label, str) and preparation.places is None:
-        raise ValueError(
-            f"`{name}` has labels such as {label!r}: class indices are needed, for the model names no classes. "
-            f"{encoding(str(preparation.label_column))}"
-        )
     _check_row(first, preparation)
 
 

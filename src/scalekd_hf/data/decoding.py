@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
+from .formats import package_for_bytes
+
 
 __all__ = ["BadImageError", "is_reducible", "open_image", "pillow_errors", "to_rgb"]
 
@@ -32,6 +34,7 @@ REMEDIES = {
     "empty": "Leave out the row, or store the image again.",
     "missing": "Check the path, or store the images in the data set itself.",
     "not an image": "Leave out the row, or check that the column holds images.",
+    "without a decoder": "Install it, or store the images in another format.",
     "truncated": "Fetch the file again, or leave it out.",
     "out of range": "Give the least and the largest value that such pixels have as `pixel_range`, or store them as uint8.",
     "too large": "Scale the image down, or raise `PIL.Image.MAX_IMAGE_PIXELS`.",
@@ -43,7 +46,8 @@ class BadImageError(ValueError):
     """A value that no image can be made of.
 
     Attributes:
-        kind: "empty", "missing", "not an image", "truncated", "too large", "out of range", or "unreadable" for the rest.
+        kind: "empty", "missing", "not an image", "without a decoder", "truncated", "too large", "out of range", or
+            "unreadable" for the rest.
     """
 
     def __init__(self, message: str, kind: str = "unreadable"):
@@ -109,6 +113,10 @@ def _open_bytes(content: bytes) -> Image.Image:
     with pillow_errors():
         try:
             return Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:
+            if (package := package_for_bytes(content)) is None:
+                raise
+            raise _bad("without a decoder", f"it needs the package {package}") from None
         except Image.DecompressionBombError:
             if not content.startswith(JPEG_START):
                 raise
@@ -202,6 +210,10 @@ def is_reducible(image: Image.Image) -> bool:
 
 def _is_rotated(image: Image.Image) -> bool:
     """Whether the EXIF orientation asks for a turn or a flip; one that cannot be read asks for none."""
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return (
+            False  # its decoder has turned it, and its EXIF data does not count, but in a JPEG that it is restored to
+        )
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     except (SyntaxError, ValueError, TypeError, KeyError, EOFError, struct.error):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 from PIL import Image, UnidentifiedImageError
+
+from .formats import image_endings, package_for_ending
 
 
 __all__ = ["ALL", "FOLDERS", "ImageFolder", "read_folder", "split_of"]
@@ -30,6 +32,7 @@ ALL = "all"  # where there are no splits
 TABLES = (".parquet", ".arrow", ".tar", ".zip")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SHOWN = 5
+TABLE, BESIDE, NEEDS = "tables", "images beside the folders of classes", "images that need the package"
 
 
 @dataclass
@@ -40,13 +43,13 @@ class ImageFolder:
         splits: files by class by split; the class of images outside of class folders is None. A folder without splits has
             "all" alone.
         has_splits: whether folders of splits were found.
-        unused: number of files by the reason for which they are left out.
+        unused: files by the reason for which they are left out, below the root.
     """
 
     root: Path
     splits: dict[str, dict[str | None, list[str]]]
     has_splits: bool
-    unused: Counter[str] = field(default_factory=Counter)
+    unused: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
@@ -58,8 +61,22 @@ class ImageFolder:
         images = sum(len(files) for split in self.splits.values() for files in split.values())
         numbers = ", ".join(f"{split} {sum(map(len, files.values()))}" for split, files in self.splits.items())
         words = f"{len(self.classes) or 'no'} classes, {images} images, {f'splits: {numbers}' if self.has_splits else 'no splits'}"
-        left = "; ".join(f"{number} {reason}" for reason, number in sorted(self.unused.items()))
+        left = "; ".join(f"{len(names)} {reason}: {_first(names)}" for reason, names in sorted(self.unused.items()))
         return f"{words}{f'. Not used: {left}' if left else ''}"
+
+    def list_unused(self, file: Path) -> None:
+        """Write the files that are left out as JSON lines, each with its reason; where there are none, there is no such file."""
+        lines = [
+            json.dumps({"file": name, "reason": reason})
+            for reason, names in sorted(self.unused.items())
+            for name in names
+        ]
+        if not lines:
+            file.unlink(missing_ok=True)
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(lines) + "\n")
+        logger.warning("The files that are not used are listed in %r.", str(file))
 
     def tables(self) -> dict[str, datasets.Dataset]:
         """A map-style data set for each split; nothing is copied."""
@@ -89,39 +106,49 @@ def read_folder(root: str | Path, folders: str = "auto") -> ImageFolder | None:
         None for what `datasets` reads: tables, archives, images with a table of metadata, no images at all.
 
     Raises:
-        ValueError: folders that can be read in two ways, or that are not what the argument says.
+        ValueError: folders that can be read in two ways, or that are not what the argument says; or images of which none can be
+            decoded here.
     """
     root = Path(root)
-    unused: Counter[str] = Counter()
+    unused: dict[str, list[str]] = defaultdict(list)
     found = {entry.name: list(_images(Path(entry.path), unused)) for entry in _entries(root) if entry.is_dir()}
     loose = list(_images(root, unused, deep=False))
-    if unused["tables"] or not (loose or any(found.values())):
+    if not (loose or any(found.values())):
+        _check_decoders(root, unused)
+    if TABLE in unused or not (loose or any(found.values())):
         return None
     with_images = [name for name, images in found.items() if images]
     is_split = {name: split_of(name) is not None for name in with_images}
     has_classes = {name: any(_below(root / name, image) for image in found[name]) for name in with_images}
     if folders == "splits" and not all(is_split.values()):
         raise ValueError(_unnamed_splits(root, [name for name in with_images if not is_split[name]]))
-    if folders != "classes" and with_images and all(is_split.values()):
-        return _with_splits(root, found, unused, len(loose))
     if (
         folders == "auto"
-        and any(is_split.values())
+        and not all(is_split.values())
         and any(has_classes[name] for name in with_images if is_split[name])
     ):
         raise ValueError(_two_readings(root, with_images, is_split))
-    if not with_images:
-        return _said(root, ImageFolder(root, {ALL: {None: loose}}, False, unused))
-    _leave_out(unused, len(loose))
+    has_splits = folders != "classes" and bool(with_images) and all(is_split.values())
+    splits: dict[str, dict[str | None, list[str]]] = {ALL: {None: loose}}
+    if with_images:
+        unused[BESIDE] += loose
+        splits = _by_split(root, found, unused) if has_splits else {ALL: _by_class(root, found)}
+    names = {reason: [os.path.relpath(file, root) for file in files] for reason, files in unused.items() if files}
+    folder = ImageFolder(root, splits, has_splits, names)
+    _say(folder)
+    return folder
+
+
+def _by_class(root: Path, found: dict[str, list[str]]) -> dict[str | None, list[str]]:
     for name, images in found.items():
         if not images and split_of(name) is None:
             logger.warning("The class folder %r holds no image: its class is there, without one.", str(root / name))
-    classes: dict[str | None, list[str]] = {name: sorted(images) for name, images in sorted(found.items())}
-    return _said(root, ImageFolder(root, {ALL: classes}, False, unused))
+    return {name: sorted(images) for name, images in sorted(found.items())}
 
 
-def _with_splits(root: Path, found: dict[str, list[str]], unused: Counter[str], loose: int) -> ImageFolder:
-    _leave_out(unused, loose)
+def _by_split(
+    root: Path, found: dict[str, list[str]], unused: dict[str, list[str]]
+) -> dict[str, dict[str | None, list[str]]]:
     splits: dict[str, dict[str | None, list[str]]] = {}
     for name, images in sorted(found.items()):
         split = split_of(name)
@@ -136,52 +163,68 @@ def _with_splits(root: Path, found: dict[str, list[str]], unused: Counter[str], 
         for image in images:
             below = _below(root / name, image)
             if below is None and has_classes:
-                unused["images beside the folders of classes"] += 1
+                unused[BESIDE].append(image)
             else:
                 classes.setdefault(below, []).append(image)
         splits[split] = {key: sorted(files) for key, files in sorted(classes.items(), key=lambda item: str(item[0]))}
-    ordered = {split: splits[split] for split in SPLITS if split in splits}
-    return _said(root, ImageFolder(root, ordered, True, unused))
+    return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def _said(root: Path, folder: ImageFolder) -> ImageFolder:
-    logger.info("%s: %s.", root.name, folder.describe())
-    classes = folder.classes
+def _say(folder: ImageFolder) -> None:
+    """Say how a folder is read, and what is odd about it."""
+    root, classes = str(folder.root), folder.classes
+    logger.warning("%s: %s.", folder.root.name, folder.describe())
     if len(classes) == 1:
-        logger.warning("%r has a single class, %r: there is nothing to tell apart.", str(root), classes[0])
+        logger.warning("%r has a single class, %r: there is nothing to tell apart.", root, classes[0])
     if all(name.isdecimal() for name in classes) and classes != sorted(classes, key=int):
-        logger.warning("The classes of %r are sorted as text: %s.", str(root), ", ".join(classes[:SHOWN]))
-    return folder
+        logger.warning("The classes of %r are sorted as text: %s.", root, ", ".join(classes[:SHOWN]))
 
 
-def _leave_out(unused: Counter[str], loose: int) -> None:
-    if loose:
-        unused["images beside the folders of classes"] += loose
+def _check_decoders(root: Path, unused: dict[str, list[str]]) -> None:
+    """Refuse a folder of images of which none can be decoded here."""
+    reasons = [f"{len(files)} {reason}" for reason, files in unused.items() if reason.startswith(NEEDS)]
+    if reasons:
+        raise ValueError(f"{str(root)!r} holds no image that can be decoded here: {'; '.join(reasons)}. Install it.")
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
     """What a folder shows, sorted by code point."""
+    return [entry for entry in _sorted(folder) if not entry.name.startswith(".")]
+
+
+def _sorted(folder: Path) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def _images(
-    folder: Path, unused: Counter[str], deep: bool = True, above: frozenset[str] = frozenset()
+    folder: Path, unused: dict[str, list[str]], deep: bool = True, above: frozenset[str] = frozenset()
 ) -> Iterator[str]:
-    """Images in a folder and, if `deep`, in those below it, links followed; what else is there is counted."""
+    """Images in a folder and, if `deep`, in those below it, links followed; what else is there is noted."""
     here = os.path.realpath(folder)
-    for entry in _entries(folder):
-        if entry.is_dir():
+    for entry in _sorted(folder):
+        if entry.name.startswith("."):
+            unused["hidden files or folders"].append(entry.path)
+        elif entry.is_dir():
             if deep and os.path.realpath(entry.path) not in above | {here}:  # no link in a circle
                 yield from _images(Path(entry.path), unused, above=above | {here})
-            continue
-        ending = Path(entry.name).suffix.lower()
-        if ending in TABLES or entry.name in METADATA:
-            unused["tables"] += 1
-        elif ending in _image_endings() or (not ending and _is_image(entry.path)):
+        elif (reason := _unused_for(entry)) is None:
             yield entry.path
         else:
-            unused[f"files that are no images here ({ending or 'without an ending'})"] += 1
+            unused[reason].append(entry.path)
+
+
+def _unused_for(entry: os.DirEntry) -> str | None:
+    """Why a file is no image to read; None where it is one."""
+    ending = Path(entry.name).suffix.lower()
+    if ending in TABLES or entry.name in METADATA:
+        return TABLE
+    if ending in image_endings() or (not ending and _is_image(entry.path)):
+        return None
+    package = package_for_ending(ending)
+    if package is not None:
+        return f"{NEEDS} {package} ({ending})"
+    return f"files that are no images here ({ending or 'without an ending'})"
 
 
 def _is_image(path: str) -> bool:
@@ -217,7 +260,5 @@ def _two_readings(root: Path, names: list[str], is_split: dict[str, bool]) -> st
     )
 
 
-@cache
-def _image_endings() -> set[str]:
-    """Endings of the files that Pillow can open."""
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

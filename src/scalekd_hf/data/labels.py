@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,16 @@ from torch import Tensor
 from ..images import IGNORED_LABEL
 
 
-__all__ = ["LabelError", "check_batch", "class_order", "encoding", "read_label"]
+__all__ = [
+    "LabelError",
+    "check_batch",
+    "class_order",
+    "class_places",
+    "read_class_names",
+    "read_label",
+    "some",
+    "unshared",
+]
 
 logger = logging.getLogger(__name__)
 SHOWN = 5  # names in a message
@@ -47,7 +59,7 @@ def class_order(
             return None
         raise ValueError(
             f"`{name}` has {len(names)} classes and the model {num_labels}: the same label must mean the same to both."
-            f"{_unshared(names, model_names)} {remedy}"
+            f"{unshared(names, model_names)} {remedy}"
         )
     if list(names) == list(model_names):
         return None
@@ -62,22 +74,89 @@ def class_order(
         )
         return [model_names.index(label) for label in names]
     raise ValueError(
-        f"`{name}` has other classes than the model: the same label must mean the same to both.{_unshared(names, model_names)} "
+        f"`{name}` has other classes than the model: the same label must mean the same to both.{unshared(names, model_names)} "
         f"{remedy}"
     )
 
 
-def _unshared(names: Sequence[str], model_names: Sequence[str] | None) -> str:
+def unshared(names: Sequence[str], model_names: Sequence[str] | None, model: str = "The model") -> str:
     """The names that one side alone has, in words."""
     if model_names is None:
         return ""
     words = []
-    for side, those, others in (("data", names, model_names), ("model", model_names, names)):
-        alone = [label for label in those if label not in set(others)]
+    for side, those, others in (("The data", names, model_names), (model, model_names, names)):
+        known = set(others)
+        alone = [label for label in those if label not in known]
         if alone:
-            more = f" and {len(alone) - SHOWN} more" if len(alone) > SHOWN else ""
-            words.append(f" The {side} alone has {', '.join(map(repr, alone[:SHOWN]))}{more}.")
+            words.append(f" {side} alone has {some(alone)}.")
     return "".join(words)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of the names, in words."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(map(repr, names[:SHOWN]))}{more}"
+
+
+def class_places(names: Sequence[str]) -> dict[str, int | None]:
+    """The class that each name means; None for a name that several classes have."""
+    number = Counter(names)
+    return {name: place if number[name] == 1 else None for place, name in enumerate(names)}
+
+
+def read_class_names(value: Any, num_classes: int | None = None) -> list[str] | None:
+    """The names of the classes that the setting `class_names` states, in the order of their indices.
+
+    Args:
+        value: a list of names, JSON for one, the path of a text file (UTF-8) with one name a line, or None.
+        num_classes: that is stated beside it.
+
+    Returns:
+        The names; None where none are stated.
+
+    Raises:
+        ValueError: a file that cannot be read, names that are not text, empty or there twice, or another number of them.
+    """
+    if value is None:
+        return None
+    names = _names_in(value) if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not names:
+        raise ValueError(
+            f"`class_names` is {value!r}, which lists no names. Give a list, or a file with one name a line."
+        )
+    for place, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(
+                f"`class_names` has {name!r} as class {place}: a name is a text and not empty. In YAML, put it in quotes."
+            )
+    twice = next((name for name, place in class_places(names).items() if place is None), None)
+    if twice is not None:
+        places = [place for place, name in enumerate(names) if name == twice]
+        raise ValueError(
+            f"`class_names` has {twice!r} as classes {places[0]} and {places[1]}: a label of that name would mean two. Give each "
+            "class a name of its own."
+        )
+    if num_classes not in (None, len(names)):
+        raise ValueError(
+            f"`num_classes` is {num_classes}, but `class_names` has {len(names)} names. Leave `num_classes` out, or mend the list."
+        )
+    return list(names)
+
+
+def _names_in(value: str) -> Any:
+    """What is listed in JSON, or in a file of the name."""
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"`class_names` {value!r} is no list in JSON ({error}).") from error
+    try:
+        return [line.strip() for line in Path(value).read_text("utf-8-sig").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"`class_names` {value!r} cannot be read as a text file in UTF-8 with one name a line: {error}. Give the path of one, "
+            "or the names as a list."
+        ) from error
 
 
 class LabelError(ValueError):
@@ -85,7 +164,7 @@ class LabelError(ValueError):
 
 
 def read_label(
-    label: Any, column: str, row: Any, num_labels: int, training: bool, places: dict[str, int] | None = None
+    label: Any, column: str, row: Any, num_labels: int, training: bool, places: dict[str, int | None] | None = None
 ) -> Any:
     """A row's label as samples have it: a class index, or the shares of all classes.
 
@@ -94,7 +173,7 @@ def read_label(
         column, row: that errors name.
         num_labels: classes of the model.
         training: every image needs a label; in an evaluation, -1 and None mean that it has none.
-        places: the model's classes by name, for labels that are names.
+        places: the model's classes by name, for labels that are names, see `class_places`.
 
     Raises:
         LabelError: it is neither.
@@ -109,11 +188,16 @@ def read_label(
     if isinstance(label, str):  # a name
         if places is None:
             raise LabelError(
-                f"{where}: class indices are needed, not names, for the model names no classes. {encoding(column)}"
+                f"{where}: class indices are needed, not names, for the model names no classes. Name them, in their order: with "
+                "the setting `class_names`, or in Python with `load_student(name, labels=names)`."
             )
+        label = label if label in places else label.strip()  # text files end in a line break
         if label not in places:
-            known = ", ".join(map(repr, list(places)[:SHOWN])) + (", ..." if len(places) > SHOWN else "")
-            raise LabelError(f"{where}, which is no class of the model: {known}.")
+            raise LabelError(
+                f"{where}, which is no class of the model: {some(list(places))}. A new student's classes are named by `class_names`."
+            )
+        if places[label] is None:
+            raise LabelError(f"{where}, which several of the model's classes are called. Give class indices instead.")
         return places[label]
     if label is None or isinstance(label, (int, np.integer)):
         if label == IGNORED_LABEL or (not training and (label is None or label == -1)):
@@ -126,6 +210,11 @@ def read_label(
             begin = " Labels that begin at 1 must be one less." if label == num_labels else ""
             raise LabelError(f"{where}, but the model's classes are 0 to {num_labels - 1}.{begin}")
         return label
+    if isinstance(label, dict):
+        key = next(iter(label), "label")
+        raise LabelError(
+            f"{where}, in which one entry may be the label. Take it out: `dataset.map(lambda row: {{'label': row[{column!r}][{key!r}]}})`."
+        )
     check_shares(np.asarray(label)[None], num_labels, where)
     return label
 
@@ -165,11 +254,3 @@ def check_batch(labels: Tensor, num_labels: int) -> None:
     wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != IGNORED_LABEL)]
     if len(wrong):
         raise LabelError(f"{where} {wrong[0]}, but the model's classes are 0 to {num_labels - 1}.")
-
-
-def encoding(column: str) -> str:
-    """What to do about names in place of indices, in words."""
-    return (
-        f"`dataset.class_encode_column({column!r})` makes them; of a stream, `dataset.map(lambda row: {{{column!r}: "
-        f"names.index(row[{column!r}])}})` with your list of names."
-    )

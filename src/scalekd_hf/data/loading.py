@@ -16,11 +16,14 @@ import pyarrow.parquet
 from ..network import lost_connection
 from .folders import ALL, FOLDERS, read_folder, split_of
 from .holdout import held_out_share, hold_out
+from .labels import some
+from .sources import arrow_reader
 
 
 __all__ = ["DataArguments", "count_images", "load_data", "load_local", "load_split"]
 
 AGAIN = "The same command tries again; `--streaming true` reads while training, and tries again by itself."
+UNUSED_FILE = "unused_files.jsonl"
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 
@@ -53,15 +56,19 @@ class DataArguments:
     streaming: bool = field(default=True, metadata={"help": "Read while training, without a download first."})
 
 
-def load_data(arguments: DataArguments) -> tuple[Any, Any]:
+def load_data(arguments: DataArguments, list_in: str | Path | None = None) -> tuple[Any, Any]:
     """The training and the evaluation data set.
+
+    Args:
+        arguments: where the images come from.
+        list_in: folder in which the files of a folder of images that are not used are listed, in `unused_files.jsonl`.
 
     Raises:
         ValueError: no source, files that do not exist, or a data set that cannot be loaded.
     """
     if arguments.dataset is None and arguments.train_files is None:
         raise ValueError("There is no data: set `dataset`, or `train_files` and `eval_files`.")
-    local = load_local(arguments) if arguments.train_files is None or arguments.eval_files is None else None
+    local = load_local(arguments, list_in) if arguments.train_files is None or arguments.eval_files is None else None
     train = load_split(arguments, arguments.train_files, arguments.train_split, local)
     share = held_out_share(arguments.eval_split)
     if share is not None and arguments.eval_files is not None:
@@ -92,10 +99,10 @@ def matching_files(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern, recursive=True) or glob.glob(os.path.join(glob.escape(folder), name)))
 
 
-def load_local(arguments: DataArguments) -> dict[str, datasets.Dataset] | None:
+def load_local(arguments: DataArguments, list_in: str | Path | None = None) -> dict[str, datasets.Dataset] | None:
     """The splits of a folder of images, or of a data set that `save_to_disk` wrote; None for what `datasets` reads.
 
-    Where there are none, all is under "all", and is trained on.
+    Where there are none, all is under "all", and is trained on. Arguments as of `load_data`.
 
     Raises:
         ValueError: see `read_folder`.
@@ -112,6 +119,8 @@ def load_local(arguments: DataArguments) -> dict[str, datasets.Dataset] | None:
     if images is None:
         _check_no_folder(arguments)
         return None
+    if list_in is not None:
+        images.list_unused(Path(list_in) / UNUSED_FILE)
     return images.tables()
 
 
@@ -164,39 +173,47 @@ def load_split(
         if suffix not in FORMATS:
             raise ValueError(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}.")
         try:
+            check_same_names([file for file in files if "://" not in file])
             escaped = [
                 file if "://" in file else glob.escape(file) for file in files
             ]  # `datasets` takes them for patterns
             return datasets.load_dataset(FORMATS[suffix], data_files=escaped, split="train", **options)
         except Exception as error:
-            if (lost := lost_connection(error)) is None:
-                raise
-            raise ValueError(f"{pattern!r} cannot be loaded: {type(lost).__name__}, {lost}. {AGAIN}") from error
+            if (lost := lost_connection(error)) is not None:
+                raise ValueError(f"{pattern!r} cannot be loaded: {type(lost).__name__}, {lost}. {AGAIN}") from error
+            if remedy := _archives_remedy(error):
+                raise ValueError(f"{pattern!r} cannot be loaded: {str(error).rstrip('.')}. {remedy}") from error
+            raise
     source = {"path": arguments.dataset, "name": arguments.dataset_config, "revision": arguments.revision}
     try:
         folder = Path(str(arguments.dataset))
         if local is not None:
             return _of_local(local, split)
-        if arguments.streaming and folder.is_dir():
+        if folder.is_dir():
+            builder = datasets.load_dataset_builder(**source)
             # A stream of a folder knows no random access, which files on a disk allow.
-            options["streaming"] = datasets.load_dataset_builder(**source).name != "imagefolder"
+            options["streaming"] = arguments.streaming and builder.name != "imagefolder"
+            by_split = getattr(builder.config, "data_files", None) or {}
+            check_same_names([str(file) for files in by_split.values() for file in files])
         return datasets.load_dataset(**source, split=split, **options)
     except Exception as error:  # those of network clients are of all kinds
         if not isinstance(error, (OSError, ValueError)) and lost_connection(error) is None:
             raise
         raise ValueError(
             f"`dataset` {arguments.dataset!r} (configuration {arguments.dataset_config!r}, revision {arguments.revision!r}, "
-            f"split {split!r}) cannot be loaded: {error} {_remedy(arguments, split, error)}"
+            f"split {split!r}) cannot be loaded: {str(error).rstrip('.')}. {_remedy(arguments, split, error)}"
         ) from error
 
 
 def _remedy(arguments: DataArguments, split: str, error: Exception) -> str:
     """What to do about a data set that the Hub does not give out, or that lacks a split."""
     dataset = str(arguments.dataset)
-    if "nknown split" in str(error) and split == arguments.eval_split:
+    if ("nknown split" in str(error) or "Bad split" in str(error)) and split == arguments.eval_split:
         return "Name one of these with `eval_split`, hold out a share of the others (`--eval_split 0.1`), or set it to none."
     if lost_connection(error) is not None:
         return AGAIN
+    if remedy := _archives_remedy(error):
+        return remedy
     if not isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return ""
     page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{dataset}"
@@ -204,3 +221,48 @@ def _remedy(arguments: DataArguments, split: str, error: Exception) -> str:
     if "gated" in str(error):
         return f"Accept its terms on {page}, then log in {account}."
     return f"Check the name on {page}. If it is private or gated, log in {account}."
+
+
+def _archives_remedy(error: Exception) -> str:
+    """What to do about archives that `datasets` cannot read as WebDataset; nothing for other errors."""
+    if "invalid literal for int" in str(error):
+        return "A file `.cls` holds the index of a class. Call those with names `.txt`, and set `label_column` to txt."
+    if "share the same prefix or the same types" in str(error):
+        return "Each image needs the same kinds of files beside it: one without a label has -1 in its `.cls`."
+    return ""
+
+
+def check_same_names(files: list[str]) -> None:
+    """Refuse Parquet and Arrow files whose columns name their classes in different ways: the first one's names would be taken for
+    the labels of all.
+
+    Args:
+        files: local ones; those of other kinds are passed over.
+
+    Raises:
+        ValueError: with the first file that differs.
+    """
+    known: dict[str, tuple[list[str], str]] = {}
+    for file in files:
+        for column, feature in _features(file).items():
+            if not isinstance(feature, datasets.ClassLabel):
+                continue
+            names, first = known.setdefault(column, (feature.names, file))
+            if names != feature.names:
+                raise ValueError(
+                    f"{file!r} has other names for the classes in its column {column!r} than {first!r}, or another order: "
+                    f"{some(feature.names)}, and {some(names)}. The labels of all would be read by the latter. Give files to train "
+                    "on and to evaluate on apart, as `train_files` and `eval_files`; store those of one split with one list of names."
+                )
+
+
+def _features(file: str) -> datasets.Features:
+    """The columns of a Parquet or Arrow file, as `datasets` knows them; none of others."""
+    if file.endswith(".parquet"):
+        schema = pyarrow.parquet.read_schema(file)
+    elif file.endswith(".arrow"):
+        with pyarrow.memory_map(file) as mapped:
+            schema = arrow_reader(mapped).schema
+    else:
+        return datasets.Features()
+    return datasets.Features.from_arrow_schema(schema)

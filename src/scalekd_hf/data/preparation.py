@@ -24,7 +24,7 @@ from torchvision.transforms import InterpolationMode, functional
 from ..images import IGNORED_LABEL, ImageSpec
 from .augmentation import Augmentation
 from .decoding import open_image, to_rgb
-from .labels import check_batch, read_label
+from .labels import check_batch, class_places, read_label
 
 
 __all__ = ["Collator", "Preparation", "collate"]
@@ -110,7 +110,7 @@ class Preparation:
     ):
         self.spec, self.training, self.pixel_range = spec, training, pixel_range
         self.class_order, self.num_labels = class_order, num_labels
-        self.places = {name: place for place, name in enumerate(names)} if names else None
+        self.places = class_places(names) if names else None
         self.seed, self.repeats = seed, repeats if training else 1
         self.image_column, self.label_column = image_column, label_column
         self.transform: Any

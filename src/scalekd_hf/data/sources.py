@@ -20,10 +20,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.ipc
 import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
 from ..borrowed.datasets import (
+    arrow_files,
     files_of,
     has_rows_in_shard_order,
     open_file,
@@ -34,7 +36,7 @@ from ..borrowed.datasets import (
 from ..network import is_of_network
 
 
-__all__ = ["Shards", "StreamReadError", "Table", "retrying"]
+__all__ = ["Shards", "StreamReadError", "Table", "arrow_reader", "distinct_values", "retrying"]
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +151,42 @@ class Shards:
         # `iter` with batches does not split by worker a second time.
         rows = (row for part in parts for batch in part.iter(batch_size=READ_ROWS) for row in _rows(batch))
         yield from itertools.islice(rows, start, None)
+
+
+def distinct_values(dataset: Any, column: str) -> set[Any] | None:
+    """The values of a column, without None; None where nothing but reading all columns would tell.
+
+    Args:
+        dataset: a `datasets.Dataset`, or a stream: local Parquet and Arrow files are read by column.
+        column: of numbers or texts.
+    """
+    if isinstance(dataset, datasets.Dataset):
+        return set(dataset.unique(column)) - {None}
+    if not isinstance(dataset, datasets.IterableDataset):
+        return None
+    parquet, arrow = parquet_row_groups(dataset), arrow_files(dataset)
+    files = [file for file, _ in parquet] if parquet is not None else arrow or []
+    if not files or not all(os.path.isfile(file) for file in files):
+        return None
+    values: set[Any] = set()
+    for file, groups in parquet or [(file, None) for file in files]:
+        with pyarrow.memory_map(file) as mapped:
+            if arrow is not None:
+                table = arrow_reader(mapped).read_all()
+            else:
+                opened = pyarrow.parquet.ParquetFile(mapped)
+                wanted = range(opened.num_row_groups) if groups is None else groups
+                table = opened.read_row_groups(list(wanted), columns=[column])
+            values.update(table.column(column).unique().to_pylist())
+    return values - {None}
+
+
+def arrow_reader(mapped: Any) -> Any:
+    """A reader of a memory-mapped Arrow file, in either of its formats; what is not looked at is not read."""
+    try:
+        return pyarrow.ipc.open_stream(mapped)
+    except pyarrow.ArrowInvalid:
+        return pyarrow.ipc.open_file(mapped)
 
 
 def _rows(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:

@@ -152,8 +152,10 @@ def summarise(
     }
 
 
-def load_data(arguments: EvaluateArguments) -> Any:
+def load_data(arguments: EvaluateArguments, list_in: str | None = None) -> Any:
     """The labelled images that the arguments name, a `datasets` object; `arguments.eval_split` becomes the split's name.
+
+    Files of a folder that are not used are listed in the folder `list_in`.
 
     Raises:
         ValueError: none are named, or they cannot be loaded.
@@ -170,7 +172,7 @@ def load_data(arguments: EvaluateArguments) -> Any:
                 f"they publish ({which.folder}), or to a data set with these class names."
             )
         arguments.dataset = which.hub_id
-    local = load_local(arguments)
+    local = load_local(arguments, list_in)
     if share is not None:
         return hold_out(load_split(arguments, None, arguments.train_split, local), share)[1]
     if local is not None and ALL in local:  # without splits it is evaluated whole
@@ -228,7 +230,9 @@ def evaluate_model(
         per_image = PerImage(label_places(dataset_labels(dataset, config.label_column), which), which.classes)
     student.spec = asked_images(student, config)
     prepared = prepare_images(dataset, "eval_dataset", student, config, compare_labels=which is None)
-    _check_label(getattr(prepared, "label", 0), config.label_column, student.num_labels)
+    label = getattr(prepared, "label", 0)
+    if not (which is None and isinstance(label, str)):  # a name has been looked up
+        _check_label(label, config.label_column, student.num_labels)
     if which is not None and which.name == "imagenet-real":
         real = ReaL(read_real_labels(real_labels), dataset, config.image_column, len(prepared))
     # The trainer compares class names with the model's, where the data set is not yet prepared.

@@ -15,12 +15,13 @@ from transformers import Trainer, get_scheduler
 
 from ..data.dataset import check_dataset, dataset_labels, shown_labels
 from ..data.holdout import held_out_share, refuse_stream
+from ..data.labels import class_order
 from ..data.loading import count_images, load_data
 from ..data.preparation import Preparation
 from ..images import ImageSpec
 from ..models.saving import check_rebuildable
-from ..models.students import load_student
-from ..models.teachers import load_teacher
+from ..models.students import Student, load_student
+from ..models.teachers import Teacher, load_teacher
 from ..training.config import ScaleKDConfig
 from ..training.model import ScaleKDModel, attention_heads, build_model, class_names
 from ..training.optimization import scaled_learning_rate, timm_optimizer
@@ -31,7 +32,7 @@ from .recipe import DistillArguments, as_words, parse_config
 from .scaling import communication, memory_by_launcher, scaling
 
 
-__all__ = ["Plan", "gflops_of", "plan", "plan_run", "plan_words"]
+__all__ = ["Plan", "classes_of", "gflops_of", "plan", "plan_run", "plan_words"]
 
 IMAGES = 2  # in the dry run: BatchNorm refuses one image
 
@@ -76,11 +77,14 @@ def plan_run(arguments: DistillArguments, config: ScaleKDConfig, processes: int 
     try:
         if not config.resume_from_checkpoint:
             check_output_dir(str(config.output_dir), config.overwrite_output_dir)
-        labels, images = _local_data(arguments, config)
+        data = _local_data(arguments)
+        train = data.get("train_dataset")
+        images = getattr(train, "num_rows", None) or count_images(arguments) if data else None
         with torch.device("meta"):
-            model = _build(arguments, config, labels)
+            model = _build(arguments, config, train)
             _describe_models(result, model)
             _count(result, model, config)
+        _check_data(data, config, model.student)
         _schedule(result, arguments, config, processes or config.world_size, images)
         _estimate_scaling(result, model, config, processes or config.world_size)
         _remember_warnings(result, model, config)
@@ -90,30 +94,46 @@ def plan_run(arguments: DistillArguments, config: ScaleKDConfig, processes: int 
     return result
 
 
-def _local_data(arguments: DistillArguments, config: ScaleKDConfig) -> tuple[list[str] | None, int | None]:
-    """Class names and number of training images, where the data is here; refuses data that the run would refuse."""
+def _local_data(arguments: DistillArguments) -> dict[str, Any]:
+    """Training and evaluation data by the name that errors give them, where they are here; refuses what the run would refuse."""
     if arguments.dataset is not None and not Path(arguments.dataset).is_dir():
         share = held_out_share(arguments.eval_split)
         if share is not None and arguments.streaming:
             refuse_stream(share)
-        return None, None
-    labels = None
-    train, evaluation = load_data(arguments)
-    for name, data in (("train_dataset", train), ("eval_dataset", evaluation)):
-        if data is not None:
+        return {}
+    return dict(zip(("train_dataset", "eval_dataset"), load_data(arguments), strict=True))
+
+
+def _check_data(data: dict[str, Any], config: ScaleKDConfig, student: Student) -> None:
+    """Refuse columns and labels that do not fit the student."""
+    for name, dataset in data.items():
+        if dataset is not None:
             column = config.label_column if config.has_labels else None
-            check_dataset(data, name, Preparation(ImageSpec(), False, config.image_column, column))
-            stated = arguments.num_classes
-            names = (
-                shown_labels(data, config.label_column, stated)
-                if stated
-                else dataset_labels(data, config.label_column)
+            if column is not None:
+                class_order(name, dataset_labels(dataset, column), student.labels, student.num_labels)
+            preparation = Preparation(
+                student.spec,
+                name == "train_dataset",
+                config.image_column,
+                column,
+                num_labels=student.num_labels,
+                names=student.labels,
             )
-            labels = labels or names
-    return labels, getattr(train, "num_rows", None) or count_images(arguments)
+            check_dataset(dataset, name, preparation)
 
 
-def _build(arguments: DistillArguments, config: ScaleKDConfig, labels: list[str] | None) -> ScaleKDModel:
+def classes_of(
+    arguments: DistillArguments, config: ScaleKDConfig, train: Any, teacher: Teacher | None
+) -> list[str] | None:
+    """Names of the student's classes: those that are stated or the data set's, else the teacher's, else what the labels show."""
+    if arguments.num_classes is None and arguments.class_names is None:
+        named = dataset_labels(train, config.label_column) or class_names(teacher)
+        return named or shown_labels(train, config.label_column)
+    stated: Any = arguments.class_names
+    return shown_labels(train, config.label_column, arguments.num_classes, stated)
+
+
+def _build(arguments: DistillArguments, config: ScaleKDConfig, train: Any) -> ScaleKDModel:
     teacher = load_teacher(
         arguments.teacher,
         pretrained=False,
@@ -122,10 +142,9 @@ def _build(arguments: DistillArguments, config: ScaleKDConfig, labels: list[str]
         image_size=config.teacher_image_size,
         **dict(arguments.teacher_args or {}),  # type: ignore[arg-type]
     )
-    stated = [str(number) for number in range(arguments.num_classes)] if arguments.num_classes else None
     student = load_student(
         arguments.student,
-        labels=labels or stated or class_names(teacher),
+        labels=classes_of(arguments, config, train, teacher),
         image_size=config.image_size,
         **dict(arguments.student_args or {}),  # type: ignore[arg-type]
     )

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from ..data.labels import read_class_names
 from ..data.loading import DataArguments
 from ..training.config import ScaleKDConfig
 from .words import check_known, check_words, read_config, shipped_folder, take_configs
@@ -53,6 +54,9 @@ class DistillArguments(DataArguments):
         baseline_args: settings of `ScaleKDConfig` that the student alone has of its own, as JSON or a mapping: the best learning
             rate and weight decay often differ between the two.
         num_classes: of labels without names; by default those of the teacher, or as many as the labels on disk show.
+        class_names: the classes in the order of their indices, as a list (JSON on a command line) or a text file with one name a
+            line: what labels that are names mean, or what labels 0, 1, ... are called. By default those of the data, then of
+            the teacher.
         license: of the student, for its model card.
     """
 
@@ -69,6 +73,9 @@ class DistillArguments(DataArguments):
         default=None, metadata={"help": "Settings of the student alone, as JSON."}
     )
     num_classes: int | None = field(default=None, metadata={"help": "Number of classes, of labels without names."})
+    class_names: list | str | None = field(
+        default=None, metadata={"help": "Names of the classes in their order: a list, or a file with one a line."}
+    )
     license: str | None = field(default=None, metadata={"help": "License of the student, for its model card."})
 
     def __post_init__(self) -> None:
@@ -82,6 +89,7 @@ class DistillArguments(DataArguments):
                 )
         self.student_args = mapping(self.student_args, "student_args")
         self.teacher_args = mapping(self.teacher_args, "teacher_args")
+        self.class_names = read_class_names(self.class_names, self.num_classes)
         for name in ("student", "teacher"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: name a model, a Hub id or a folder.")
@@ -96,15 +104,20 @@ class TeacherArguments(DataArguments):
         model_args: further arguments of the model, as JSON or a mapping.
         pretrained: start from its published weights, with a new head for the data's classes.
         num_classes: of labels without names; by default as many as the labels on disk show.
+        class_names: see `DistillArguments`.
     """
 
     model: str = field(default="", metadata={"help": "Name or folder of the classifier."})
     model_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the model, as JSON."})
     pretrained: bool = field(default=True, metadata={"help": "Start from its published weights."})
     num_classes: int | None = field(default=None, metadata={"help": "Number of classes, of labels without names."})
+    class_names: list | str | None = field(
+        default=None, metadata={"help": "Names of the classes in their order: a list, or a file with one a line."}
+    )
 
     def __post_init__(self) -> None:
         self.model_args = mapping(self.model_args, "model_args")
+        self.class_names = read_class_names(self.class_names, self.num_classes)
         if not self.model:
             raise ValueError("`model` is missing: name a model, a Hub id or a folder.")
 
@@ -167,7 +180,8 @@ def as_words(settings: dict[str, Any]) -> list[str]:
             continue
         if value is False and key.endswith("_strategy"):
             value = "no"  # YAML reads a bare no as false
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        is_json = isinstance(value, dict) or (isinstance(value, list) and key == "class_names")
+        values = [json.dumps(value)] if is_json else value if isinstance(value, list) else [value]
         words += [f"--{key}", *(str(item) for item in values)]
     return words
 

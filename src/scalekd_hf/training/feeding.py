@@ -303,6 +303,11 @@ def prepare_images(
     """
     if dataset is None:
         return None
+    if isinstance(dataset, dict) and name == "train_dataset":
+        raise ValueError(
+            f"`train_dataset` is a `{type(dataset).__name__}` of {list(dataset)}: give the data set to train on, such as "
+            f"`data[{next(iter(dataset), 'train')!r}]`."
+        )
     if isinstance(dataset, dict):
         return {
             key: prepare_images(value, f"{name}[{key!r}]", student, args, labels_optional, compare_labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..data.labels import SHOWN
 from ..images import ImageSpec
 from .config import ScaleKDConfig
 from .model import ScaleKDModel
@@ -122,12 +124,18 @@ def models_to_keep(model: ScaleKDModel, heads: tuple[int, int] | None) -> dict[s
             "student_taps": [tap.module for tap in student.taps] if model.heads is not None else None,
             "student's drop rates": sorted(round(rate, 4) for rate in rates if rate),
             "student's activations": sorted(kind for kind in kinds if ACTIVATION.search(kind)),
+            "student's classes": _classes(student.labels),
             "student's images": _images(student.spec),
             "teacher's images": _images(teacher.spec) if teacher is not None else None,
             "teacher's weights": _fingerprint(teacher) if teacher is not None else None,
             "attention heads": heads,
         }
     )
+
+
+def _classes(names: list[str] | None) -> list[str] | None:
+    """The first few names, and a number that other names or another order would change."""
+    return names and [*names[:SHOWN], hashlib.blake2b("\n".join(names).encode(), digest_size=4).hexdigest()]
 
 
 def _images(spec: ImageSpec) -> dict[str, Any]:
