@@ -85,7 +85,7 @@ def load_classifier(
         labels: class names that a new head is built for.
         image_size: pixels, for models that are built for one size.
         mean, std, crop_pct: replace what the model's own data configuration says.
-        **model_args: passed to `timm.create_model` or to the transformers configuration.
+        **model_args: passed to `timm.create_model` or to the transformers configuration; `num_classes=0` builds a backbone.
 
     Raises:
         ValueError: a name that cannot be found, a download that broke off, or a module that is neither timm's nor transformers'.
@@ -244,7 +244,10 @@ def _load_transformers(
     model_args: dict[str, Any],
 ) -> Classifier:
     changes = dict(model_args)
-    if labels is not None:
+    num_classes = changes.pop("num_classes", None)
+    if num_classes:
+        changes["num_labels"] = num_classes
+    if labels is not None and num_classes != 0:
         changes |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if image_size is not None:
         changes["image_size"] = image_size
@@ -252,8 +255,11 @@ def _load_transformers(
         config = AutoConfig.from_pretrained(name, **changes)
         if isinstance(config, TimmWrapperConfig):  # a Hub id of a timm model, without timm's prefix
             return _load_timm(f"hf-hub:{name}", role, pretrained, labels, image_size, model_args)
-        headless = type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-        auto = AutoModel if headless and role == "teacher" else AutoModelForImageClassification
+        headless = type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and role == "teacher"
+        if role == "student":
+            asks_classes = labels is not None or num_classes is not None
+            headless = num_classes == 0 or (not asks_classes and _saved_backbone(config))
+        auto = AutoModel if headless else AutoModelForImageClassification
         module = _pretrained(auto, name, config, role) if pretrained else auto.from_config(config)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -267,6 +273,12 @@ def _load_transformers(
     if classifier.library == "transformers":
         classifier.spec = _processor_spec(name, classifier.spec).updated(size=image_size)
     return classifier
+
+
+def _saved_backbone(config: Any) -> bool:
+    """Whether a model was saved without a classifier, which would be new and random."""
+    saved = getattr(config, "architectures", None) or []
+    return bool(saved) and not any("ForImageClassification" in name for name in saved)
 
 
 def _pretrained(auto: Any, name: str, config: Any, role: str) -> nn.Module:

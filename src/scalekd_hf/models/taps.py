@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..images import ImageSpec
 
 
-__all__ = ["Tap", "dry_run", "find_taps", "first_tensor"]
+__all__ = ["Tap", "dry_run", "ends_in_one_cell", "find_taps", "first_tensor"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[Tap, Ta
     if student.tap_names is not None:
         return _named_taps(student, visits, student.tap_names)
     one_cell = _halved_to_one_cell(visits, logits.grad_fn)
-    visits = [visit for visit in visits if visit.tap.grid != (1, 1)]
+    visits = [visit for visit in visits if visit.tap.grid != (1, 1) and visit.tap.dim > 1]  # pooled: no map
     cuts = [visit for visit in visits if _is_cut(visit.node, logits.grad_fn)]
     if not cuts:
         raise ValueError(
@@ -228,6 +228,12 @@ def dry_run(student: Tapped) -> tuple[list[Visit], Tensor]:
         for module, mode in was_training:
             module.training = mode
     return visits, logits
+
+
+def ends_in_one_cell(student: Tapped) -> bool:
+    """Whether a student's last stage puts out a single cell, so that its last map is one before that stage's end."""
+    visits, logits = dry_run(student)
+    return _halved_to_one_cell(visits, logits.grad_fn)
 
 
 def _halved_to_one_cell(visits: list[Visit], logits_node: Any) -> bool:

@@ -20,13 +20,14 @@ from ..data.preparation import Preparation
 from ..images import ImageSpec
 from ..models.students import load_student
 from ..models.teachers import load_teacher
+from ..training.backbones import FEATURES_ALONE, check_backbone_run
 from ..training.config import ScaleKDConfig
 from ..training.model import ScaleKDModel, attention_heads, build_model, class_names
 from ..training.optimization import scaled_learning_rate, timm_optimizer
 from ..training.run_folder import check_output_dir
 from .flops import flops_of
 from .plan_text import plan_text, shown
-from .recipe import DistillArguments, as_words, parse_config
+from .recipe import DistillArguments, as_words, parse_config, student_options
 from .scaling import communication, memory_by_launcher, scaling
 
 
@@ -96,12 +97,14 @@ def _local_data(arguments: DistillArguments, config: ScaleKDConfig) -> tuple[lis
         if share is not None and arguments.streaming:
             refuse_stream(share)
         return None, None
-    labels = None
+    labels, is_backbone = None, arguments.num_classes == 0
     train, evaluation = load_data(arguments)
     for name, data in (("train_dataset", train), ("eval_dataset", evaluation)):
         if data is not None:
-            column = config.label_column if config.has_labels else None
+            column = config.label_column if config.has_labels and not is_backbone else None
             check_dataset(data, name, Preparation(ImageSpec(), False, config.image_column, column))
+            if is_backbone:
+                continue
             stated = arguments.num_classes
             names = (
                 shown_labels(data, config.label_column, stated)
@@ -126,8 +129,10 @@ def _build(arguments: DistillArguments, config: ScaleKDConfig, labels: list[str]
         arguments.student,
         labels=labels or stated or class_names(teacher),
         image_size=config.image_size,
-        **dict(arguments.student_args or {}),  # type: ignore[arg-type]
+        **student_options(arguments),
     )
+    if not student.num_labels:
+        check_backbone_run(student, teacher, config)
     return build_model(student, teacher, config).train()
 
 
@@ -318,6 +323,8 @@ def _note_hours(result: Plan, arguments: DistillArguments, processes: int) -> No
 def _remember_warnings(result: Plan, model: ScaleKDModel, config: ScaleKDConfig) -> None:
     student, teacher = model.student, model.teacher
     assert teacher is not None
+    if not student.num_labels:
+        result.notes.append(f"the student has no classifier: {FEATURES_ALONE}.")
     asked = (config.penultimate_num_heads, config.last_num_heads)
     if model.heads is not None and None in asked:
         result.notes.append(f"the projectors' heads are chosen: {attention_heads(teacher, config)}.")

@@ -25,6 +25,7 @@ __all__ = [
     "mapping",
     "parse_config",
     "resolved",
+    "student_options",
     "write_config",
 ]
 
@@ -52,7 +53,8 @@ class DistillArguments(DataArguments):
         baseline: first train the same student alone, with the same data, budget and settings, and report both.
         baseline_args: settings of `ScaleKDConfig` that the student alone has of its own, as JSON or a mapping: the best learning
             rate and weight decay often differ between the two.
-        num_classes: of labels without names; by default those of the teacher, or as many as the labels on disk show.
+        num_classes: of labels without names; by default those of the teacher, or as many as the labels on disk show. 0 for a
+            student without a classifier, a backbone that learns from the teacher's features alone.
         license: of the student, for its model card.
     """
 
@@ -68,7 +70,9 @@ class DistillArguments(DataArguments):
     baseline_args: dict | str | None = field(
         default=None, metadata={"help": "Settings of the student alone, as JSON."}
     )
-    num_classes: int | None = field(default=None, metadata={"help": "Number of classes, of labels without names."})
+    num_classes: int | None = field(
+        default=None, metadata={"help": "Number of classes, of labels without names; 0 for a backbone."}
+    )
     license: str | None = field(default=None, metadata={"help": "License of the student, for its model card."})
 
     def __post_init__(self) -> None:
@@ -82,6 +86,14 @@ class DistillArguments(DataArguments):
                 )
         self.student_args = mapping(self.student_args, "student_args")
         self.teacher_args = mapping(self.teacher_args, "teacher_args")
+        if self.student_args.get("num_classes") == 0:
+            self.num_classes = self.student_args.pop("num_classes")
+        check_num_classes(self.num_classes, 0)
+        if self.num_classes == 0 and self.baseline:
+            raise ValueError(
+                "`baseline` is on, but `num_classes` is 0: without a classifier the student alone has nothing to learn from. Set "
+                "`baseline` to false."
+            )
         for name in ("student", "teacher"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: name a model, a Hub id or a folder.")
@@ -107,6 +119,18 @@ class TeacherArguments(DataArguments):
         self.model_args = mapping(self.model_args, "model_args")
         if not self.model:
             raise ValueError("`model` is missing: name a model, a Hub id or a folder.")
+        check_num_classes(self.num_classes, 1)
+
+
+def check_num_classes(value: int | None, least: int) -> None:
+    """Refuse a number of classes that none can be.
+
+    Raises:
+        ValueError: below `least`.
+    """
+    if value is not None and value < least:
+        what = "Give the number of the data's classes, or leave it out"
+        raise ValueError(f"`num_classes` is {value}, but must be at least {least}. {what}.")
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:
@@ -123,6 +147,12 @@ def mapping(value: Any, name: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` must be a mapping, got {value!r}.")
     return dict(value or {})
+
+
+def student_options(arguments: DistillArguments) -> dict[str, Any]:
+    """The arguments of the student, no classifier included where it is to have none."""
+    options = mapping(arguments.student_args, "student_args")
+    return options | {"num_classes": 0} if arguments.num_classes == 0 else options
 
 
 class _Parser(HfArgumentParser):
