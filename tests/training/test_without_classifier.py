@@ -1,6 +1,7 @@
 """Students without a classifier: trained by the teacher's features alone, evaluated and resumed."""
 
 import json
+import os
 
 import datasets
 import numpy as np
@@ -9,6 +10,7 @@ import timm
 import torch
 from helpers import images, settings, small_student, timm_swin, transformers_vit
 from PIL import Image
+from processes import in_processes
 from safetensors.torch import load_file
 from trainers import trainer_for
 from transformers import AutoModel
@@ -217,3 +219,25 @@ def test_a_run_leaves_a_backbone_that_timm_and_transformers_load(tmp_path, digit
     assert "neighbours' top-1" in card and "The loss is that of the features" in card
     assert "its classifier | none: a backbone" in card and "load_student" in card
     assert "pipeline(" not in card and "AutoModelForImageClassification" not in card
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one(tmp_path, digits):
+    def train():
+        args = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "per_device_eval_batch_size": 20}
+        batch = 8 // int(os.environ.get("WORLD_SIZE", 1))
+        data = digits.select(range(80))
+        trainer = backbone_trainer(tmp_path, digits, data, per_device_train_batch_size=batch, **args)
+        trainer.train()
+        if trainer.is_world_process_zero():
+            kept = ("loss", "eval_loss", "eval_neighbours_top1")
+            history = [{name: entry[name] for name in kept if name in entry} for entry in trainer.state.log_history]
+            (tmp_path / f"{trainer.args.world_size}.json").write_text(json.dumps(history))
+
+    for processes in (1, 2):
+        for outcome in in_processes(tmp_path, train, processes=processes):
+            assert outcome.status == 0, outcome.text[-3000:]
+    one, two = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
+    assert len(one) == len(two) == 5 and any("eval_loss" in entry for entry in one)
+    for entries in zip(one, two, strict=True):
+        assert entries[0] == pytest.approx(entries[1], rel=1e-4)

@@ -16,7 +16,9 @@ from .loading import Classifier, check_patches, load_classifier
 from .taps import Tap, dry_run, find_taps, first_tensor
 
 
-__all__ = ["Student", "load_student"]
+__all__ = ["POOLINGS", "Student", "load_student"]
+
+POOLINGS = ("map", "model")
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class Student(nn.Module):
         model: the network itself, what is saved and published.
         taps: the two `Tap`s, found at their first use; `dims` and `grids` are theirs.
         spec: the images it takes; labels: class names or None; num_labels: K, 0 of a backbone, which has no classifier.
+        pooling: what its features are, the mean of the last "map" or the "model"'s own pooled output.
     """
 
     def __init__(self, classifier: Classifier, tap_names: tuple[str, str] | None = None):
@@ -40,7 +43,7 @@ class Student(nn.Module):
         self.num_labels = classifier.num_labels
         self.labels = classifier.labels if self.num_labels else None
         self.tap_names = tap_names
-        self.pretrained = False
+        self.pretrained, self.pooling = False, "map"
         self._tapped: dict[str, Any] = {}
         self._hooks: list[Any] = []
         self._recording = False
@@ -126,7 +129,12 @@ class Student(nn.Module):
         return pooled.flatten(1)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Images (B, 3, height, width) to features (B, C_l) in float32: the mean of the last map over its places."""
+        """Images (B, 3, height, width) to features (B, C_l) in float32: the mean of the last map over its places.
+
+        With `pooling` "model" what `classify` gives of a backbone, such as the class token of a ViT.
+        """
+        if self.pooling == "model":
+            return self.classify(pixel_values).float()
         return self(pixel_values)[1].float().mean((2, 3))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ def compute_neighbours(prediction: EvalPrediction, device: torch.device) -> dict
     if len(labels) < 2:
         return {}
     found = nearest_neighbours(features, labels, features, int(labels.max()) + 1, leave_one_out=True)
-    return {"neighbours_top1": float((found == labels).float().mean())}
+    return {"neighbours_top1": float((found == labels).double().mean())}
 
 
 def counted_classes(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-__all__ = ["WEIGHT_DECAYS", "choose_weight_decay", "fit_linear", "nearest_neighbours"]
+__all__ = ["WEIGHT_DECAYS", "choose_weight_decay", "fit_linear", "nearest_neighbours", "scores"]
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # DINO's (Caron et al. 2021, arXiv 2104.14294, section 4.1 and its code)
 WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HELD_OUT = 0.1  # of the training images, for the choice among them
-MOST_STEPS = 500
+MOST_STEPS = 200
 QUERIES, ROWS = 1024, 65536  # that are computed at once
 
 
