@@ -4,20 +4,46 @@ import timm
 import torch
 from helpers import SMALL_VIT, build, timm_swin, timm_vit, transformers_swin, transformers_vit
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
     BeitConfig,
+    BeitModel,
     CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     ConvNextConfig,
+    ConvNextModel,
     ConvNextV2Config,
+    Data2VecVisionConfig,
+    Data2VecVisionModel,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    DeiTModel,
     Dinov2Config,
+    Dinov2Model,
     Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    IJepaConfig,
+    IJepaModel,
     ResNetConfig,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
     Swinv2Config,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
 )
 
 
@@ -105,6 +131,39 @@ FAMILIES = {
     "transformers_convnext": _cnn(ConvNextConfig, image_size=64),
     "transformers_convnext_v2": _cnn(ConvNextV2Config, image_size=64),
     "transformers_resnet": _cnn(ResNetConfig, embedding_size=8),
+}
+TEXT = {
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 99,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MAPS = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 2, 1], "image_size": 64}
+BIASED = {**VIT, "use_relative_position_bias": True}
+CUT = {name: value for name, value in VIT.items() if name != "image_size"}
+# Backbones as the Hub has them.
+BACKBONES = {
+    "Dinov2Model": lambda: Dinov2Model(Dinov2Config(**VIT)),
+    "Dinov2WithRegistersModel": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**VIT)),
+    "DINOv3ViTModel": lambda: DINOv3ViTModel(DINOv3ViTConfig(**VIT)),
+    "DINOv3ConvNextModel": lambda: DINOv3ConvNextModel(DINOv3ConvNextConfig(**MAPS)),
+    "CLIPVisionModel": lambda: CLIPVisionModel(CLIPVisionConfig(**VIT)),
+    "CLIPModel": lambda: CLIPModel(CLIPConfig(vision_config=VIT, text_config=TEXT)),
+    "SiglipVisionModel": lambda: SiglipVisionModel(SiglipVisionConfig(**VIT)),
+    "Siglip2VisionModel": lambda: Siglip2VisionModel(Siglip2VisionConfig(**CUT, num_patches=16)),
+    "Aimv2VisionModel": lambda: Aimv2VisionModel(Aimv2VisionConfig(**VIT)),
+    "IJepaModel": lambda: IJepaModel(IJepaConfig(**VIT)),
+    "ViTMAEModel": lambda: ViTMAEModel(ViTMAEConfig(**VIT)),
+    "Data2VecVisionModel": lambda: Data2VecVisionModel(Data2VecVisionConfig(**BIASED)),
+    "SwinModel": lambda: SwinModel(SwinConfig(**SWIN)),
+    "BeitModel": lambda: BeitModel(BeitConfig(**BIASED)),
+    "DeiTModel": lambda: DeiTModel(DeiTConfig(**VIT)),
+    "ConvNextModel": lambda: ConvNextModel(ConvNextConfig(**MAPS)),
+    "ViTModel": lambda: ViTModel(ViTConfig(**VIT)),
 }
 HEADLESS = ("transformers_dinov3",)
 # Position terms sized for the prefix: (attribute that says how many prefix tokens, or slices, in a copy without them)

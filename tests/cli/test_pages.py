@@ -1,5 +1,6 @@
 """What the pages tell a newcomer to type is run: the text as it stands, with small models and photos in place of what has to be fetched."""
 
+import itertools
 import json
 import re
 import shlex
@@ -8,6 +9,7 @@ import shutil
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
 from helpers import DIGITS, ROOT, TEACHER, small_student
@@ -235,6 +237,31 @@ def test_evaluations_and_exports_on_the_pages(here, capsys):
     (export,) = commands(blocks("docs/export.md")[0])
     main(export)
     assert (here / "outputs/my_pair/model.onnx").exists() and (here / "outputs/my_pair/model.pt2").exists()
+
+
+@runs("docs/backbones.md", 0, 1, 2)
+@runs("docs/evaluation.md", 1)
+def test_the_backbone_on_the_pages_is_trained_loaded_and_measured(here, digits, capsys):
+    (words,) = commands(blocks("docs/backbones.md")[0])
+    main([*words, "--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true"])
+    assert "backbone without a classifier, is in backbone" in capsys.readouterr().out
+    shutil.rmtree("backbone")
+    teacher = '"timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k"'
+    small = '"timm/resnet18", num_classes=0, image_size=32, channels=(8, 16, 24, 32), output_stride=8'
+    stand_ins = {teacher: repr(str(TEACHER)), '"timm/resnet50", num_classes=0': small, "375_000": "2"}
+    stand_ins |= {"size=128": "size=8, use_cpu=True, last_num_heads=8"}
+    exec(code("docs/backbones.md", 1, **stand_ins), {"train": digits, "evaluation": digits})
+    names = {}
+    exec(code("docs/backbones.md", 2), names)
+    assert names["model"].num_classes == 0 and len(names["stages"](torch.zeros(1, 3, 32, 32))) == 5
+    assert names["features"](torch.zeros(1, 3, 32, 32)).shape == (1, 32)
+    for part, place in itertools.product(("train", "test"), ("data", "my_images")):
+        file = next(iter(sorted(DIGITS.glob(f"{part}-*.parquet"))))
+        shutil.copy(file, here / place / file.name)
+    backbone, classifier = commands(blocks("docs/evaluation.md")[1])
+    for given in (backbone, classifier):
+        main([*given, "--use_cpu", "true", "--disable_tqdm", "true"])
+        assert "linear probe" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -5,13 +5,17 @@ import copy
 import pytest
 import timm
 import torch
-from families import FAMILIES, HEADLESS, POSITION_TERMS, large_weights
+import torchvision
+from families import BACKBONES, FAMILIES, HEADLESS, POSITION_TERMS, large_weights
 from helpers import SMALL_SWIN, images, timm_swin, timm_vit, transformers_swin, transformers_vit
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from timm.models.eva import EvaAttention
+from transformers import Siglip2ImageProcessor, Siglip2VisionModel, ViTMAEModel
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 from scalekd_hf import load_teacher
-from scalekd_hf.models.taps import first_tensor
+from scalekd_hf.models.maps import first_tensor
 
 
 def entering_tokens(teacher, pixel_values):
@@ -152,7 +156,9 @@ def test_a_teacher_without_head_gives_no_logits():
 def test_last_blocks_is_a_setting_of_plain_teachers():
     teacher = load_teacher(timm_vit(), last_blocks=3)
     assert teacher.taps[0].module == "blocks.0"
-    with pytest.raises(ValueError, match="`teacher_last_blocks` must be between 1 and 3, one less than the blocks.*got 4"):
+    with pytest.raises(
+        ValueError, match="`teacher_last_blocks` must be between 1 and 3, one less than the blocks.*got 4"
+    ):
         load_teacher(timm_vit(), last_blocks=4)
 
 
@@ -161,7 +167,7 @@ def test_last_blocks_is_a_setting_of_plain_teachers():
     [
         ("timm/swin_tiny_patch4_window8_224", "swin_tiny_patch4_window7_224"),
         ("no-such-team/no-such-model", "neither a local folder"),
-        (torch.nn.Linear(2, 2), "image classifier of timm or transformers"),
+        (torch.nn.Linear(2, 2), "`teacher` is a Linear that does not run on images"),
         (lambda: timm.create_model("crossvit_tiny_240", num_classes=10), "teacher.*teacher_taps"),
         (lambda: transformers_swin(image_size=33), "patches of 2x2 px.*33x33"),
         (lambda: timm_vit(img_size=36), "patches of 8x8 px.*36x36"),
@@ -182,3 +188,159 @@ def test_a_use_of_the_model_on_the_side_leaves_no_map_behind(build):
         expected = teacher(second)[0]
         teacher.model(first)
         assert torch.equal(teacher(second)[0], expected)
+
+
+class Plain(torch.nn.Module):
+    """A network that nobody knows: four stages of convolutions, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 8, 12, 16, 24)
+        stages = [torch.nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:], strict=False)]
+        self.stages = torch.nn.ModuleList(torch.nn.Sequential(stage, torch.nn.GELU()) for stage in stages)
+        self.head = torch.nn.Linear(24, 10)
+
+    def forward(self, pixel_values):
+        for stage in self.stages:
+            pixel_values = stage(pixel_values)
+        return self.head(pixel_values.mean((2, 3)))
+
+
+class OwnStage(Plain):
+    """The same, with a last stage of its own."""
+
+    def forward(self, pixel_values):
+        for stage in self.stages[:-1]:
+            pixel_values = stage(pixel_values)
+        last = self.stages[-1](pixel_values)
+        return pixel_values, last, self.head(last.mean((2, 3)))
+
+    def last_stage(self, tokens):
+        side = round(tokens.shape[1] ** 0.5)
+        return self.stages[-1](tokens.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "taps"),
+    [(Plain, None), (Plain, ("stages.3.0", "stages.3")), (OwnStage, None), (torchvision.models.resnet18, None)],
+)
+def test_a_network_of_neither_library_teaches(module, taps):
+    torch.manual_seed(0)
+    module = module()
+    teacher = load_teacher(module, taps=taps, image_size=64, labels=[str(label) for label in range(10)])
+    pixel_values = torch.randn(2, 3, 64, 64)
+    last_map, logits = teacher(pixel_values)
+    expected = module(pixel_values)
+    assert torch.equal(logits, expected[2] if isinstance(module, OwnStage) else expected)
+    assert (teacher.num_labels, teacher.spec.size) == (logits.shape[1], (64, 64))
+    tokens = torch.randn(2, 16 if isinstance(module, torchvision.models.ResNet) else 64, teacher.penultimate_dim)
+    assert teacher.last_stage(tokens).shape == (2, last_map[0, 0].numel(), teacher.dim)
+
+
+def test_a_last_stage_that_is_not_the_models_own_is_refused_with_both_figures():
+    class Wrong(OwnStage):
+        def last_stage(self, tokens):
+            return super().last_stage(tokens) + 0.1
+
+    with pytest.raises(ValueError, match="applied to its own tokens, gives another map.*differ by 0.1 where"):
+        load_teacher(Wrong(), image_size=64)
+
+    class Skipping(Plain):
+        """Its last stage gets more than the tokens that enter it."""
+
+        def forward(self, pixel_values):
+            first = self.stages[0](pixel_values)
+            third = self.stages[2](self.stages[1](first))
+            return self.head((self.stages[3](third) + first.mean()).mean((2, 3)))
+
+    with pytest.raises(ValueError, match="`teacher` 'Skipping'.*teacher_taps"):
+        load_teacher(Skipping(), image_size=64)
+    with pytest.raises(ValueError, match=r"`teacher_taps` names \['no'\]"):
+        load_teacher(Plain(), image_size=64, taps=("no", "stages.3"))
+    with pytest.raises(ValueError, match="`teacher_taps` are.*stages.3 gets no map|head puts out no map"):
+        load_teacher(Plain(), image_size=64, taps=("stages.3", "head"))
+
+
+def last_tokens(model, pixel_values):
+    """What a backbone of transformers puts out, through its own front door."""
+    if isinstance(model, ViTMAEModel):
+        model.config.mask_ratio = 0.0
+        return model(pixel_values, noise=torch.arange(16.0).expand(len(pixel_values), 16)).last_hidden_state
+    if isinstance(model, Siglip2VisionModel):
+        size = {"patch_size": 8, "max_num_patches": 16}
+        options = {"do_normalize": False, "do_rescale": False, "do_resize": False, "return_tensors": "pt"}
+        given = Siglip2ImageProcessor(**size)(list(pixel_values), **options)
+        return model(**given).last_hidden_state
+    return getattr(model, "vision_model", model)(pixel_values).last_hidden_state
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_as_the_hub_has_it_teaches_without_a_head(name, tmp_path):
+    model = BACKBONES[name]().eval()
+    model.save_pretrained(tmp_path)
+    by_folder, by_module = load_teacher(str(tmp_path)), load_teacher(model)
+    pixel_values = torch.randn(2, 3, *by_folder.spec.size)
+    last_map, logits = by_folder(pixel_values)
+    assert logits is None and by_folder.num_labels == 0 and by_folder.labels is None
+    assert torch.equal(last_map, by_module(pixel_values)[0])
+    with torch.no_grad():
+        tokens = last_tokens(model, pixel_values)
+    if tokens.ndim == 4:
+        assert torch.equal(last_map, tokens)
+    else:
+        patches = last_map.flatten(2).transpose(1, 2)
+        assert (patches - tokens[:, -patches.shape[1] :]).abs().max() < 1e-5 * tokens.abs().max()
+
+
+def test_a_checkpoint_without_a_head_never_becomes_a_classifier_with_a_random_one(tmp_path, caplog):
+    swin = transformers_swin()
+    swin.swin.save_pretrained(tmp_path / "backbone")  # as `SwinModel.save_pretrained` does
+    assert load_teacher(str(tmp_path / "backbone")).num_labels == 0
+    swin.save_pretrained(tmp_path / "whole")
+    assert load_teacher(str(tmp_path / "whole")).num_labels == 10
+
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    headless = {name: value for name, value in weights.items() if "classifier" not in name}
+    save_file(headless, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    caplog.clear()
+    assert load_teacher(str(tmp_path / "whole")).num_labels == 0  # its configuration says otherwise
+    assert "lacks classifier.bias, classifier.weight: it has no trained classifier" in caplog.text
+
+    lost = "swin.encoder.layers.1.blocks.0.layernorm_before.weight"
+    del headless[lost]
+    save_file(headless, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match="its checkpoint lacks the weights.*layernorm_before.weight.*would teach noise"
+    ):
+        load_teacher(str(tmp_path / "whole"))
+
+
+def test_a_timm_teacher_with_other_classes_than_it_was_trained_on_is_refused(tmp_path):
+    saved = timm_vit(num_classes=5)
+    save_for_hf(saved, tmp_path)
+    assert load_teacher(str(tmp_path)).num_labels == 5
+    backbone = load_teacher(str(tmp_path), num_classes=0)
+    assert backbone.num_labels == 0
+    pixel_values = torch.randn(1, 3, *backbone.spec.size)
+    assert torch.equal(backbone(pixel_values)[0], load_teacher(saved)(pixel_values)[0])
+    with pytest.raises(
+        ValueError, match="classifier of 5 classes, but `num_classes` 7 asks for a new one.*teach noise"
+    ):
+        load_teacher(str(tmp_path), num_classes=7)
+
+
+def test_position_terms_of_each_block_are_its_own():
+    model = large_weights(
+        timm.create_model("vit_small_patch16_rope_mixed_224", img_size=64, depth=4, embed_dim=48, num_heads=4)
+    )
+    teacher = load_teacher(model)
+    tokens, last_map, _ = entering_tokens(teacher, torch.randn(2, 3, 64, 64))
+    expected = last_map.flatten(2).transpose(1, 2)
+    assert (teacher.last_stage(tokens)[:, 1:] - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_folder_of_images_in_another_order_of_tokens_is_a_map_of_the_image():
+    teacher = load_teacher(timm.create_model("hiera_tiny_224", num_classes=10))
+    tokens, last_map, _ = entering_tokens(teacher, torch.randn(1, 3, 224, 224))
+    found = teacher.last_stage(tokens).transpose(1, 2).unflatten(2, teacher.grid)
+    assert (found - last_map).abs().max() < 1e-5 * last_map.abs().max()

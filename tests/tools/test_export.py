@@ -156,6 +156,8 @@ def export_one_that_looks_at_values(folder):
 def test_what_is_unknown_or_unsuitable_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"`formats` must be among \['onnx', 'torch'\], got \['tflite'\]"):
         export_student(small_student(), tmp_path, ("tflite",))
+    with pytest.raises(ValueError, match="has no classifier, and what is exported puts out logits"):
+        export_student(small_student(num_classes=0), tmp_path)
     half = small_student()
     half.to(torch.bfloat16)
     with pytest.raises(ValueError, match="must be in float32 on the CPU, .* got torch.bfloat16 on cpu"):

@@ -37,7 +37,7 @@ def test_help_renders(capsys):
 def test_the_defaults_are_those_published_for_swin_teachers(tmp_path):
     config = ScaleKDConfig(output_dir=str(tmp_path))
     assert (config.spatial_weight, config.frequency_weight, config.last_frequency_weight) == (0.08, 0.06, None)
-    assert (config.logit_weight, config.temperature, config.softmax_scale) == (0.5, 1.0, 5.0)
+    assert (config.logit_weight, config.temperature, config.softmax_scale) == (None, 1.0, 5.0)
     assert (config.stem_norm, config.task_loss, config.teacher_last_blocks) == ("batch", "cross_entropy", 2)
     assert not (config.remove_unused_columns or config.ddp_find_unused_parameters or config.logging_nan_inf_filter)
 

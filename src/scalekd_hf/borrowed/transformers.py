@@ -9,13 +9,19 @@ from typing import Any
 from transformers.integrations import deepspeed as hf_deepspeed
 
 
-__all__ = ["commit_of", "whole_models"]
+__all__ = ["commit_of", "same_source", "whole_models"]
 
 
 def commit_of(module: Any) -> str | None:
     """The commit on the Hub that a model was loaded from; None where it is from elsewhere."""
     commit: str | None = getattr(getattr(module, "config", None), "_commit_hash", None)
     return commit
+
+
+def same_source(module: Any, other: Any) -> None:
+    """Have a model that was made of another one say where that was loaded from."""
+    module.config.name_or_path = other.config.name_or_path
+    module.config._commit_hash = commit_of(other)
 
 
 @contextmanager

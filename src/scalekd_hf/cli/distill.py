@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForImageClassification, set_seed
+from transformers import AutoModel, AutoModelForImageClassification, set_seed
 from transformers.utils import logging
 
 from ..borrowed.transformers import whole_models
@@ -20,7 +20,15 @@ from ..models.teachers import Teacher, load_teacher
 from ..publishing.provenance import Source
 from ..publishing.publisher import RESULTS_FILE
 from ..tools.plan import classes_of, plan_words
-from ..tools.recipe import DistillArguments, as_words, given_arguments, mapping, parse_config, write_config
+from ..tools.recipe import (
+    DistillArguments,
+    as_words,
+    given_arguments,
+    mapping,
+    parse_config,
+    student_options,
+    write_config,
+)
 from ..training.config import ScaleKDConfig
 from ..training.model import ScaleKDModel, build_model
 from ..training.trainer import ScaleKDTrainer
@@ -48,8 +56,13 @@ def run(
         return {}, trainer
     # What was saved is evaluated, loaded as its users load it.
     with whole_models():
-        student = AutoModelForImageClassification.from_pretrained(str(config.output_dir))
+        student = users_class(arguments).from_pretrained(str(config.output_dir))
     return evaluate(student, config, evaluation), trainer
+
+
+def users_class(arguments: DistillArguments) -> Any:
+    """What of transformers loads the student."""
+    return AutoModel if arguments.num_classes == 0 else AutoModelForImageClassification
 
 
 def load_teacher_of(arguments: DistillArguments, config: ScaleKDConfig) -> Teacher:
@@ -59,6 +72,7 @@ def load_teacher_of(arguments: DistillArguments, config: ScaleKDConfig) -> Teach
         last_blocks=config.teacher_last_blocks,
         drop_path=config.teacher_drop_path,
         image_size=config.teacher_image_size,
+        taps=config.teacher_taps,
         **mapping(arguments.teacher_args, "teacher_args"),
     )
 
@@ -71,7 +85,7 @@ def new_student(arguments: DistillArguments, config: ScaleKDConfig, labels: list
         pretrained=arguments.student_pretrained,
         labels=labels,
         image_size=config.image_size,
-        **mapping(arguments.student_args, "student_args"),
+        **student_options(arguments),
     )
 
 
@@ -105,7 +119,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 f"The run in {config.output_dir} has come to its end with these settings: nothing is trained again, but with "
                 "`--overwrite_output_dir true`."
             )
-            show(json.loads(Path(str(config.output_dir), RESULTS_FILE).read_text()), str(config.output_dir))
+            show(json.loads(Path(str(config.output_dir), RESULTS_FILE).read_text()), arguments, config)
         return
     alone = [baseline_config(words, arguments, config)] if arguments.baseline else []
     resume_or_refuse(config, *alone)
@@ -117,7 +131,8 @@ def main(words: Sequence[str] | None = None) -> None:
         fresh_model(arguments, config, data[0])  # what is wrong with the pair is said before one of them is trained
         results["student alone"], _ = run(arguments, baseline, data, distil=False)
     results["student distilled"], trainer = run(arguments, config, data, distil=True)
-    if data[1] is not None and config.logit_weight and config.has_labels:  # then its labels are the data's
+    shares_labels = trainer.args.logit_weight and arguments.num_classes != 0  # with the teacher, as the data does
+    if data[1] is not None and config.has_labels and shares_labels:
         teacher = load_student(
             arguments.teacher,
             pretrained=True,
@@ -127,7 +142,7 @@ def main(words: Sequence[str] | None = None) -> None:
         results = {"teacher": evaluate(teacher, config, data[1]), **results}
     trainer.results = results
     if config.process_index == 0:
-        report(results, Path(str(config.output_dir)))
+        report(results, arguments, config)
     describe(trainer, arguments, config)
 
 
@@ -165,20 +180,30 @@ def print_plan(words: list[str], plan_format: str) -> int:
     return int(plan.error is not None)
 
 
-def report(results: dict[str, dict[str, float]], folder: Path) -> None:
+def report(results: dict[str, dict[str, float]], arguments: DistillArguments, config: ScaleKDConfig) -> None:
     """Print the table of accuracies and write them to results.json."""
-    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
-    show(results, str(folder))
+    Path(str(config.output_dir), RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+    show(results, arguments, config)
 
 
-def show(results: dict[str, dict[str, float]], folder: str) -> None:
+def show(results: dict[str, dict[str, float]], arguments: DistillArguments, config: ScaleKDConfig) -> None:
     """Print the table of accuracies."""
     rows = {name: metrics for name, metrics in results.items() if "top1" in metrics}
     if rows:
         print(f"\n{'':<20}{'top-1':>8}{'top-5':>8}")
     for name, metrics in rows.items():
         print(f"{name:<20}{metrics['top1']:>8.2%}{metrics['top5']:>8.2%}")
-    print(f"\nThe student is in {folder}: AutoModelForImageClassification.from_pretrained({str(folder)!r})")
+    folder, what = str(config.output_dir), "student"
+    if arguments.num_classes == 0:
+        what = "student, a backbone without a classifier,"
+        for name, metrics in results.items():
+            if "neighbours_top1" in metrics:
+                share = f"{metrics['neighbours_top1']:.2%}"
+                print(
+                    f"\n{name}: {share} of the evaluation images are of the class that their 20 nearest among the others"
+                )
+                print("vote for. `scalekd evaluate` measures k-NN and a linear probe that know the training images.")
+    print(f"\nThe {what} is in {folder}: {users_class(arguments).__name__}.from_pretrained({folder!r})")
 
 
 def take_plan(words: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -1,4 +1,4 @@
-"""Evaluate a classifier on labelled images, and keep the result in a table and in its card."""
+"""Evaluate a classifier or a backbone on labelled images, and keep the result in a table and in its card."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..models.students import Student
 from ..publishing.model_card import update_evaluation
 from ..publishing.provenance import data_source, model_source, versions
 from ..tools.evaluation import EvaluateArguments, evaluate_model, load_data, load_model, measure_model
+from ..tools.probing import evaluate_features, features_of, load_known_images
 from ..tools.recipe import parse_config
 from ..training.config import ScaleKDConfig
 from ..training.config_checks import check_processes
@@ -22,8 +23,16 @@ from ..training.config_checks import check_processes
 
 __all__ = ["main"]
 
-HEADINGS = ["model", "data", "images", "top-1", "top-5", "NLL", "ECE", "M params", "GFLOP", "images/s"]
-IDENTITY = ("model", "dataset", "source", "config", "split")  # a row with the same takes the place of another
+HEADINGS = ["model", "data", "images", "top-1", "top-5", "NLL", "ECE", "k-NN", "linear probe"]
+HEADINGS += ["M params", "GFLOP", "images/s"]
+IDENTITY = (
+    "model",
+    "dataset",
+    "source",
+    "config",
+    "split",
+    "features",
+)  # a row with the same takes the place of another
 UNSET = "trainer_output"  # what transformers makes of no `output_dir`
 
 
@@ -116,13 +125,29 @@ def _cells(row: dict[str, Any]) -> list[str]:
     accuracies = [shown(key, ".2%") for key in ("top1", "top5")]
     errors = [shown("nll", ".4f"), shown("ece", ".2%")]
     size = [shown("parameters", ".2f", 1e6), shown("gflops", ".2f"), shown("images_per_second", ",.0f")]
-    return [row["model"], data, shown("images", ",.0f"), *accuracies, *errors, *size]
+    probes = [shown(key, ".2%") for key in ("knn_top1", "linear_top1")]
+    return [row["model"], data, shown("images", ",.0f"), *accuracies, *errors, *probes, *size]
+
+
+def _lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Headings and cells, without columns that have nothing in any row."""
+    cells = [_cells(row) for row in rows]
+    kept = [column for column in range(len(HEADINGS)) if any(line[column] for line in cells)]
+    return [[line[column] for column in kept] for line in (HEADINGS, *cells)]
+
+
+def _legend(rows: list[dict[str, Any]]) -> str:
+    """What columns mean that are there."""
+    parts = ["NLL in nats; ECE over 15 bins"] if any("nll" in row for row in rows) else []
+    if any("features" in row for row in rows):
+        parts.append("k-NN (k = 20, weights exp(cosine / 0.07)) and linear probe of features on labelled images")
+    return "; ".join([*parts, "images/s of the forward pass alone"])
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
     """Evaluations as a table for the screen; NLL in nats, images per second of the forward pass alone."""
-    lines = [HEADINGS, *map(_cells, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    lines = _lines(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [
         [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         for line in lines
@@ -131,19 +156,29 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| " + " | ".join(line) + " |" for line in (HEADINGS, ["---"] * len(HEADINGS), *map(_cells, rows))]
+    headings, *cells = _lines(rows)
+    lines = ["| " + " | ".join(line) + " |" for line in (headings, ["---"] * len(headings), *cells)]
     lines.insert(0, "# Evaluation\n")
-    lines.append("\nNLL in nats; ECE over 15 bins; images/s of the forward pass alone.\n")
+    lines.append(f"\n{_legend(rows)}.\n")
     for row in rows:
         settings = row["settings"]
         height, width = settings["image_size"]
         lines.append(
             f"- {row['model']} on {row['dataset']} (from {row['source']}, revision {row['revision'] or 'unknown'}): {height}x{width} "
             f"px, crop {settings['crop_pct']:g}, {row['dtype']}, {settings['processes']} process(es); speed with batches of "
-            f"{row['batch_size']} on {row['device']}; "
+            f"{row['batch_size']} on {row['device']}; {_probed(row)}"
             f"{', '.join(f'{name} {version}' for name, version in row['versions'].items())}.\n  `{row['command']}`"
         )
     return "\n".join(lines) + "\n"
+
+
+def _probed(row: dict[str, Any]) -> str:
+    if "features" not in row:
+        return ""
+    return (
+        f"features: {row['features']}, {row['train_images']:,} labelled images known ({row['known']}), weight decay "
+        f"{row['weight_decay']:g}; "
+    )
 
 
 def card_of(model: str) -> str:
@@ -165,6 +200,24 @@ def card_of(model: str) -> str:
     return name
 
 
+def measure_features(
+    arguments: EvaluateArguments, config: ScaleKDConfig, student: Student, dataset: Any
+) -> dict[str, Any]:
+    """k-NN and linear probe of a network's features.
+
+    Raises:
+        ValueError: no images are named whose labels may be known, or a benchmark, which says which classes a classifier has.
+    """
+    if arguments.benchmark is not None:
+        raise ValueError(
+            f"`benchmark` {arguments.benchmark!r} is for classifiers, and features are measured. Set `dataset` and `eval_split` "
+            "instead, and `train_split`."
+        )
+    known = load_known_images(arguments)
+    found = evaluate_features(features_of(student, arguments.pooling), known, dataset, config)
+    return found | {"known": Path(arguments.train_files).name if arguments.train_files else arguments.train_split}
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Evaluate as the words say; those of this process by default."""
     words = list(sys.argv[1:] if words is None else words)
@@ -175,12 +228,15 @@ def main(words: Sequence[str] | None = None) -> None:
     card = card_of(arguments.model) if arguments.update_card else None
     dataset = load_data(arguments, None if config.process_index else config.output_dir)
     student = load_model(arguments, config)
-    metrics = evaluate_model(student, dataset, config, arguments.benchmark, arguments.real_labels)
+    if arguments.probe or not student.num_labels:
+        metrics = measure_features(arguments, config, student, dataset)
+    else:
+        metrics = evaluate_model(student, dataset, config, arguments.benchmark, arguments.real_labels)
     if config.process_index:
         return
     row = describe(arguments, config, student, dataset) | metrics | measure_model(student, config)
     rows = write_rows(folder, row | {"command": command(words, config.world_size)})
-    print(f"\n{table_of(rows)}\n\nNLL in nats; images/s of the forward pass alone, in batches of {row['batch_size']},")
+    print(f"\n{table_of(rows)}\n\n{_legend(rows)}, in batches of {row['batch_size']},")
     print(f"{row['dtype']}, on {row['device']}. All of it is in {folder}/evaluation.json and evaluation.md.")
     if card is not None:
         print(f"The card of {update_evaluation(card, [row], token=config.hub_token)} has it, too.")

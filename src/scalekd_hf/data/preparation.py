@@ -48,7 +48,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Collator:
-    """A collator, whose labels are checked, and beside its batch what was found out about images that could not be decoded.
+    """A collator, whose labels are checked, and beside its batch what was found out about images that could not be decoded, and
+    the places of blanks.
 
     Args:
         collator: samples to a batch.
@@ -59,12 +60,15 @@ class Collator:
         self.collator, self.num_labels = collator, num_labels
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        bad = [sample.pop("bad_image") for sample in samples if isinstance(sample, dict) and "bad_image" in sample]
+        dicts = [sample if isinstance(sample, dict) else {} for sample in samples]
+        bad = [sample.pop("bad_image") for sample in dicts if "bad_image" in sample]
+        blanks = [place for place, sample in enumerate(dicts) if sample.pop("blank", False)]
         batch: dict[str, Any] = self.collator(samples)
         labels = batch.get("labels")
         if self.num_labels is not None and isinstance(labels, Tensor) and labels.device.type == "cpu":
             check_batch(labels, self.num_labels)
-        return {**batch, "bad_images": bad} if bad else batch
+        found = {"bad_images": bad, "blanks": blanks}
+        return batch | {name: values for name, values in found.items() if values}
 
 
 class Preparation:
@@ -159,7 +163,8 @@ class Preparation:
 
     def blank(self, label: Any) -> dict[str, Any]:
         """A black image whose label does not count; `label` is any other, for its shape."""
-        sample: dict[str, Any] = {"pixel_values": torch.zeros((3, *self.spec.size), dtype=torch.uint8)}
+        pixel_values = torch.zeros((3, *self.spec.size), dtype=torch.uint8)
+        sample: dict[str, Any] = {"pixel_values": pixel_values, "blank": True}
         if self.label_column is not None and (label is not None or self.num_labels is not None):
             soft = isinstance(label, (list, np.ndarray))
             sample["labels"] = [float(IGNORED_LABEL)] * len(label) if soft else IGNORED_LABEL

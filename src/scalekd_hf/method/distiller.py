@@ -3,6 +3,8 @@
 Source: ScaleKD (arXiv 2411.06786), section 3.4. With λ = `logit_weight`:
 
     (1 - λ) · task + λ · logit + Σ_v w_v (L_v(P_v, T_l) + L_v(M_v, T_l))
+
+A backbone, a student without a classifier, has the sum over v alone.
 """
 
 from __future__ import annotations
@@ -47,22 +49,23 @@ class Distiller(nn.Module):
     The teacher stays frozen and in eval mode (but for stochastic depth, where that was asked for). It moves with the
     module but is no child of it, so that it is in no optimiser, no saved file and no engine's checkpoint, and no wrapper
     broadcasts its buffers. Without a teacher this is the student alone, trained with the task loss: the baseline.
-    In eval mode only the student runs.
+    In eval mode only the student runs; the loss of a backbone takes teacher and heads there, too.
 
     Args:
-        student: the student to train.
+        student: the student to train. Of a backbone (`num_labels` 0) the feature terms are the whole loss.
         teacher: the frozen teacher, or None.
         heads: the mimicking heads, needed with a teacher unless all feature weights are zero.
         spatial_weight, frequency_weight: weights of the two views (section 3.4; 0.08 and 0.06 for Swin teachers).
         last_frequency_weight: another weight for the frequency view of the last stage.
         teacher_perception: with the penultimate terms (section 3.3).
-        logit_weight: λ. The task loss weighs 1 - λ.
+        logit_weight: λ. The task loss weighs 1 - λ. 0 for a backbone, which has neither.
         temperature: T of the logit term.
         task_loss: "cross_entropy" or "binary_cross_entropy" over sigmoids.
         label_smoothing: of the task loss, in [0, 1).
 
     Raises:
-        ValueError: heads that compute other terms than the weights ask for, or a teacher of logits with other classes.
+        ValueError: heads that compute other terms than the weights ask for, a teacher of logits with other classes, or a
+            backbone that is to learn from logits, or from nothing.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Distiller(nn.Module):
         self.heads = heads
         self.temperature, self.task_loss, self.label_smoothing = temperature, task_loss, label_smoothing
         self.normaliser = Normaliser(student.spec, teacher.spec if teacher is not None else None)
-        self.weights = {"task": 1.0}
+        self.weights = {"task": float(self.has_classifier)}
         if teacher is not None:
             features = feature_weights(spatial_weight, frequency_weight, last_frequency_weight, teacher_perception)
             if set(features) != set(heads.terms if heads is not None else ()):
@@ -95,11 +98,19 @@ class Distiller(nn.Module):
                     f"`heads` compute {heads.terms if heads is not None else 'nothing'}, but the weights ask for "
                     f"{tuple(features)}: build them with `terms=tuple(feature_weights(...))`."
                 )
-            self.weights = {"task": 1.0 - logit_weight, "logit": logit_weight, **features}
+            if not self.has_classifier:
+                check_backbone(logit_weight, features)
+            self.weights["task"] *= 1.0 - logit_weight
+            self.weights |= {"logit": logit_weight, **features}
             if logit_weight:
                 check_labels(teacher.num_labels, teacher.labels, student.num_labels, student.labels)
         if heads is not None:
             student.taps  # noqa: B018  taps are found and hooked before any wrapper sees the module
+
+    @property
+    def has_classifier(self) -> bool:
+        """False of a backbone."""
+        return bool(self.student.num_labels)
 
     def train(self, mode: bool = True) -> Any:
         """See `Module.train`; of the teacher, only stochastic depth follows, where it was asked for."""
@@ -127,27 +138,40 @@ class Distiller(nn.Module):
 
         Args:
             pixel_values: (B, 3, height, width), normalised and sized for the student, or as uint8.
-            labels: (B,) class indices or (B, K) soft labels. Without them the task term is absent.
+            labels: (B,) class indices or (B, K) soft labels. Without them the task term is absent. A backbone takes no heed
+                of them.
 
         Returns:
             The loss, a scalar or in eval mode without labels None; the student's logits (B, K); and, in training mode,
-            the unweighted terms by the names in `LOSS_TERMS`, those that are in use.
+            the unweighted terms by the names in `LOSS_TERMS`, those that are in use. Of a backbone with a teacher the loss
+            is that of the features in eval mode, too; instead of logits it has pooled features (B, C).
+
+        Raises:
+            ValueError: in training mode, neither labels nor a teacher to learn from.
         """
         pixel_values = self.normaliser.for_student(pixel_values)
         losses: dict[str, Tensor] = {}
-        if self.training and self.teacher is not None:
+        if self.teacher is not None and (self.training or not self.has_classifier):
             logits = self._distil(pixel_values, losses)
         else:
-            logits = self.student.classify(pixel_values)
-        if labels is not None and (self.weights["task"] or not self.training):
+            run = self.student.classify if self.has_classifier else self.student.features
+            logits = run(pixel_values)
+        if labels is not None and self.has_classifier and (self.weights["task"] or not self.training):
             smoothing = self.label_smoothing if self.training else 0.0
             losses["task"] = task_loss(logits, labels, self.task_loss, smoothing)
-        if not self.training:
+        if not self.training and self.has_classifier:
             return losses.get("task"), logits, {}
         losses = {term: losses[term] for term in LOSS_TERMS if term in losses}
+        if not losses and not self.training:
+            return None, logits, {}
         if not losses:
-            raise ValueError("`labels` are missing: without a teacher there is no other loss than the task's.")
+            missing = (
+                "`labels` are missing" if self.has_classifier else "`teacher` is None, and there is no classifier"
+            )
+            raise ValueError(f"{missing}: without a teacher there is no other loss than the task's.")
         loss = torch.stack([self.weights[term] * value for term, value in losses.items()]).sum()
+        if not self.training:
+            return loss, logits, {}
         if "task" not in losses and "logit" not in losses:
             loss = loss + 0.0 * logits.float().sum()  # DDP wants a gradient for the classifier, too
         return loss, logits, losses
@@ -162,6 +186,24 @@ class Distiller(nn.Module):
         if self.weights["logit"]:
             losses["logit"] = logit_distillation_loss(logits, teacher_logits, self.temperature)
         return logits
+
+
+def check_backbone(logit_weight: float, features: dict[str, float]) -> None:
+    """Refuse weights that a student without a classifier cannot have.
+
+    Raises:
+        ValueError: a logit term, or no feature term.
+    """
+    if logit_weight:
+        raise ValueError(
+            f"`logit_weight` is {logit_weight:g}, but the student has no classifier, and so no logits: it learns from the "
+            "teacher's features alone. Set it to 0, or give the student a number of classes."
+        )
+    if not features:
+        raise ValueError(
+            "`spatial_weight` and `frequency_weight` are 0, but the student has no classifier: the feature terms are all that "
+            "it can learn from. Give one of them a weight."
+        )
 
 
 def check_labels(

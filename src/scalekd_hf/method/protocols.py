@@ -16,7 +16,10 @@ __all__ = ["StudentModel", "TeacherModel"]
 
 
 class StudentModel(Protocol):
-    """A network whose penultimate and last maps can be seen; a `torch.nn.Module`."""
+    """A network whose penultimate and last maps can be seen; a `torch.nn.Module`.
+
+    `num_labels` is 0 of a backbone, which has no classifier.
+    """
 
     spec: ImageSpec
     num_labels: int
@@ -27,10 +30,16 @@ class StudentModel(Protocol):
         """Where the two maps are taken; reading it makes the network ready to give them."""
 
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, height, width) to the penultimate map, the last map (B, C, h, w each) and logits (B, K)."""
+        """Images (B, 3, height, width) to the penultimate map, the last map (B, C, h, w each) and logits (B, K).
+
+        Of a backbone the third is its features (B, C).
+        """
 
     def classify(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, height, width) to logits (B, K)."""
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Images (B, 3, height, width) to pooled features (B, C), of a backbone."""
 
 
 class TeacherModel(Protocol):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from .maps import map_tensors
 
 
 __all__ = ["LastStage"]
@@ -52,7 +54,7 @@ class PassedOver:
             return self.forward(*args, **kwargs)
         if self.is_entrance:
             self.stage.waiting = None
-        return tree_map(lambda leaf: _replaced(leaf, tokens), self.output)
+        return map_tensors(lambda leaf: _replaced(leaf, tokens), self.output)
 
 
 def _replaced(leaf: Any, tokens: Tensor) -> Any:
@@ -90,8 +92,8 @@ class LastStage:
         for name in _outermost(one):
             if name != entrance or by_input:
                 output = _compared(one[name], two[name])
-                grows = [any(leaf.growing) for leaf in tree_leaves(output) if isinstance(leaf, Like)]
-                if grows and all(grows):
+                tensors = _likes(output)
+                if tensors and all(any(like.growing) for like in tensors):
                     modules[name].forward = PassedOver(modules[name].forward, self, output, False)
         if by_input:
             modules[entrance].register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -154,7 +156,7 @@ class LastStage:
             if entered:
                 after.append(name)
             else:
-                seen.setdefault(name, tree_map(_shape, output))
+                seen.setdefault(name, map_tensors(_shape, output))
             entered = entered or (not by_input and name == entrance)
 
         hooks = []
@@ -182,17 +184,22 @@ def _shape(leaf: Any) -> Any:
 
 def _compared(one: Any, two: Any, index: int | None = None) -> Any:
     """A module's output for one image and for two, as what it is for any number; the tokens replace the tensor at `index`."""
-    shapes = [leaf for leaf in tree_leaves(one) if isinstance(leaf, Like)]
-    replaced = None if index is None else shapes[index]
+    others, places = iter(_likes(two)), count()
 
-    def compare(a: Any, b: Any) -> Any:
-        if not isinstance(a, Like):
-            return a
-        growing = tuple(y - x for x, y in zip(a.fixed, b.fixed, strict=True))
-        fixed = tuple(x - step for x, step in zip(a.fixed, growing, strict=True))
-        return Like(fixed, growing, a.dtype, a is replaced)
+    def compare(leaf: Any) -> Any:
+        if not isinstance(leaf, Like):
+            return leaf
+        growing = tuple(y - x for x, y in zip(leaf.fixed, next(others).fixed, strict=True))
+        fixed = tuple(x - step for x, step in zip(leaf.fixed, growing, strict=True))
+        return Like(fixed, growing, leaf.dtype, next(places) == index)
 
-    return tree_map(compare, one, two)
+    return map_tensors(compare, one)
+
+
+def _likes(output: Any) -> list[Like]:
+    found: list[Like] = []
+    map_tensors(lambda leaf: found.append(leaf) if isinstance(leaf, Like) else None, output)
+    return found
 
 
 def _outermost(names: dict[str, Any]) -> list[str]:

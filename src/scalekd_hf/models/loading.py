@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from torch import nn
@@ -34,23 +33,22 @@ from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS, ImageSpec
 from ..network import lost_connection
 from . import mixers  # noqa: F401  registers a mixer by its name
-from .taps import SIZE_OPTIONS
+from .dry_run import SIZE_OPTIONS
 from .vision_side import classifies, vision_side
+from .weights import pretrained_weights, saved_backbone, trained_weights
 
 
 __all__ = ["Classifier", "check_patches", "load_classifier", "patch_size"]
 
 logger = logging.getLogger(__name__)
 
-HEADS, POOLER = ("classifier", "head", "fc"), "pooler"  # parts of the names of weights that no map passes through
-SHOWN = 4
 RGB = 3  # channels of the images that are read
 CHANNELS = ("in_chans", "num_channels")  # arguments of timm and transformers
 
 
 @dataclass
 class Classifier:
-    """A module with its library ("timm" or "transformers"), image specification and label names, if known."""
+    """A module with its library ("timm", "transformers" or, of teachers, "torch"), image specification and label names, if known."""
 
     module: Any
     library: str
@@ -58,10 +56,13 @@ class Classifier:
     name: str
     labels: list[str] | None
     model_args: dict[str, Any] = field(default_factory=dict)
+    classes: int | None = None  # of a module of neither library
 
     @property
     def num_labels(self) -> int:
         """Number of classes K; 0 without a classifier head."""
+        if self.classes is not None:
+            return self.classes
         if self.library == "timm":
             return int(self.module.num_classes)
         return int(self.module.config.num_labels) if classifies(self.module) else 0
@@ -90,7 +91,7 @@ def load_classifier(
         labels: class names that a new head is built for.
         image_size: pixels, for models that are built for one size.
         mean, std, crop_pct: replace what the model's own data configuration says.
-        **model_args: passed to `timm.create_model` or to the transformers configuration.
+        **model_args: passed to `timm.create_model` or to the transformers configuration; `num_classes=0` builds a backbone.
 
     Raises:
         ValueError: a name that cannot be found, a download that broke off, a module that is neither timm's nor transformers',
@@ -145,12 +146,14 @@ def patch_size(classifier: Classifier) -> tuple[int, int] | None:
         patch = getattr(embedding, "patch_size", None)
         if patch is not None:  # overlapping patches lie a stride apart
             patch = getattr(getattr(embedding, "proj", None), "stride", patch)
-    else:
+    elif classifier.library == "transformers":
         config = getattr(module.config, "vision_config", module.config)
         has_attention = any(hasattr(config, name) for name in ("num_attention_heads", "num_heads"))
         patch = getattr(config, "patch_size", None) if has_attention else None
         if patch is not None:
             patch = getattr(config, "patch_stride", patch)
+    else:
+        patch = None
     if isinstance(patch, int):
         return patch, patch
     return (patch[0], patch[1]) if isinstance(patch, (tuple, list)) else None
@@ -222,7 +225,7 @@ def _load_timm(
         model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
     try:
         try:
-            module = timm.create_model(timm_name, pretrained=pretrained, **model_args)
+            module: Any = timm.create_model(timm_name, pretrained=pretrained, **model_args)
         except TypeError:
             if model_args.pop("img_size", None) is None:  # most CNNs take any size and no such argument
                 raise
@@ -286,7 +289,10 @@ def _load_transformers(
     model_args: dict[str, Any],
 ) -> Classifier:
     changes = dict(model_args)
-    if labels is not None:
+    num_classes = changes.pop("num_classes", None)
+    if num_classes:
+        changes["num_labels"] = num_classes
+    if labels is not None and num_classes != 0:
         changes |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if image_size is not None:
         changes["image_size"] = image_size
@@ -294,15 +300,19 @@ def _load_transformers(
         config = AutoConfig.from_pretrained(name, **changes)
         if isinstance(config, TimmWrapperConfig):  # a Hub id of a timm model, without timm's prefix
             return _load_timm(f"hf-hub:{name}", role, pretrained, labels, image_size, model_args)
-        headless = type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-        kinds: Any = None if headless else MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+        headless = type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or saved_backbone(config)
+        if role == "student":
+            asks_classes = labels is not None or num_classes is not None
+            headless = num_classes == 0 or (not asks_classes and saved_backbone(config))
+        kinds: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
         if isinstance(kinds, tuple) and not config.architectures:  # the plain one of DeiT's and LeViT's
             config.architectures = [kinds[0].__name__]
-        auto = AutoModel if headless and role == "teacher" else AutoModelForImageClassification
+        auto = AutoModel if headless else AutoModelForImageClassification
         if not pretrained:
             module = auto.from_config(config)
         else:
-            module = _trained(auto, name, config) if role == "teacher" else _pretrained(auto, name, config)
+            load = trained_weights if role == "teacher" else pretrained_weights
+            module = load(auto, name, config)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -315,49 +325,6 @@ def _load_transformers(
     if classifier.library == "transformers":
         classifier.spec = _processor_spec(name, classifier.spec).updated(size=image_size)
     return classifier
-
-
-def _pretrained(auto: Any, name: str, config: Any) -> nn.Module:
-    """Weights in float32, with a new classifier where the checkpoint has another or none; nothing else may be new."""
-    module, changed, missing = _loaded(auto, name, config)
-    if lost := [key for key in changed if not any(part in key for part in HEADS)]:
-        raise ValueError(_other_shapes(lost))
-    if lost := [key for key in missing if not any(part in key for part in (*HEADS, POOLER))]:
-        raise ValueError(f"its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all.")
-    return module
-
-
-def _trained(auto: Any, name: str, config: Any) -> nn.Module:
-    """Weights in float32 of which none is new: without a classifier where the checkpoint has none."""
-    module, changed, missing = _loaded(auto, name, config)
-    if changed:
-        raise ValueError(_other_shapes(changed))
-    if missing and auto is not AutoModel:
-        logger.warning(
-            "The checkpoint of `teacher` %r lacks %s: it has no trained classifier, and teaches through its features alone.",
-            name,
-            ", ".join(missing[:SHOWN]),
-        )
-        return _trained(AutoModel, name, config)
-    if lost := [key for key in missing if POOLER not in key]:  # no map passes through a pooler
-        raise ValueError(f"its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all: it would teach noise.")
-    return module
-
-
-def _loaded(auto: Any, name: str, config: Any) -> tuple[nn.Module, list[str], list[str]]:
-    """A model, its weights that have other shapes in the checkpoint, and those that the checkpoint lacks."""
-    module, info = auto.from_pretrained(
-        name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    changed = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    return module, sorted(changed), sorted(set(info["missing_keys"]) - set(changed))
-
-
-def _other_shapes(names: list[str]) -> str:
-    return (
-        f"its weights {names} have other shapes than this image size, these classes or these arguments ask for. Load it as it "
-        "was trained; images are resized for the teacher."
-    )
 
 
 def _config_labels(config: Any) -> list[str] | None:

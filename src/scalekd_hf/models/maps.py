@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["Tap", "all_tensors", "first_tensor", "read_layout"]
+__all__ = ["Tap", "all_tensors", "first_tensor", "map_tensors", "read_layout"]
 
 MAX_PREFIX_TOKENS = 16
 
@@ -119,6 +119,16 @@ def first_tensor(output: Any) -> Any:
     while isinstance(output, (tuple, list, dict)) and len(output):
         output = next(iter(output.values())) if isinstance(output, dict) else output[0]
     return output
+
+
+def map_tensors(change: Callable[[Any], Any], output: Any) -> Any:
+    """A module's output with everything in it that is no container changed."""
+    if isinstance(output, dict):  # model outputs are some, too
+        return type(output)(**{name: map_tensors(change, part) for name, part in output.items()})
+    if isinstance(output, (tuple, list)):
+        parts = [map_tensors(change, part) for part in output]
+        return type(output)(parts) if type(output) in (tuple, list) else type(output)(*parts)  # a named tuple
+    return change(output)
 
 
 def all_tensors(output: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Students: any classifier of timm or transformers, tapped where the method wants its two maps."""
+"""Students: any classifier or backbone of timm or transformers, tapped where the method wants its two maps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from .maps import Tap, first_tensor
 from .taps import dry_run, find_taps
 
 
-__all__ = ["Student", "load_student"]
+__all__ = ["POOLINGS", "Student", "load_student"]
+
+POOLINGS = ("map", "model")
 
 logger = logging.getLogger(__name__)
 
@@ -26,34 +28,32 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Student(nn.Module):
-    """A classifier that also returns its penultimate and last maps, from the same forward.
+    """A classifier or backbone that also returns its penultimate and last maps, from the same forward.
 
     Attributes:
-        model: the classifier itself, what is saved and published.
+        model: the network itself, what is saved and published.
         taps: the two `Tap`s, found at their first use; `dims` and `grids` are theirs.
         tap_remarks: sentences on what of them is not as the method, or the model's library, would have it.
-        spec: the images it takes; labels: class names or None; num_labels: K.
+        spec: the images it takes; labels: class names or None; num_labels: K, 0 of a backbone, which has no classifier.
+        pooling: what its features are, the mean of the last "map" or the "model"'s own pooled output.
     """
 
     role = "student"
-    last_blocks = None
+    last_blocks: int | None = None
 
     def __init__(self, classifier: Classifier, tap_names: tuple[str, str] | None = None):
         super().__init__()
         self.model: Any = classifier.module
         self.classifier = classifier
         self.name, self.spec = classifier.name, classifier.spec
-        self.labels, self.num_labels = classifier.labels, classifier.num_labels
+        self.num_labels = classifier.num_labels
+        self.labels = classifier.labels if self.num_labels else None
         self.tap_names = tap_names
-        self.pretrained = False
+        self.pretrained, self.pooling = False, "map"
         self.tap_remarks: list[str] = []
         self._tapped: dict[str, Any] = {}
         self._hooks: list[Any] = []
         self._recording = False
-        if not self.num_labels:
-            raise ValueError(
-                f"`student` {self.name!r} has no classifier head. Give it one with its number of classes."
-            )
         if wanted := _other_input(self.model):
             raise ValueError(
                 f"`student` {self.name!r} ({type(self.model).__name__}) takes {wanted}, not images as `pixel_values` (B, 3, height, "
@@ -115,6 +115,10 @@ class Student(nn.Module):
     def synchronise_batchnorms(self) -> None:
         """Have every BatchNorm take its statistics over all processes: another module takes the place of each."""
         convert_sync_batchnorm(self.model)  # timm's: it keeps activations that sit in its norms
+        self.tap_again()
+
+    def tap_again(self) -> None:
+        """Tap the modules that stand where others did: in a converted model, or in another that took its place."""
         if "taps" in vars(self):
             self._hook(self.taps)
 
@@ -129,19 +133,37 @@ class Student(nn.Module):
         return self.taps[0].grid, self.taps[1].grid
 
     def classify(self, pixel_values: Tensor) -> Tensor:
-        """Images (B, 3, height, width) to logits (B, K)."""
+        """Images (B, 3, height, width) to logits (B, K); of a backbone to its own pooled output (B, C)."""
         output = self.model(pixel_values.to(self._dtype()))
         if not isinstance(self.model, PreTrainedModel):
             return first_tensor(output)
-        if not hasattr(output, "logits"):
+        if "logits" in output:
+            return output.logits
+        if self.num_labels:
             raise TypeError(
                 f"a {type(self.model).__name__} puts out {', '.join(output)}, but no `logits`, which this package and the "
                 "pipelines of transformers read. Take another student, or such a network from timm."
             )
-        return output.logits
+        pooled = output.get("pooler_output")
+        if pooled is None:
+            hidden = output.last_hidden_state
+            pooled = hidden.mean((2, 3)) if hidden.ndim == 4 else hidden.mean(1)
+        return pooled.flatten(1)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Images (B, 3, height, width) to features (B, C_l) in float32: the mean of the last map over its places.
+
+        With `pooling` "model" what `classify` gives of a backbone, such as the class token of a ViT.
+        """
+        if self.pooling == "model":
+            return self.classify(pixel_values).float()
+        return self(pixel_values)[1].float().mean((2, 3))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, height, width) to the penultimate map, the last map (B, C, h, w each) and logits (B, K)."""
+        """Images (B, 3, height, width) to the penultimate map, the last map (B, C, h, w each) and logits (B, K).
+
+        Of a backbone the third is its features (B, C_l), see `features`.
+        """
         taps = self.taps
         self._recording = True
         try:
@@ -155,7 +177,7 @@ class Student(nn.Module):
                 "taken its place since the student was tapped. Change the model before it is given to `load_student`."
             )
         penultimate, last = (tap.as_map(tapped[tap.module]) for tap in taps)
-        return penultimate, last, logits
+        return penultimate, last, logits if self.num_labels else last.float().mean((2, 3))
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
@@ -163,16 +185,28 @@ class Student(nn.Module):
     def freeze_unused(self) -> list[str]:
         """Freeze parameters that the logits do not depend on, such as mask tokens: DDP waits for their gradients.
 
+        Of a backbone, those that its last map does not depend on, such as a pooler's.
+
         Returns:
             Their names.
         """
         names, parameters = zip(*[(n, p) for n, p in self.model.named_parameters() if p.requires_grad], strict=True)
-        _, logits = dry_run(self)
-        gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+        output = dry_run(self)[1] if self.num_labels else self._last_map_of_a_dry_run()
+        gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
         unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
         for name in unused:
             self.model.get_parameter(name).requires_grad_(False)
         return unused
+
+    def _last_map_of_a_dry_run(self) -> Tensor:
+        last = self.taps[1]
+        self._recording = True
+        try:
+            dry_run(self)
+        finally:
+            self._recording = False
+        tapped, self._tapped = self._tapped, {}
+        return last.as_map(tapped[last.module])
 
     def _record(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         if self._recording:
@@ -189,7 +223,8 @@ def load_student(
     """A student from a name or module.
 
     Args:
-        name_or_module: see `load_classifier`.
+        name_or_module: see `load_classifier`. With `num_classes=0`, or a module without a classifier, the student is a
+            backbone, which learns from the teacher's features alone.
         pretrained: start from its published weights. The paper trains students from scratch.
         taps: names of the two modules to tap, where others are wanted than those that the dry run finds.
         **kwargs: `labels` (names of the classes of a new head), `image_size`, `mean`, `std`, `crop_pct`, and

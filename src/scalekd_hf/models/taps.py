@@ -11,49 +11,21 @@ What is found is checked against what timm or transformers say of the model's st
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..images import ImageSpec
-from .maps import Tap, all_tensors, first_tensor, read_layout
+from .dry_run import SIZE_OPTIONS, Tapped, Visit, dry_run, has_matrix, is_cut
+from .maps import Tap, first_tensor, read_layout
 from .stages import Stage, raster_order, stated_stages
 
 
-__all__ = ["SIZE_OPTIONS", "Tap", "dry_run", "find_taps", "first_tensor", "taps_between"]
+__all__ = ["SIZE_OPTIONS", "Tap", "dry_run", "ends_in_one_cell", "find_taps", "first_tensor", "taps_between"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 SHOWN = 12  # modules of a student that cannot be tapped by itself
-SIZE_OPTIONS = {"student": "image_size", "teacher": "teacher_image_size"}
 HALVED = 4  # cells, 2x2, of which a stage makes a single one
-
-
-class Tapped(Protocol):
-    """What the search needs to know of a student or a teacher."""
-
-    role: str  # "student" or "teacher"
-    name: str
-    model: Any
-    spec: ImageSpec
-    tap_names: tuple[str, str] | None
-    last_blocks: int | None  # of a teacher without stages: the blocks between the taps
-
-    def classify(self, pixel_values: Tensor) -> Tensor:
-        """Images (B, 3, height, width) to logits (B, K)."""
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One execution of a module in the dry run."""
-
-    name: str
-    module: nn.Module
-    tap: Tap
-    node: Any  # autograd node of its output
-    plain: bool  # its output is a tensor, not a tuple or model output
-    entering: int = 0  # cells of its input, where that is a map
 
 
 def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[tuple[Tap, Tap], list[str]]:
@@ -75,10 +47,10 @@ def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[tuple[T
         return (_in_order(student, penultimate), _in_order(student, last)), []
     stages = stated_stages(student.model, student.spec.size)
     one_cell = _halved_to_one_cell(visits, logits.grad_fn) or _ends_in_one_cell(stages, visits)
-    visits = [visit for visit in visits if visit.tap.grid != (1, 1)]
+    visits = [visit for visit in visits if visit.tap.grid != (1, 1) and visit.tap.dim > 1]  # pooled: no map
     stages, ends = _stage_ends(stages, visits, student.spec.size)
     whole = [visit for visit in visits if not visit.tap.index]  # not the second tensor of a module
-    cuts = [visit for visit in whole if _is_cut(visit.node, logits.grad_fn) and not _in_attention(visit)]
+    cuts = [visit for visit in whole if is_cut(visit.node, logits.grad_fn) and not _in_attention(visit)]
     found = _search(student, whole, cuts, ends, mixers_after_norm) if cuts else None
     if len(ends) > 1 and None not in ends[-2:] and (found is not None or not one_cell):
         found = _reconciled(student, found, cuts, stages, [end for end in ends if end is not None])
@@ -116,7 +88,7 @@ def _search(
     stated = [visit for visit in ends if visit is not None]
     if len(stated) == depth:
         isotropic = stated  # of which the blocks found may be parts
-    if not (_has_attention(isotropic[0]) or _has_matrix(last.module) or mixers_after_norm or student.last_blocks):
+    if not (_has_attention(isotropic[0]) or has_matrix(last.module) or mixers_after_norm or student.last_blocks):
         last = isotropic[-1]  # not the norm behind it
     return isotropic[_published_position(student, isotropic) - 1].tap, last.tap
 
@@ -144,7 +116,7 @@ def _stage_ends(
                 kept.append(stage)
                 ends.append(None)
             continue
-        if kept and ends[-1] is not None and not any(_has_matrix(visit.module) for visit in visits[since : place + 1]):
+        if kept and ends[-1] is not None and not any(has_matrix(visit.module) for visit in visits[since : place + 1]):
             continue
         kept.append(stage)
         ends.append(visits[place])
@@ -197,7 +169,7 @@ def _last_of_stage(before: list[Visit], visits: list[Visit]) -> Visit:
 
     def shrinks(name: str) -> bool:
         # Padding puts out larger grids that are no stage's: only modules with weights count.
-        inner = [v.tap.grid for v in visits if v.name.startswith(f"{name}.") and _has_matrix(v.module)]
+        inner = [v.tap.grid for v in visits if v.name.startswith(f"{name}.") and has_matrix(v.module)]
         output = [visit.tap.grid for visit in visits if visit.name == name]
         return any(h * w < area for h, w in output) and max((h * w for h, w in inner), default=0) <= area
 
@@ -304,7 +276,7 @@ def _no_taps(student: Tapped, visits: list[Visit], any_cut: bool) -> str:
 
 
 def _is_block(visit: Visit) -> bool:
-    return any(True for _ in visit.module.children()) and _has_matrix(visit.module)
+    return any(True for _ in visit.module.children()) and has_matrix(visit.module)
 
 
 def _area(visit: Visit) -> int:
@@ -315,81 +287,20 @@ def _kind(visit: Visit) -> str:
     return type(visit.module).__name__
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    return any(sum(side > 1 for side in parameter.shape) > 1 for parameter in module.parameters())
-
-
-def dry_run(student: Tapped) -> tuple[list[Visit], Tensor]:
-    """Every module that put out a map, in the order in which they finished, and the logits."""
-    visits: list[Visit] = []
-    grids: list[tuple[int, int]] = []
-    names = {module: name for name, module in student.model.named_modules() if name}
-    channels_last = getattr(student.model, "output_fmt", "") == "NHWC"
-
-    def record(module: nn.Module, args: tuple, output: Any) -> None:
-        for index, x in enumerate(all_tensors(output)):
-            if not x.requires_grad or x.shape[0] != 1:  # not of the image, or of windows of it
-                continue
-            tap = read_layout(names[module], x, student.spec.size, grids, channels_last)
-            if tap is not None:
-                visit = Visit(tap.module, module, tap, x.grad_fn, x is output, _cells(first_tensor(args), tap))
-                visits.append(replace(visit, tap=replace(tap, index=index)))
-
-    hooks = [module.register_forward_hook(record) for module in names]
-    was_training = [(module, module.training) for module in student.model.modules()]
-    parameter = next(student.model.parameters())
-    image = torch.zeros(1, 3, *student.spec.size, device=parameter.device, dtype=parameter.dtype, requires_grad=True)
-    try:
-        student.model.eval()
-        with torch.enable_grad():
-            logits = student.classify(image)
-    except Exception as error:  # whatever the model raises
-        size_may_help = isinstance(error, (RuntimeError, ValueError, AssertionError))
-        raise ValueError(
-            f"`{student.role}` {student.name!r} does not run on images of {student.spec.size[0]}x{student.spec.size[1]} px: "
-            f"{str(error).rstrip('.') or repr(error)}."
-            + (f" Choose a `{SIZE_OPTIONS[student.role]}` that fits its patches, windows and strides." if size_may_help else "")
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in was_training:
-            module.training = mode
-    return visits, logits
+def ends_in_one_cell(student: Tapped) -> bool:
+    """Whether a student's last stage puts out a single cell, so that its last map is one before that stage's end."""
+    visits, logits = dry_run(student)
+    stages = stated_stages(student.model, student.spec.size)
+    return _halved_to_one_cell(visits, logits.grad_fn) or _ends_in_one_cell(stages, visits)
 
 
 def _halved_to_one_cell(visits: list[Visit], logits_node: Any) -> bool:
     """Whether a stage with weights ends in a single cell, and not pooling, or a convolution over a whole map."""
-    shrinks = (v for v in visits if v.tap.grid == (1, 1) and v.entering > 1 and _is_cut(v.node, logits_node))
+    shrinks = (v for v in visits if v.tap.grid == (1, 1) and v.entering > 1 and is_cut(v.node, logits_node))
     first = next(shrinks, None)
-    return first is not None and first.entering <= HALVED and _has_matrix(first.module)
+    return first is not None and first.entering <= HALVED and has_matrix(first.module)
 
 
 def _ends_in_one_cell(stages: list[Stage], visits: list[Visit]) -> bool:
     """Whether the last stage that the library states does."""
     return bool(stages) and any(v.name == stages[-1].name and v.tap.grid == (1, 1) for v in visits)
-
-
-def _cells(x: Any, tap: Tap) -> int:
-    """Cells of what a module was given, 0 for no map."""
-    if not isinstance(x, Tensor) or x.ndim != 4:
-        return 0
-    return x.shape[1] * x.shape[2] if tap.layout == "NHWC" else x.shape[2] * x.shape[3]
-
-
-def _is_cut(node: Any, logits_node: Any) -> bool:
-    """Whether every path from the logits back to the image passes through `node`."""
-    if node is None:
-        return False
-    seen, stack = {node}, [logits_node]
-    if logits_node is node:
-        return False
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if hasattr(current, "variable") and not isinstance(current.variable, nn.Parameter):
-            return False  # a leaf that is no parameter is the image
-        stack.extend(parent for parent, _ in current.next_functions if parent is not None)
-    return True

@@ -12,18 +12,23 @@ Shapes in this file: B images, P prefix tokens, N = H*W patch tokens, D channels
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..images import ImageSpec
 from .last_stage import LastStage
 from .loading import Classifier, check_patches, load_classifier
 from .maps import first_tensor
 from .taps import find_taps, taps_between
 
 
-__all__ = ["Teacher", "load_teacher"]
+__all__ = ["OwnTeacher", "Teacher", "is_own", "load_teacher"]
+
+logger = logging.getLogger(__name__)
 
 Grid = tuple[int, int]
 # Arguments of blocks that are added to the attention scores.
@@ -65,7 +70,8 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.model: Any = classifier.module
-        self.last_blocks, self.drop_path, self.tap_names = last_blocks, drop_path, tap_names
+        self.last_blocks: int | None = last_blocks
+        self.drop_path, self.tap_names = drop_path, tap_names
         self.is_sharded = False  # see `sharding.py`
         self.name, self.spec = classifier.name, classifier.spec
         self.labels, self.num_labels = classifier.labels, classifier.num_labels
@@ -78,12 +84,20 @@ class Teacher(nn.Module):
 
     def _find(self) -> None:
         """Find the last stage, and see that it gives the model's own last map."""
-        self.taps = find_taps(self)[0] if self.tap_names is None else taps_between(self, self.tap_names)
-        (self.penultimate_dim, self.penultimate_grid), (self.dim, self.grid) = ((tap.dim, tap.grid) for tap in self.taps)
+        if self.tap_names is not None:
+            self.taps = taps_between(self, self.tap_names)
+        else:
+            self.taps, remarks = find_taps(self)
+            for remark in remarks:
+                logger.warning("%s", remark)
+        (self.penultimate_dim, self.penultimate_grid), (self.dim, self.grid) = (
+            (tap.dim, tap.grid) for tap in self.taps
+        )
         self._captured: dict[str, Any] = {}
         self._mask = ""  # the argument that hides prefix tokens, where position terms are sized for them
         self._hidden: Tensor | None = None
         self.register_buffer("_places", self.taps[0].places(), persistent=False)  # of tokens in another order
+        self._places: Tensor | None
         names = [tap.module for tap in self.taps]
         by_input = self.tap_names is not None
         self._stage = LastStage(self.model, self.spec.size, names[0], names[1], by_input, self.taps[0].index)
@@ -181,12 +195,8 @@ class Teacher(nn.Module):
         if entering.prefix:
             self._prepare_for_patches_alone(tokens)
         found = self.last_stage(tokens)
-        if not _close(found, expected[:, expected.shape[1] - found.shape[1] :]):
-            error, scale = (found - expected[:, -found.shape[1] :]).abs().max(), expected.abs().max()
-            raise ValueError(
-                f"`teacher` {self.name!r}: from {entering.module} on, its last stage gives another map at {last.module} than the model: "
-                f"they differ by {error:.3g} where the map reaches {scale:.3g}. More than these tokens enters it. {REMEDY}"
-            )
+        expected = expected[:, expected.shape[1] - found.shape[1] :]
+        _check_last_stage(self.name, found, expected, f" between {entering.module} and {last.module}")
 
     def _prepare_for_patches_alone(self, tokens: Tensor) -> None:
         """Find whether the last stage takes patch tokens alone, or else the argument of its blocks that hides their prefix.
@@ -229,6 +239,30 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
+def _check_last_stage(name: str, found: Tensor, expected: Tensor, where: str = "") -> None:
+    """Refuse a last stage that does not give the model's own last map.
+
+    Args:
+        name: of the teacher.
+        found, expected: (B, N, D).
+        where: between which modules, for the error.
+
+    Raises:
+        ValueError: they are not equal to rounding.
+    """
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"`teacher` {name!r}: its last stage{where} puts out {tuple(found.shape)}, but the last map has {tuple(expected.shape)}. "
+            f"{REMEDY}"
+        )
+    if not _close(found, expected):
+        error, scale = (found - expected).abs().max(), expected.abs().max()
+        raise ValueError(
+            f"`teacher` {name!r}: its last stage{where}, applied to its own tokens, gives another map than the model: they differ by "
+            f"{error:.3g} where the map reaches {scale:.3g}. More than these tokens enters it. {REMEDY}"
+        )
+
+
 REMEDY = "Name other modules with `teacher_taps`, or take another teacher."
 
 
@@ -237,31 +271,115 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
+class OwnTeacher(Teacher):
+    """A teacher that runs its own last stage: a module with a method `last_stage`.
+
+    The module takes images (B, 3, height, width) and puts out three things: the map entering its last stage (B, D_p, H_p, W_p),
+    its last map (B, D, H, W), and logits (B, K) or None. Its `last_stage` takes tokens (B, H_p*W_p, D_p), in the order of the
+    flattened map, to (B, H*W, D).
+    """
+
+    @torch.no_grad()
+    def _find(self) -> None:
+        parameter = next(self.parameters())
+        images = torch.randn(2, 3, *self.spec.size, generator=torch.Generator().manual_seed(0)).to(parameter)
+        entering, last, _ = self.model(images)
+        (self.penultimate_dim, self.penultimate_grid) = entering.shape[1], tuple(entering.shape[2:])
+        (self.dim, self.grid) = last.shape[1], tuple(last.shape[2:])
+        self.model(torch.zeros_like(images[:1]))
+        expected = last.flatten(2).transpose(1, 2)
+        _check_last_stage(self.name, self.last_stage(entering.flatten(2).transpose(1, 2)), expected)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Teacher.forward`."""
+        _, last_map, logits = self.model(pixel_values.to(next(self.parameters()).dtype))
+        return last_map, logits if self.num_labels else None
+
+    def last_stage(self, tokens: Tensor) -> Tensor:
+        """See `Teacher.last_stage`."""
+        result: Tensor = self.model.last_stage(tokens)
+        return result
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether a module is of neither timm nor transformers."""
+    return not (
+        isinstance(module, Teacher) or isinstance(module, PreTrainedModel) or hasattr(module, "pretrained_cfg")
+    )
+
+
+@torch.no_grad()
+def _own_classifier(
+    module: nn.Module,
+    labels: list[str] | None = None,
+    image_size: int | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> Classifier:
+    """A network of images as a classifier.
+
+    Args:
+        module: takes images (B, 3, height, width). What it puts out are logits if the first tensor of it is (B, K), unless its
+            `num_classes` is 0. Its `spec`, an `ImageSpec`, says what images it takes; by default 224 px, ImageNet's mean and
+            standard deviation.
+        labels: its class names.
+        image_size, mean, std: instead of its `spec`'s.
+    """
+    spec: Any = getattr(module, "spec", ImageSpec())
+    spec = spec.updated(size=image_size, mean=mean, std=std)
+    parameter = next(module.parameters())
+    try:
+        output = module.eval()(torch.zeros(2, 3, *spec.size, dtype=parameter.dtype, device=parameter.device))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"`teacher` is a {type(module).__name__} that does not run on images (2, 3, {spec.size[0]}, {spec.size[1]}): {error}. "
+            "Give `teacher_image_size`, or a network of images."
+        ) from error
+    if hasattr(module, "last_stage"):
+        logits = output[2]
+    else:
+        logits = output.logits if hasattr(output, "logits") else first_tensor(output)
+    is_classifier = logits is not None and logits.ndim == 2 and getattr(module, "num_classes", None) != 0
+    return Classifier(
+        module, "torch", spec, type(module).__name__, labels, classes=logits.shape[1] if is_classifier else 0
+    )
+
+
 def load_teacher(
     name_or_module: str | nn.Module,
     *,
     last_blocks: int = 2,
     drop_path: float = 0.0,
     pretrained: bool = True,
+    taps: tuple[str, str] | list[str] | None = None,
     **kwargs: Any,
 ) -> Teacher:
     """A frozen teacher from a name or module.
 
     Args:
-        name_or_module: see `load_classifier`. Without a classifier head it teaches through its features alone.
+        name_or_module: see `load_classifier`; or a module of neither library, see
+            `OwnTeacher` and `docs/recipes.md`. Without a trained
+            classifier it teaches through its features alone.
         last_blocks: blocks that make the last stage of a plain ViT. Published: 2, of 12 or 24.
         drop_path: rate of stochastic depth that the teacher runs with while its student trains, as in the
             published loop; 0 for none. A module keeps the rate it was built with.
         pretrained: load its weights; turn off to inspect a pair without them.
+        taps: names of the module that gets the tokens entering the last stage and of the module that puts out the last map,
+            where others are wanted than those that the dry run finds.
         **kwargs: `image_size`, `mean`, `std`, and arguments of the model itself, see `load_classifier`.
 
     Raises:
-        ValueError: an unknown name, a model without a last stage that can run on its own, an image size that
-            patch or window does not divide, or a wrong `last_blocks`.
+        ValueError: an unknown name, a checkpoint that lacks weights, a model without a last stage that can run on its own, an
+            image size that its patches do not divide, or a wrong `last_blocks`.
     """
     if isinstance(name_or_module, Teacher):
         return name_or_module
     if drop_path and isinstance(name_or_module, str):
         kwargs["drop_path_rate"] = drop_path
+    tap_names = (taps[0], taps[1]) if taps is not None else None
+    if isinstance(name_or_module, nn.Module) and is_own(name_or_module):
+        kind = OwnTeacher if hasattr(name_or_module, "last_stage") else Teacher
+        return kind(_own_classifier(name_or_module, **kwargs), last_blocks, drop_path, tap_names)
     classifier = load_classifier(name_or_module, role="teacher", pretrained=pretrained, **kwargs)
-    return Teacher(classifier, last_blocks, drop_path)
+    return Teacher(classifier, last_blocks, drop_path, tap_names)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTConfig, ViTMAEModel, ViTModel
 
+from ..borrowed.transformers import same_source
+
 
 __all__ = ["classifies", "vision_side"]
 
@@ -28,7 +30,8 @@ def vision_side(module: PreTrainedModel) -> nn.Module:
         ValueError: a model that takes more than images.
     """
     if not classifies(module) and isinstance(getattr(module, "vision_model", None), PreTrainedModel):
-        module = module.vision_model  # beside a text encoder
+        side: Any = module.vision_model  # beside a text encoder
+        module = side
     if isinstance(module, ViTMAEModel):
         return _unmasked(module)
     return CutImages(module) if "siglip2" in type(module).__name__.lower() else module
@@ -40,10 +43,10 @@ def _unmasked(module: ViTMAEModel) -> ViTModel:
     known = ViTConfig().to_dict()
     config = ViTConfig(**{name: value for name, value in settings.items() if name in known and name != "model_type"})
     parameter = next(module.parameters())
-    encoder = ViTModel(config, add_pooling_layer=False).to(parameter.device, parameter.dtype)
+    encoder: Any = ViTModel(config, add_pooling_layer=False)
+    encoder = encoder.to(parameter.device, parameter.dtype)
     encoder.load_state_dict(module.state_dict())
-    encoder.config._commit_hash = getattr(module.config, "_commit_hash", None)
-    encoder.config.name_or_path = module.config.name_or_path
+    same_source(encoder, module)
     return encoder
 
 
@@ -65,7 +68,9 @@ class CutImages(nn.Module):
         """Images (B, 3, height, width) to the encoder's output."""
         side = self.config.patch_size
         rows, columns = pixel_values.shape[2] // side, pixel_values.shape[3] // side
-        patches = pixel_values.unflatten(3, (columns, side)).unflatten(2, (rows, side))  # (B, 3, rows, side, columns, side)
+        patches = pixel_values.unflatten(3, (columns, side)).unflatten(
+            2, (rows, side)
+        )  # (B, 3, rows, side, columns, side)
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # colours last, as the processor has them
         shapes = torch.tensor([[rows, columns]] * len(patches))  # read by the host
         mask = torch.ones(patches.shape[:2], dtype=torch.int64, device=patches.device)

@@ -12,7 +12,7 @@ from ..method.distiller import LOSS_TERMS
 
 __all__ = ["draw_curves"]
 
-ACCURACIES = {"eval_top1": "top-1", "eval_top5": "top-5"}
+ACCURACIES = {"eval_top1": "top-1", "eval_top5": "top-5", "eval_neighbours_top1": "neighbours' top-1"}
 
 
 def draw_curves(history: list[dict[str, Any]], file: str | Path) -> bool:
@@ -52,7 +52,8 @@ def draw_curves(history: list[dict[str, Any]], file: str | Path) -> bool:
         places = np.interp([entry["step"] for entry in evaluations], steps, seen / unit)
         for key, label in ACCURACIES.items():
             values = [100 * entry.get(key, np.nan) for entry in evaluations]
-            axes[2].plot(places, values, marker="o", markersize=3, label=label)
+            if np.isfinite(values).any():
+                axes[2].plot(places, values, marker="o", markersize=3, label=label)
         axes[2].set(title="accuracy on the evaluation data, %")
         axes[2].legend(fontsize="small")
     for axis in axes:

@@ -20,6 +20,9 @@ MARK = "<!-- Made by scalekd_hf."  # a card without it was changed by somebody, 
 EVALUATION = re.compile(r"(<!-- evaluation -->\n).*?(<!-- /evaluation -->)", re.DOTALL)
 DISTILLED, ALONE = "student distilled", "student alone"  # rows of results
 HEADERS = {"top1": "top-1", "top5": "top-5", "nll": "NLL", "ece": "ECE", "loss": "loss"}
+HEADERS |= {"neighbours_top1": "neighbours' top-1", "knn_top1": "k-NN top-1", "linear_top1": "linear probe top-1"}
+ACCURACIES = ("top1", "top5", "neighbours_top1", "knn_top1", "linear_top1")
+MEASURES = ("top1", "top5", "nll", "ece", "knn_top1", "linear_top1")  # that an evaluation adds to a card
 
 LOAD = {
     "timm": """import timm
@@ -32,6 +35,22 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 classify = pipeline("image-classification", model="{repo}")
 classify("image.jpg")""",
 }
+LOAD_BACKBONE = {
+    "timm": """import timm
+from scalekd_hf import load_student
+
+backbone = timm.create_model("{timm}", pretrained=True).eval()
+stages = timm.create_model("{timm}", pretrained=True, features_only=True).eval()  # a map of each
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))
+features = load_student("{timm}", pretrained=True).features  # the mean of the last map, which was evaluated
+# or, with transformers: AutoModel.from_pretrained("{repo}")""",
+    "transformers": """from transformers import AutoImageProcessor, AutoModel
+from scalekd_hf import load_student
+
+backbone = AutoModel.from_pretrained("{repo}").eval()
+processor = AutoImageProcessor.from_pretrained("{repo}")
+features = load_student("{repo}", pretrained=True).features  # the mean of the last map, which was evaluated""",
+}
 
 
 @dataclass
@@ -40,6 +59,7 @@ class CardFacts:
 
     Attributes:
         repo: the repository, or the name of the folder.
+        num_labels: K; 0 of a backbone.
         library: "timm" or "transformers".
         student, teacher, data: origins; `split` is that of the evaluation.
         student_pretrained: the student began with the weights of `student`.
@@ -84,10 +104,10 @@ def make_card(facts: CardFacts) -> ModelCard:
         parameters=f"{facts.parameters / 1e6:.3g} M",
         num_labels=facts.num_labels,
         teacher=facts.teacher,
-        load_example=LOAD[facts.library].format(
+        load_example=(LOAD if facts.num_labels else LOAD_BACKBONE)[facts.library].format(
             repo=facts.repo, timm=f"{'hf-hub' if '/' in facts.repo else 'local-dir'}:{facts.repo}"
         ),
-        rows=table("", {name: row for name, row in facts.results.items() if "top1" in row}),
+        rows=table("", {name: row for name, row in facts.results.items() if set(ACCURACIES) & set(row)}),
         gain=gain,
         baseline_args=" and ".join(f"`{name}` {value}" for name, value in facts.baseline_args.items()),
         curves=facts.curves,
@@ -107,7 +127,7 @@ def _metadata(facts: CardFacts, own: dict[str, float]) -> ModelCardData:
         "datasets": facts.data.hub_id if facts.data else None,
         "base_model": bases[0] if len(bases) == 1 else bases,
         "base_model_relation": "finetune" if bases else None,  # of the Hub's four, the one that means trained on
-        "metrics": ["accuracy"] if own else None,
+        "metrics": ["accuracy"] if set(ACCURACIES) & set(own) else None,
     }
     if facts.data is not None and "top1" in own:
         known["model_name"] = facts.repo.split("/")[-1]
@@ -115,10 +135,11 @@ def _metadata(facts: CardFacts, own: dict[str, float]) -> ModelCardData:
             {"dataset": facts.data.hub_id or facts.data.name, "revision": facts.data.revision, "split": facts.split}
             | own
         )
+    task = "image-classification" if facts.num_labels else "image-feature-extraction"
     return ModelCardData(
         library_name=facts.library,
-        pipeline_tag="image-classification",
-        tags=["image-classification", "knowledge-distillation", "scalekd", *facts.tags],
+        pipeline_tag=task,
+        tags=[task, "knowledge-distillation", "scalekd", *facts.tags],
         **{name: value for name, value in known.items() if value},
     )
 
@@ -131,11 +152,11 @@ def _eval_results(row: dict[str, Any]) -> list[EvalResult]:
             dataset_name=row["dataset"],
             dataset_split=row.get("split"),
             dataset_revision=row.get("revision"),
-            metric_type="accuracy" if key in ("top1", "top5") else key,
+            metric_type="accuracy" if key in ACCURACIES else key,
             metric_name=HEADERS[key],
             metric_value=round(row[key], 6),
         )
-        for key in ("top1", "top5", "nll", "ece")
+        for key in MEASURES
         if row.get(key) is not None
     ]
 
@@ -154,7 +175,7 @@ def table(corner: str, rows: dict[str, dict[str, Any]]) -> str:
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.2%}" if key in ("top1", "top5", "ece") else f"{value:.4f}"
+    return f"{value:.2%}" if key in (*ACCURACIES, "ece") else f"{value:.4f}"
 
 
 def update_evaluation(model: str, rows: Iterable[dict[str, Any]], token: str | None = None) -> str:
@@ -162,7 +183,7 @@ def update_evaluation(model: str, rows: Iterable[dict[str, Any]], token: str | N
 
     Args:
         model: a local folder with a README.md, or a Hub id, whose card is committed.
-        rows: each with `dataset`, and as far as known `split`, `revision`, `images`, `top1`, `top5`, `nll`, `ece`.
+        rows: each with `dataset`, and as far as known `split`, `revision`, `images`, and what is in `MEASURES`.
         token: for the Hub.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A trained classifier on labelled images: accuracy, likelihood, calibration, speed and size."""
+"""A trained classifier on labelled images: accuracy, likelihood, calibration, speed and size. See `probing` for features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..data.holdout import held_out_share, hold_out
 from ..data.imagenet import BENCHMARKS, ReaL, benchmark, check_classes, label_places, read_real_labels
 from ..data.loading import DataArguments, load_local, load_split
 from ..images import IGNORED_LABEL
-from ..models.students import Student, load_student
+from ..models.students import POOLINGS, Student, load_student
 from ..publishing.provenance import hardware
 from ..training.config import ScaleKDConfig
 from ..training.feeding import prepare_images
@@ -56,6 +56,9 @@ class EvaluateArguments(DataArguments):
         eval_split: by default the only one, else "validation"; of class folders that are not split, what to call them; or
             the share that training held out.
         real_labels: the authors' real.json, for the benchmark imagenet-real; timm's copy by default.
+        probe: measure the features by k-NN and a linear probe that know `train_files` or `train_split`, instead of the
+            classifier; a model without one is always measured so.
+        pooling: what its features are, see `Student`.
         update_card: put the result into the model card: README.md of the folder, or the repository's on the Hub.
     """
 
@@ -66,6 +69,13 @@ class EvaluateArguments(DataArguments):
     )
     eval_split: str = field(default="", metadata={"help": "Split to evaluate on; the only one, or validation."})
     real_labels: str | None = field(default=None, metadata={"help": "real.json, for imagenet-real."})
+    probe: bool = field(
+        default=False, metadata={"help": "Measure features by k-NN and linear probe, not the classifier."}
+    )
+    pooling: str = field(
+        default="map",
+        metadata={"help": "Features: mean of the last map, or the model's own.", "choices": list(POOLINGS)},
+    )
     update_card: bool = field(default=False, metadata={"help": "Put the result into the model card."})
 
     def __post_init__(self) -> None:
@@ -78,6 +88,11 @@ class EvaluateArguments(DataArguments):
             raise ValueError("There is no data: set `dataset`, `eval_files` or `benchmark`.")
         if self.dataset is not None and self.eval_files is not None:
             raise ValueError("`dataset` and `eval_files` are both set: which is meant? Leave one out.")
+        if self.probe and self.benchmark is not None:
+            raise ValueError(
+                f"`benchmark` is {self.benchmark!r}, which says which classes a classifier has, and `probe` measures features. Set "
+                "`dataset` and `eval_split` instead."
+            )
         if self.real_labels is not None and self.benchmark != "imagenet-real":
             raise ValueError("`real_labels` are for `--benchmark imagenet-real`: leave them out, or set that.")
 

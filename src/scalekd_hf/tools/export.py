@@ -49,9 +49,14 @@ def export_student(
 
     Raises:
         ImportError: ONNX without its packages.
-        ValueError: an unknown format, a student elsewhere or in another precision, or a program that differs by more
+        ValueError: a student without a classifier, an unknown format, a student elsewhere or in another precision, or a program that differs by more
             than 1e-4 or cannot be made; no file of it is left.
     """
+    if not student.num_labels:
+        raise ValueError(
+            f"`student` {student.name!r} has no classifier, and what is exported puts out logits. `timm.create_model` and "
+            "`AutoModel.from_pretrained` load it for the exporters of torch."
+        )
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
         raise ValueError(f"`formats` must be among {sorted(FORMATS)}, got {list(formats)}.")

@@ -18,17 +18,17 @@ from ..data.holdout import held_out_share, refuse_stream
 from ..data.labels import class_order
 from ..data.loading import count_images, load_data
 from ..data.preparation import Preparation
-from ..images import ImageSpec
 from ..models.saving import check_rebuildable
 from ..models.students import Student, load_student
 from ..models.teachers import Teacher, load_teacher
+from ..training.backbones import FEATURES_ALONE, check_backbone_run
 from ..training.config import ScaleKDConfig
 from ..training.model import ScaleKDModel, attention_heads, build_model, class_names
 from ..training.optimization import scaled_learning_rate, timm_optimizer
 from ..training.run_folder import check_output_dir
 from .flops import flops_of
 from .plan_text import plan_text, shown
-from .recipe import DistillArguments, as_words, parse_config
+from .recipe import DistillArguments, as_words, parse_config, student_options
 from .scaling import communication, memory_by_launcher, scaling
 
 
@@ -108,7 +108,7 @@ def _check_data(data: dict[str, Any], config: ScaleKDConfig, student: Student) -
     """Refuse columns and labels that do not fit the student."""
     for name, dataset in data.items():
         if dataset is not None:
-            column = config.label_column if config.has_labels else None
+            column = config.label_column if config.has_labels and student.num_labels else None
             if column is not None:
                 class_order(name, dataset_labels(dataset, column), student.labels, student.num_labels)
             preparation = Preparation(
@@ -116,7 +116,7 @@ def _check_data(data: dict[str, Any], config: ScaleKDConfig, student: Student) -
                 name == "train_dataset",
                 config.image_column,
                 column,
-                num_labels=student.num_labels,
+                num_labels=student.num_labels or None,
                 names=student.labels,
             )
             check_dataset(dataset, name, preparation)
@@ -125,7 +125,12 @@ def _check_data(data: dict[str, Any], config: ScaleKDConfig, student: Student) -
 def classes_of(
     arguments: DistillArguments, config: ScaleKDConfig, train: Any, teacher: Teacher | None
 ) -> list[str] | None:
-    """Names of the student's classes: those that are stated or the data set's, else the teacher's, else what the labels show."""
+    """Names of the student's classes: those that are stated or the data set's, else the teacher's, else what the labels show.
+
+    None of a backbone.
+    """
+    if arguments.num_classes == 0:
+        return None
     if arguments.num_classes is None and arguments.class_names is None:
         named = dataset_labels(train, config.label_column) or class_names(teacher)
         return named or shown_labels(train, config.label_column)
@@ -140,15 +145,18 @@ def _build(arguments: DistillArguments, config: ScaleKDConfig, train: Any) -> Sc
         last_blocks=config.teacher_last_blocks,
         drop_path=config.teacher_drop_path,
         image_size=config.teacher_image_size,
+        taps=config.teacher_taps,
         **dict(arguments.teacher_args or {}),  # type: ignore[arg-type]
     )
     student = load_student(
         arguments.student,
         labels=classes_of(arguments, config, train, teacher),
         image_size=config.image_size,
-        **dict(arguments.student_args or {}),  # type: ignore[arg-type]
+        **student_options(arguments),
     )
     check_rebuildable(student)
+    if not student.num_labels:
+        check_backbone_run(student, teacher, config)
     return build_model(student, teacher, config).train()
 
 
@@ -340,6 +348,8 @@ def _note_hours(result: Plan, arguments: DistillArguments, processes: int) -> No
 def _remember_warnings(result: Plan, model: ScaleKDModel, config: ScaleKDConfig) -> None:
     student, teacher = model.student, model.teacher
     assert teacher is not None
+    if not student.num_labels:
+        result.notes.append(f"the student has no classifier: {FEATURES_ALONE}.")
     asked = (config.penultimate_num_heads, config.last_num_heads)
     if model.heads is not None and None in asked:
         result.notes.append(f"the projectors' heads are chosen: {attention_heads(teacher, config)}.")

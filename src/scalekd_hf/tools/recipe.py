@@ -26,6 +26,7 @@ __all__ = [
     "mapping",
     "parse_config",
     "resolved",
+    "student_options",
     "write_config",
 ]
 
@@ -53,7 +54,8 @@ class DistillArguments(DataArguments):
         baseline: first train the same student alone, with the same data, budget and settings, and report both.
         baseline_args: settings of `ScaleKDConfig` that the student alone has of its own, as JSON or a mapping: the best learning
             rate and weight decay often differ between the two.
-        num_classes: of labels without names; by default those of the teacher, or as many as the labels on disk show.
+        num_classes: of labels without names; by default those of the teacher, or as many as the labels on disk show. 0 for a
+            student without a classifier, a backbone that learns from the teacher's features alone.
         class_names: the classes in the order of their indices, as a list (JSON on a command line) or a text file with one name a
             line: what labels that are names mean, or what labels 0, 1, ... are called. By default those of the data, then of
             the teacher.
@@ -72,7 +74,9 @@ class DistillArguments(DataArguments):
     baseline_args: dict | str | None = field(
         default=None, metadata={"help": "Settings of the student alone, as JSON."}
     )
-    num_classes: int | None = field(default=None, metadata={"help": "Number of classes, of labels without names."})
+    num_classes: int | None = field(
+        default=None, metadata={"help": "Number of classes, of labels without names; 0 for a backbone."}
+    )
     class_names: list | str | None = field(
         default=None, metadata={"help": "Names of the classes in their order: a list, or a file with one a line."}
     )
@@ -89,7 +93,15 @@ class DistillArguments(DataArguments):
                 )
         self.student_args = mapping(self.student_args, "student_args")
         self.teacher_args = mapping(self.teacher_args, "teacher_args")
+        if self.student_args.get("num_classes") == 0:
+            self.num_classes = self.student_args.pop("num_classes")
+        check_num_classes(self.num_classes, 0)
         self.class_names = read_class_names(self.class_names, self.num_classes)
+        if self.num_classes == 0 and self.baseline:
+            raise ValueError(
+                "`baseline` is on, but `num_classes` is 0: without a classifier the student alone has nothing to learn from. Set "
+                "`baseline` to false."
+            )
         for name in ("student", "teacher"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: name a model, a Hub id or a folder.")
@@ -120,6 +132,18 @@ class TeacherArguments(DataArguments):
         self.class_names = read_class_names(self.class_names, self.num_classes)
         if not self.model:
             raise ValueError("`model` is missing: name a model, a Hub id or a folder.")
+        check_num_classes(self.num_classes, 1)
+
+
+def check_num_classes(value: int | None, least: int) -> None:
+    """Refuse a number of classes that none can be.
+
+    Raises:
+        ValueError: below `least`.
+    """
+    if value is not None and value < least:
+        what = "Give the number of the data's classes, or leave it out"
+        raise ValueError(f"`num_classes` is {value}, but must be at least {least}. {what}.")
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:
@@ -136,6 +160,12 @@ def mapping(value: Any, name: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` must be a mapping, got {value!r}.")
     return dict(value or {})
+
+
+def student_options(arguments: DistillArguments) -> dict[str, Any]:
+    """The arguments of the student, no classifier included where it is to have none."""
+    options = mapping(arguments.student_args, "student_args")
+    return options | {"num_classes": 0} if arguments.num_classes == 0 else options
 
 
 class _Parser(HfArgumentParser):

@@ -85,10 +85,15 @@ class AveragedStudent(TrainerCallback):
         """The student is the averaged one inside of this context, a copy of it: evaluation may change its precision."""
         self.synchronise(accelerator)
         trained, self.student.model = self.student.model, copy.deepcopy(self.average.module)
+        is_tapped = not self.student.num_labels  # a backbone is evaluated by its maps
         try:
+            if is_tapped:
+                self.student.tap_again()
             yield
         finally:
             self.student.model = trained
+            if is_tapped:
+                self.student.tap_again()
 
     def restore(self, folder: Path) -> None:
         """Load the average of a checkpoint whose other weights the engine loads."""

@@ -38,8 +38,8 @@ class ScaleKDConfig(TrainingArguments):
         last_frequency_weight (`float`, *optional*):
             Another weight for the frequency view of the last stage. Published: 0 in the 100-epoch Swin-S to ResNet-50
             run. By default `frequency_weight`.
-        logit_weight (`float`, *optional*, defaults to `0.5`):
-            λ: the logit term weighs λ and the task term 1 - λ (section 3.4). 0 leaves the logit term out.
+        logit_weight (`float`, *optional*):
+            λ: the logit term weighs λ, the task term 1 - λ (section 3.4). By default 0.5; 0 without a classifier in either model.
         temperature (`float`, *optional*, defaults to `1.0`):
             T, softens both distributions of the logit term (section 3.4).
         penultimate_num_heads (`int`, *optional*):
@@ -59,23 +59,23 @@ class ScaleKDConfig(TrainingArguments):
             Learned queries at the last stage instead of teacher parameter perception's (section 3.3). In no published run:
             the authors' configuration of the 100-epoch Swin-S to ResNet-50 pair asks for them, and their code ignores it.
         teacher_perception (`bool`, *optional*, defaults to `True`):
-            Teacher parameter perception (section 3.3). `False` leaves the penultimate terms out and gives the last stage
-            learned queries, as in the paper's ablation.
+            Section 3.3. `False`, for an ablation: no penultimate terms, and learned queries at the last stage.
         remove_direct_component (`bool`, *optional*, defaults to `True`):
-            In the frequency view (section 3.2). `False` for an ablation: a second spatial view.
+            In the frequency view (section 3.2). `False`, for an ablation: a second spatial view.
         stem (`str`, *optional*, defaults to `"full"`):
-            `"full"` as published. Lighter, and **not the paper's method**: `"shared"`, one stem for the two views of a
-            stage, or `"separable"`, depthwise and 1x1 convolutions. docs/results.md compares them.
+            `"full"` as published. Lighter, and **not the paper's method**: `"shared"` by the two views of a stage, or
+            `"separable"` convolutions. docs/results.md compares them.
         teacher_last_blocks (`int`, *optional*, defaults to `2`):
             Blocks that count as the last stage of a plain ViT teacher (authors' code).
         teacher_drop_path (`float`, *optional*, defaults to `0.0`):
-            Rate of stochastic depth that a teacher given by name runs with while its student trains. The authors' loop
-            left the teacher in training mode, with the rate it was built with: 0.1 for Swin-L, 0.3 for Swin-S, 0.5 for Swin-B.
+            Stochastic depth of a teacher given by name while its student trains. The authors' loop left theirs in training
+            mode, with the rate it was built with: 0.1 for Swin-L, 0.3 for Swin-S, 0.5 for Swin-B.
         student_taps (`list[str]`, *optional*):
-            Names of the two modules of the student to tap, where others are wanted than those that the dry run finds.
+            The two modules of the student to tap by name, instead of those that the dry run finds.
+        teacher_taps (`list[str]`, *optional*):
+            The same of the teacher: the module that gets what enters its last stage, the module that puts out its last map.
         task_loss (`str`, *optional*, defaults to `"cross_entropy"`):
-            `"cross_entropy"`, or `"binary_cross_entropy"` over sigmoids. Published: the latter for ResNet-50, 300
-            epochs. `label_smoothing_factor` applies to both.
+            `"cross_entropy"`, or `"binary_cross_entropy"` over sigmoids (ResNet-50, 300 epochs). Both take label smoothing.
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the data set that holds the images.
         label_column (`str`, *optional*, defaults to `"label"`):
@@ -178,8 +178,9 @@ class ScaleKDConfig(TrainingArguments):
     last_frequency_weight: float | None = field(
         default=None, metadata={"help": "Another weight for the frequency view of the last stage."}
     )
-    logit_weight: float = field(
-        default=0.5, metadata={"help": "Weight λ of the logit term; the task term weighs 1 - λ. 0 leaves it out."}
+    logit_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight λ of the logit term, 0.5; the task term weighs 1 - λ. 0 leaves it out."},
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature T of the logit term."})
     penultimate_num_heads: int | None = field(
@@ -219,6 +220,9 @@ class ScaleKDConfig(TrainingArguments):
     )
     student_taps: list[str] | None = field(
         default=None, metadata={"help": "Names of the two modules of the student to tap."}
+    )
+    teacher_taps: list[str] | None = field(
+        default=None, metadata={"help": "First and last module of the teacher's last stage."}
     )
     task_loss: str = field(
         default="cross_entropy", metadata={"help": "The student's own loss.", "choices": list(TASK_LOSSES)}

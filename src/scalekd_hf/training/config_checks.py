@@ -85,7 +85,8 @@ def check_settings(config: Any) -> None:
     _check(config, "lr_scaling", f"must be one of {LR_SCALINGS}", lambda value: value in LR_SCALINGS)
     known = timm.optim.list_optimizers()
     _check(config, "timm_optim", f"must be an optimiser of timm {known}", lambda value: value in known)
-    _check(config, "student_taps", "must be the names of two modules", lambda value: len(value) == 2)
+    for name in ("student_taps", "teacher_taps"):
+        _check(config, name, "must be the names of two modules", lambda value: len(value) == 2)
     _check(config, "sync_batchnorm", f"must be one of {SYNC_BATCHNORMS}", lambda value: value in SYNC_BATCHNORMS)
     _check(config, "stem", f"must be one of {STEMS}", lambda value: value in STEMS)
     _check(config, "stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)

@@ -11,6 +11,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.integrations import TensorBoardCallback
 
 from ..method.distiller import LOSS_TERMS
+from .backbones import FEATURES_ALONE
 
 
 __all__ = ["use_readable_log"]
@@ -66,9 +67,10 @@ def line(logs: dict[str, Any], state: TrainerState, clock: Clock, name: str | No
 
 
 def tapped(student: Any) -> str:
-    """Where a student is tapped, as a line."""
+    """Where a student is tapped, as a line; of a backbone also what it learns from."""
     maps = [f"{tap.module} ({tap.dim} channels, {tap.grid[0]}x{tap.grid[1]})" for tap in student.taps]
-    return f"The student is tapped at {' and '.join(maps)}."
+    text = f"The student is tapped at {' and '.join(maps)}."
+    return text if student.num_labels else f"{text} It has no classifier: {FEATURES_ALONE}."
 
 
 def _number(name: str, value: Any) -> str:

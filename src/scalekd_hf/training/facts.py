@@ -69,6 +69,7 @@ def card_facts(
     known = {name: value for name, value in student.classifier.model_args.items() if name != "num_classes"}
     facts: dict[str, Any] = {
         "student": publisher.student_source.name,
+        "its classifier": None if student.num_labels else "none: a backbone, taught by the teacher's features alone",
         "its arguments": f"`{json.dumps(known, default=str)}`" if known else None,
         "teacher": _described(teacher),
         "data": _described(data) or dataset,
@@ -106,7 +107,7 @@ def _own_results(trainer: Any) -> dict[str, dict[str, float]]:
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
     step = best if best is not None and not trainer.stopwatch.is_running else state.global_step
     evaluated = [entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry]
-    kept = [key for key in ("top1", "top5", "loss") if evaluated and f"eval_{key}" in evaluated[-1]]
+    kept = [key for key in ("top1", "top5", "neighbours_top1", "loss") if evaluated and f"eval_{key}" in evaluated[-1]]
     own = {key: evaluated[-1][f"eval_{key}"] for key in kept}
     return {DISTILLED if trainer.distiller.teacher is not None else ALONE: own} if own else {}
 

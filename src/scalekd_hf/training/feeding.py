@@ -43,7 +43,7 @@ class ImageFeed:
     Args:
         args: of the run.
         normaliser: scales the values of images for the model.
-        num_labels: K, classes of the student.
+        num_labels: K, classes of the student; 0 of a backbone, to which no labels are given.
         collator: samples to a batch.
 
     Attributes:
@@ -155,12 +155,15 @@ class ImageFeed:
     # Batches
 
     def training_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch as the model trains on it: on the device, normalised, mixed where the settings ask for it.
+        """A batch as the model trains on it: on the device, normalised, mixed where the settings ask for it, with labels for a
+        classifier alone.
 
         Raises:
             ValueError: it has no labels, and the settings do not say so.
         """
-        if self.args.has_labels and "labels" not in batch:
+        if not self.num_labels:
+            batch = {name: value for name, value in batch.items() if name != "labels"}
+        elif self.args.has_labels and "labels" not in batch:
             raise ValueError(
                 f"The training samples have no `labels`, only {sorted(batch)}. Name them so, or set `label_column` to "
                 "none to train without."
@@ -171,7 +174,8 @@ class ImageFeed:
         return self._laid_out(batch)
 
     def evaluation_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch as the model is evaluated on it: on the device and normalised."""
+        """A batch as the model is evaluated on it: on the device and normalised, with images and labels alone."""
+        batch.pop("blanks", None)
         self.bad_images["evaluation"].add("evaluation", batch.pop("bad_images", []))
         return self._laid_out(self._normalised(batch))
 
@@ -292,6 +296,8 @@ def prepare_images(
 ) -> Any:
     """A data set, or a dict of several, with the transforms that the settings and the student ask for.
 
+    For a backbone the labels to train on are not read, and those of an evaluation are the data's own, where it has any.
+
     Args:
         dataset: a `datasets` object, whose images are then decoded and augmented; any other stays as it is.
         name: the argument that errors name; "train_dataset" is augmented.
@@ -313,12 +319,17 @@ def prepare_images(
             key: prepare_images(value, f"{name}[{key!r}]", student, args, labels_optional, compare_labels)
             for key, value in dataset.items()
         }
-    classes = dataset_labels(dataset, args.label_column) if compare_labels and args.has_labels else None
+    is_backbone, training = not student.num_labels, name == "train_dataset"
+    column = args.label_column if args.has_labels and not (is_backbone and training) else None
+    classes = dataset_labels(dataset, args.label_column) if compare_labels and column else None
+    model_names, num_labels = student.labels, student.num_labels
+    if is_backbone:
+        model_names, num_labels, labels_optional = classes, len(classes or ()), True
     preparation = Preparation(
         student.spec,
-        name == "train_dataset",
+        training,
         args.image_column,
-        args.label_column if args.has_labels else None,
+        column,
         (args.crop_scale[0], args.crop_scale[1]),
         args.hflip,
         args.rand_augment,
@@ -326,10 +337,10 @@ def prepare_images(
         args.random_erasing,
         args.repeated_augmentation,
         seed_of_images(args),
-        class_order(name, classes, student.labels, student.num_labels),
-        student.num_labels if compare_labels else None,
+        class_order(name, classes, model_names, num_labels),
+        num_labels or None if compare_labels else None,
         (args.pixel_range[0], args.pixel_range[1]) if args.pixel_range else None,
-        student.labels if compare_labels else None,
+        model_names if compare_labels else None,
     )
     shuffle = (seed_of_images(args), args.shuffle_buffer_size)
     one_first = args.main_process_first(desc="counting the images")

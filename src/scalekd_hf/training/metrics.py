@@ -14,9 +14,19 @@ from transformers import EvalPrediction
 
 from ..images import counted
 from ..method.losses import counted_in_loss
+from .probes import nearest_neighbours
 
 
-__all__ = ["CountedLoss", "OfCounted", "TOP_K", "TopKAccuracy", "compute_accuracy", "keep_top5"]
+__all__ = [
+    "CountedLoss",
+    "OfCounted",
+    "TOP_K",
+    "TopKAccuracy",
+    "compute_accuracy",
+    "compute_neighbours",
+    "counted_classes",
+    "keep_top5",
+]
 
 TOP_K = 5
 
@@ -49,16 +59,37 @@ def keep_top5(logits: Tensor, labels: Tensor) -> Tensor:
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """`compute_metrics` of the trainer, without images that do not count; `predictions` comes from `keep_top5`."""
+    predictions, references = counted_classes(prediction)
+    if not len(references):
+        return {}  # a split without labels
+    return TopKAccuracy(keep_in_memory=True).compute(predictions=predictions, references=references)
+
+
+def compute_neighbours(prediction: EvalPrediction, device: torch.device) -> dict[str, float]:
+    """`compute_metrics` of the trainer for a backbone, whose `predictions` are features.
+
+    Returns:
+        `neighbours_top1`: the share of the evaluation images whose class their 20 nearest among the others vote for, see
+        `nearest_neighbours`. Nothing without labels.
+    """
+    features, labels = (torch.from_numpy(values).to(device) for values in counted_classes(prediction))
+    features, labels = features[labels >= 0], labels[labels >= 0]  # -1: an image without a label
+    if len(labels) < 2:
+        return {}
+    found = nearest_neighbours(features, labels, features, int(labels.max()) + 1, leave_one_out=True)
+    return {"neighbours_top1": float((found == labels).double().mean())}
+
+
+def counted_classes(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions (N, ...) and class indices (N,) of the images that count; of soft labels the largest share's."""
     predictions, references = (
         np.concatenate(values) if isinstance(values, list) else np.asarray(values)  # batches, if they were kept apart
         for values in (prediction.predictions, prediction.label_ids)
     )
     counts = counted(references)
-    if references.ndim == 2:  # soft labels
+    if references.ndim == 2:
         counts, references = counts & references.any(axis=1), references.argmax(axis=1)
-    if not counts.any():
-        return {}  # a split without labels
-    return TopKAccuracy(keep_in_memory=True).compute(predictions=predictions[counts], references=references[counts])
+    return predictions[counts], references[counts]
 
 
 class OfCounted:

@@ -17,7 +17,8 @@ from ..images import PLAIN_FILTERS, ImageSpec
 from ..method.distiller import Distiller, feature_weights
 from ..method.heads import MimickingHeads
 from ..models.students import Student, load_student
-from ..models.teachers import Teacher, load_teacher
+from ..models.teachers import Teacher, is_own, load_teacher
+from .backbones import resolved_logit_weight
 from .config import ScaleKDConfig
 
 
@@ -41,8 +42,8 @@ class ScaleKDOutput(ModelOutput):
     """Output of `ScaleKDModel`.
 
     Attributes:
-        loss: the weighted sum, a scalar; None in eval mode without labels.
-        logits: the student's, (B, K).
+        loss: the weighted sum, a scalar; None in eval mode without labels, but for a backbone.
+        logits: the student's, (B, K); of a backbone its features, (B, C).
         losses: in training mode the unweighted terms by the names in `LOSS_TERMS`, those that are in use.
     """
 
@@ -129,7 +130,7 @@ def build_model(
             "frequency_weight": args.frequency_weight,
             "last_frequency_weight": args.last_frequency_weight,
             "teacher_perception": args.teacher_perception,
-            "logit_weight": args.logit_weight,
+            "logit_weight": resolved_logit_weight(args, student, teacher),
             "temperature": args.temperature,
         }
     heads = _build_heads(student, teacher, args) if teacher is not None else None
@@ -140,8 +141,14 @@ def build_model(
 
 
 def _build_teacher(teacher: str | nn.Module | Teacher, args: ScaleKDConfig) -> Teacher:
-    size: dict[str, Any] = {"image_size": args.teacher_image_size} if isinstance(teacher, str) else {}
-    loaded = load_teacher(teacher, last_blocks=args.teacher_last_blocks, drop_path=args.teacher_drop_path, **size)
+    takes_size = isinstance(teacher, str) or is_own(teacher)
+    options: dict[str, Any] = {"image_size": args.teacher_image_size} if takes_size else {}
+    options |= {
+        "last_blocks": args.teacher_last_blocks,
+        "drop_path": args.teacher_drop_path,
+        "taps": args.teacher_taps,
+    }
+    loaded = load_teacher(teacher, **options)
     if not isinstance(teacher, str):
         _check_built_size("teacher_image_size", args.teacher_image_size, loaded)
     return loaded
@@ -161,7 +168,8 @@ def _build_student(student: str | nn.Module | Student, args: ScaleKDConfig, labe
             )
         student.tap_names = (args.student_taps[0], args.student_taps[1])
     if unused := student.freeze_unused():
-        logger.info("No logit depends on %s of the student: frozen.", unused)
+        output = "No logit depends" if student.num_labels else "The last map does not depend"
+        logger.info("%s on %s of the student: frozen.", output, unused)
     return student
 
 

@@ -49,6 +49,7 @@ FREE = (
 # That no checkpoint can go on with: another optimiser's state, other groups of parameters, other projectors.
 FIXED = (
     *("optim", "optim_args", "timm_optim", "decay_all", "no_weight_decay", "student_taps", "teacher_last_blocks"),
+    *("teacher_taps",),
     *("stem", "stem_norm", "penultimate_norm", "learned_last_queries", "teacher_perception"),
 )
 WHERE = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,11 +18,12 @@ from ..models.saving import check_rebuildable
 from ..models.students import Student
 from ..models.teachers import Teacher
 from ..publishing.provenance import Source, data_source
+from .backbones import check_backbone_run
 from .config import ScaleKDConfig
 from .config_checks import check_processes
 from .epochs import count_steps
 from .feeding import prepare_images
-from .metrics import OfCounted, compute_accuracy, keep_top5
+from .metrics import OfCounted, compute_accuracy, compute_neighbours, keep_top5
 from .model import ScaleKDModel, build_model
 from .optimization import timm_optimizer
 from .precision import autocast_under_engines
@@ -80,6 +82,9 @@ def set_up(
     distiller.autocast_to = autocast_under_engines(args)
     student = distiller.student
     check_rebuildable(student)
+    args.logit_weight = distiller.weights.get("logit", args.logit_weight)
+    if not student.num_labels and train_dataset is not None:
+        check_backbone_run(student, teacher, args)
     for dataset in data.values():
         names = dataset_labels(dataset, args.label_column)
         if dataset is train_dataset and student.labels is None and has_names(dataset, args.label_column):
@@ -90,7 +95,7 @@ def set_up(
         if args.device.type != "cuda":
             raise ValueError("`sync_batchnorm` needs GPUs: torch has no synchronised BatchNorm on the CPU.")
         distiller.synchronise_batchnorms(args.sync_batchnorm)
-    options = _options(args, options, student.num_labels)
+    options = _options(args, options, student)
     train_dataset = prepare_images(train_dataset, "train_dataset", student, args)
     epochs, is_stream = None, isinstance(train_dataset, ImageStream)
     args.ignore_data_skip |= is_stream  # it finds its place itself
@@ -110,16 +115,18 @@ def _by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     return {"train_dataset": train_dataset, **evaluations}
 
 
-def _options(args: ScaleKDConfig, options: dict[str, Any], num_labels: int) -> dict[str, Any]:
+def _options(args: ScaleKDConfig, options: dict[str, Any], student: Student) -> dict[str, Any]:
     """Arguments of `Trainer`, with what takes the place of those that were not given."""
     options = dict(options)
     is_ours = options.get("compute_metrics") is None and options.get("preprocess_logits_for_metrics") is None
     check_arguments(options, is_ours, args)
-    if is_ours:
+    if is_ours and not student.num_labels:
+        options["compute_metrics"] = partial(compute_neighbours, device=args.device)
+    elif is_ours:
         options |= {"compute_metrics": compute_accuracy, "preprocess_logits_for_metrics": keep_top5}
     elif options.get("compute_metrics") is not None:
         options["compute_metrics"] = OfCounted(options["compute_metrics"])
-    options["data_collator"] = Collator(options.get("data_collator") or collate, num_labels)
+    options["data_collator"] = Collator(options.get("data_collator") or collate, student.num_labels or None)
     if args.timm_optim is not None:
         options.setdefault("optimizer_cls_and_kwargs", timm_optimizer(args, args.learning_rate))
     return options

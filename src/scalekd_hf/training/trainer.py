@@ -21,6 +21,7 @@ from ..models.teachers import Teacher
 from ..publishing.hub import failures_in_log
 from ..publishing.publisher import Publisher
 from .averaging import AveragedStudent
+from .backbones import backbone_prediction
 from .checkpoints import Checkpoints
 from .config import ScaleKDConfig
 from .console import use_readable_log
@@ -56,8 +57,8 @@ class ScaleKDTrainer(Trainer):
         args: the settings.
         train_dataset, eval_dataset: `datasets` objects, map-style or streaming, with an image and a label column, torch data
             sets of (image, class index), or anything that yields `pixel_values` (3, height, width), normalised for the student, and `labels`.
-        **kwargs: what `Trainer` takes besides. Without a `compute_metrics` or `preprocess_logits_for_metrics` of yours,
-            metrics are top-1 and top-5, and predictions each image's five best classes, best first, not logits.
+        **kwargs: what `Trainer` takes besides. Without a `compute_metrics` or `preprocess_logits_for_metrics` of yours, metrics are
+            top-1 and top-5, and predictions each image's five best classes, best first; of a backbone `neighbours_top1`, and features.
 
     Attributes:
         results: metrics for the card's table beside the trainer's own, by its rows: "teacher", "student alone".
@@ -250,6 +251,8 @@ class ScaleKDTrainer(Trainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         """The parent's, of images that are normalised on the device."""
         self.stopping.leave_evaluation_if_asked(self.args.world_size)
+        if not self.student.num_labels:
+            return backbone_prediction(self, model, inputs, *args)
         loss, logits, labels = super().prediction_step(model, self.feed.evaluation_inputs(inputs), *args, **kwargs)
         self.feed.add_evaluated(loss, labels)
         return loss, logits, labels

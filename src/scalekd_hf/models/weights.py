@@ -1,0 +1,67 @@
+"""Checkpoints of transformers: whatever one lacks is said, and never taught."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+
+__all__ = ["pretrained_weights", "saved_backbone", "trained_weights"]
+
+logger = logging.getLogger(__name__)
+
+HEADS, POOLER = ("classifier", "head", "fc"), "pooler"  # parts of the names of weights that no map passes through
+SHOWN = 4
+
+
+def saved_backbone(config: Any) -> bool:
+    """Whether a model was saved without a classifier, which would be new and random."""
+    saved = getattr(config, "architectures", None) or []
+    return bool(saved) and not any("ForImageClassification" in name for name in saved)
+
+
+def pretrained_weights(auto: Any, name: str, config: Any) -> nn.Module:
+    """Weights in float32, with a new classifier where the checkpoint has another or none; nothing else may be new."""
+    module, changed, missing = _loaded(auto, name, config)
+    if lost := [key for key in changed if not any(part in key for part in HEADS)]:
+        raise ValueError(_other_shapes(lost))
+    if lost := [key for key in missing if not any(part in key for part in (*HEADS, POOLER))]:
+        raise ValueError(f"its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all.")
+    return module
+
+
+def trained_weights(auto: Any, name: str, config: Any) -> nn.Module:
+    """Weights in float32 of which none is new: without a classifier where the checkpoint has none."""
+    module, changed, missing = _loaded(auto, name, config)
+    if changed:
+        raise ValueError(_other_shapes(changed))
+    if missing and auto is not AutoModel:
+        logger.warning(
+            "The checkpoint of `teacher` %r lacks %s: it has no trained classifier, and teaches through its features alone.",
+            name,
+            ", ".join(missing[:SHOWN]),
+        )
+        return trained_weights(AutoModel, name, config)
+    if lost := [key for key in missing if POOLER not in key]:  # no map passes through a pooler
+        raise ValueError(f"its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all: it would teach noise.")
+    return module
+
+
+def _loaded(auto: Any, name: str, config: Any) -> tuple[nn.Module, list[str], list[str]]:
+    """A model, its weights that have other shapes in the checkpoint, and those that the checkpoint lacks."""
+    module, info = auto.from_pretrained(
+        name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    changed = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    return module, sorted(changed), sorted(set(info["missing_keys"]) - set(changed))
+
+
+def _other_shapes(names: list[str]) -> str:
+    return (
+        f"its weights {names} have other shapes than this image size, these classes or these arguments ask for. Load it as it "
+        "was trained; images are resized for the teacher."
+    )
