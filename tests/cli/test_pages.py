@@ -198,6 +198,9 @@ def test_the_page_on_own_photos_from_teacher_to_export(photos):
     assert 8 <= evaluated["images"] <= 30
     assert load_student(str(photos / "student"), pretrained=True).labels == ["Kätzchen", "dog", "great tit"]
     assert "differs by" in said["export"]
+    for place in ("teacher", "student", "evaluation/student"):
+        (line,) = (photos / place / "unused_files.jsonl").read_text().splitlines()
+        assert json.loads(line) == {"file": "dog/notes.txt", "reason": "files that are no images here (.txt)"}
 
 
 @runs("docs/own_photos.md", 7)

@@ -7,7 +7,7 @@ import datasets
 import pyarrow
 import pytest
 import yaml
-from helpers import TEACHER, settings, small_student
+from helpers import TEACHER, settings, small_student, timm_vit, transformers_vit
 from test_labels import INTEGER, NAMES, pictures, with_labels
 
 from scalekd_hf import ScaleKDTrainer, load_student
@@ -159,13 +159,23 @@ def test_a_stream_that_cannot_be_looked_through_names_the_setting(tmp_path):
         ValueError, match=r"'dog' in row 0.*Name them.*`class_names`.*`load_student\(name, labels=names\)`"
     ):
         ScaleKDTrainer(student, None, settings(tmp_path), stream)
-    student.name_labels(NAMES)  # which a student of a name has by `labels`
+    student.name_labels(NAMES)
     named = ScaleKDTrainer(student, None, settings(tmp_path), stream)
     assert named.predict(stream).label_ids.tolist() == [NAMES.index(label) for label in LABELS]
     with pytest.raises(
         ValueError, match="'dog' in row 0, which is no class of the model: 'ant', 'bee'. A new student's"
     ):
         ScaleKDTrainer(small_student(num_classes=2, labels=["ant", "bee"]), None, settings(tmp_path), stream)
+
+
+def test_names_given_in_python_are_kept_and_none_is_passed_over(tmp_path):
+    student = load_student(transformers_vit(num_labels=4), labels=NAMES)
+    save_student(student, tmp_path)
+    assert load_student(str(tmp_path), pretrained=True).labels == NAMES == student.labels
+    with pytest.raises(ValueError, match="`labels` has 2 names, but the student 4 classes"):
+        load_student(timm_vit(num_classes=4), labels=NAMES[:2])
+    with pytest.raises(ValueError, match=r"for a `Student`, which is loaded already. Use its `name_labels\(labels\)`"):
+        load_student(student, labels=NAMES[::-1])
 
 
 def test_a_plan_and_a_student_of_a_recipe_have_the_stated_classes(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from helpers import run, settings, small_student
 from PIL import Image
 from test_folders import make, photos
+from test_tables import archive
 
 from scalekd_hf import ScaleKDTrainer
 from scalekd_hf.data import formats
@@ -76,10 +77,20 @@ def test_they_are_images_of_a_folder_and_of_files(tmp_path, kind):
     stored = datasets.Dataset.from_dict({"image": contents, "label": table["label"]}, features=features)
     stored.to_parquet(tmp_path / "data.parquet")
     stream = datasets.load_dataset("parquet", data_files=str(tmp_path / "data.parquet"), split="train", streaming=True)
+    ending = PLUGINS[kind][1].removeprefix(".")
+    archive(tmp_path / "data.tar", [content["bytes"] for content in contents], "cls", map(str, table["label"]), ending)
+    archived = datasets.load_dataset(
+        "webdataset", data_files=str(tmp_path / "data.tar"), split="train", streaming=True
+    )
     trainer = ScaleKDTrainer(small_student(num_classes=2), None, settings(tmp_path / "run"))
     found = [trainer.predict(data) for data in (table, stream)]
+    trainer.args.image_column, trainer.args.label_column = ending, "cls"
+    found.append(trainer.predict(archived))
     assert not (tmp_path / "run" / "bad_images.jsonl").exists()
-    assert found[0].label_ids.tolist() == [0, 0, 0, 1, 1, 1] and np.array_equal(*(f.predictions for f in found))
+    assert np.array_equal(found[0].predictions, found[2].predictions)
+    assert found[0].label_ids.tolist() == [0, 0, 0, 1, 1, 1] and np.array_equal(
+        found[0].predictions, found[1].predictions
+    )
 
 
 def test_every_process_has_the_plugins_by_the_module_that_decodes(tmp_path, kind):

@@ -47,11 +47,11 @@ CASES = {
 }
 
 
-def archive(file, contents, ending, texts):
-    """A WebDataset of PNG images, each with a file of that ending beside it."""
+def archive(file, contents, ending, texts, image="png"):
+    """A WebDataset of images, each with a file of that ending beside it."""
     with tarfile.open(file, "w") as opened:
         for number, (content, text) in enumerate(zip(contents, texts, strict=True)):
-            for name, part in (("png", content), (ending, text.encode())):
+            for name, part in ((image, content), (ending, text.encode())):
                 if name is not None:
                     member = tarfile.TarInfo(f"{number:03d}.{name}")
                     member.size = len(part)

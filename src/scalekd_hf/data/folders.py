@@ -111,7 +111,9 @@ def read_folder(root: str | Path, folders: str = "auto") -> ImageFolder | None:
     """
     root = Path(root)
     unused: dict[str, list[str]] = defaultdict(list)
-    found = {entry.name: list(_images(Path(entry.path), unused)) for entry in _entries(root) if entry.is_dir()}
+    above = frozenset({os.path.realpath(root)})
+    folders_here = [entry for entry in _entries(root) if entry.is_dir()]
+    found = {entry.name: list(_images(Path(entry.path), unused, above=above)) for entry in folders_here}
     loose = list(_images(root, unused, deep=False))
     if not (loose or any(found.values())):
         _check_decoders(root, unused)

@@ -82,7 +82,15 @@ class Student(nn.Module):
             )
 
     def name_labels(self, labels: list[str]) -> None:
-        """Give the classes the names that the data set has for them, so that they are saved with the student."""
+        """Give the classes the names that the data set has for them, so that they are saved with the student.
+
+        Raises:
+            ValueError: another number of names than of classes.
+        """
+        if len(labels) != self.num_labels:
+            raise ValueError(
+                f"`labels` has {len(labels)} names, but the student {self.num_labels} classes. Give each its name."
+            )
         self.labels = list(labels)
         if isinstance(self.model, PreTrainedModel):
             self.model.config.id2label = dict(enumerate(labels))
@@ -227,14 +235,20 @@ def load_student(
             backbone, which learns from the teacher's features alone.
         pretrained: start from its published weights. The paper trains students from scratch.
         taps: names of the two modules to tap, where others are wanted than those that the dry run finds.
-        **kwargs: `labels` (names of the classes of a new head), `image_size`, `mean`, `std`, `crop_pct`, and
+        **kwargs: `labels` (names of the classes of a new head, or of a module's), `image_size`, `mean`, `std`, `crop_pct`, and
             arguments of the model itself, see `load_classifier`.
     """
     if isinstance(name_or_module, Student):
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                "`labels` are given for a `Student`, which is loaded already. Use its `name_labels(labels)`."
+            )
         return name_or_module
     classifier = load_classifier(name_or_module, role="student", pretrained=pretrained, **kwargs)
     student = Student(classifier, tuple(taps) if taps is not None else None)  # type: ignore[arg-type]
     student.pretrained = pretrained and isinstance(name_or_module, str)
+    if kwargs.get("labels") is not None and isinstance(name_or_module, nn.Module):
+        student.name_labels(kwargs["labels"])  # in its configuration, too
     return student
 
 
