@@ -18,7 +18,7 @@ from .folders import ALL, FOLDERS, read_folder, split_of
 from .holdout import held_out_share, hold_out
 
 
-__all__ = ["DataArguments", "count_images", "load_data", "load_local", "load_split"]
+__all__ = ["DataArguments", "count_images", "load_data", "load_local", "load_split", "matching_files"]
 
 AGAIN = "The same command tries again; `--streaming true` reads while training, and tries again by itself."
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
