@@ -1,8 +1,10 @@
-"""Evaluate a classifier on labelled images: accuracy, likelihood, calibration, speed, parameters and FLOPs.
+"""Evaluate a classifier on labelled images: accuracy, likelihood, calibration, speed, parameters and FLOPs; a backbone, or any
+model with `--probe true`, by k-NN and a linear probe of its features.
 
     python recipes/evaluate.py MODEL --benchmark imagenet-v2 --dataset FOLDER [--any_field value ...]
     python recipes/evaluate.py MODEL --dataset FOLDER_OR_ID [--eval_split SPLIT] [--update_card]
     accelerate launch recipes/evaluate.py MODEL --eval_files 'data/*.parquet'
+    python recipes/evaluate.py BACKBONE --train_files 'data/train-*.parquet' --eval_files 'data/val-*.parquet'
 
 MODEL is a folder, a Hub id, `timm/<name>` or `hf-hub:<id>`. The table goes to the screen, and to `evaluation.json` and
 `evaluation.md` in `--output_dir` (`evaluation/<model>`), beside what they hold already. Settings may also come from a

@@ -95,6 +95,8 @@ def test_the_weight_decay_is_chosen_on_images_that_are_known():
     assert hard in WEIGHT_DECAYS
     known, asked = blobs(200), blobs(100, seed=1)
     found = probe(known, asked, torch.device("cpu"))
+    far = [(features, 10**9 + 3 * labels) for features, labels in (known, asked)]  # any numbers
+    assert probe(*far, torch.device("cpu")) == found
     assert found["weight_decay"] == probe(known, (asked[0], asked[1].flip(0)), torch.device("cpu"))["weight_decay"]
     assert (found["images"], found["train_images"]) == (100, 200) and found["knn_top1"] > 0.6
 
@@ -161,6 +163,9 @@ def test_labels_of_two_data_sets_are_matched_by_name(tmp_path, parts):
         ({"eval_files": TEST}, "`train_files` are missing: k-NN"),
         ({"eval_files": TEST, "train_files": TEST}, "these are the images to be classified, too"),
         ({"dataset": str(DIGITS), "eval_split": "train"}, "`train_split` is 'train': these are the images"),
+        ({"dataset": str(DIGITS), "eval_split": "train[:10%]"}, "`train_split` is 'train': these are the images"),
+        ({"dataset": str(DIGITS), "train_split": "train+test", "eval_split": "test"}, "these are the images"),
+        ({"eval_files": TEST, "train_files": str(DIGITS / "*.parquet")}, "these are the images to be classified, too"),
     ],
 )
 def test_images_that_are_to_be_classified_are_not_known(given, message):

@@ -81,17 +81,6 @@ def test_an_odd_batch_at_the_end_of_a_pass_keeps_its_last_image_unmixed(tmp_path
     [
         ({"mixup_alpha": 0.5, "per_device_train_batch_size": 3}, "`per_device_train_batch_size` must be even, got 3"),
         ({"cutmix_alpha": 0.5, "label_column": "none"}, "need a `label_column`"),
-        (
-            {
-                "label_column": "none",
-                "load_best_model_at_end": True,
-                "eval_strategy": "steps",
-                "save_strategy": "steps",
-                "eval_steps": 1,
-                "save_steps": 1,
-            },
-            "needs labels",
-        ),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size` must be False, got True: the order"),
         ({"lr_by_epoch": True, "lr_scheduler_type": "linear"}, "`lr_by_epoch` is for a cosine, .* is 'linear'"),
         ({"lr_by_epoch": True, "lr_scheduler_type": "cosine", "lr_milestones": [0.5]}, r"`lr_milestones` are \[0.5\]"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import images, settings, small_student, timm_swin, transformers_vit
+from helpers import images, settings, small_student, timm_swin, timm_vit, transformers_vit
 from PIL import Image
 from processes import in_processes
 from safetensors.torch import load_file
@@ -183,6 +183,38 @@ def test_the_averaged_backbone_is_evaluated(tmp_path, digits):
         expected = saved.eval().features(batch["pixel_values"])
         assert np.allclose(features[:4], expected, atol=1e-5)
         assert not torch.allclose(trained.eval().features(batch["pixel_values"]), expected, atol=1e-5)
+
+
+def test_the_best_backbone_is_told_without_labels_too(tmp_path, digits):
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    options |= {"load_best_model_at_end": True, "label_column": "none"}
+    trainer = backbone_trainer(tmp_path, digits, digits, **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is not None and trainer.state.best_metric > 0
+    with pytest.raises(ValueError, match="`load_best_model_at_end` needs labels to tell the best"):
+        trainer_for(tmp_path / "classifier", digits, digits, **options)
+
+
+def test_a_teacher_without_a_classifier_teaches_a_student_without_one(tmp_path, digits):
+    trainer = backbone_trainer(tmp_path, digits, digits, teacher=timm_vit(num_classes=0), max_steps=1)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("changes", [{"bf16_full_eval": True}, {"prediction_loss_only": True}])
+def test_evaluations_of_other_kinds_run(tmp_path, digits, changes):
+    whole = backbone_trainer(tmp_path, digits, digits).evaluate()["eval_loss"]
+    assert backbone_trainer(tmp_path, digits, digits, **changes).evaluate()["eval_loss"] == pytest.approx(
+        whole, rel=0.02
+    )
+
+
+def test_labels_may_be_any_numbers(tmp_path, digits):
+    numbers = [10**9 + 7 * label for label in digits["label"]]
+    renumbered = digits.remove_columns("label").add_column("label", numbers)
+    trainer = backbone_trainer(tmp_path, digits)
+    found = [trainer.evaluate(data)["eval_neighbours_top1"] for data in (digits, renumbered)]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])

@@ -20,7 +20,7 @@ from .labels import some
 from .sources import arrow_reader
 
 
-__all__ = ["DataArguments", "count_images", "load_data", "load_local", "load_split"]
+__all__ = ["DataArguments", "count_images", "load_data", "load_local", "load_split", "matching_files"]
 
 AGAIN = "The same command tries again; `--streaming true` reads while training, and tries again by itself."
 UNUSED_FILE = "unused_files.jsonl"

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..data.dataset import dataset_labels
-from ..data.folders import ALL
+from ..data.folders import ALL, split_of
 from ..data.holdout import held_out_share, hold_out
 from ..data.labels import class_order
-from ..data.loading import load_local, load_split
+from ..data.loading import load_local, load_split, matching_files
 from ..models.students import POOLINGS, Student
 from ..training.config import ScaleKDConfig
 from ..training.metrics import counted_classes
@@ -37,8 +37,8 @@ def load_known_images(arguments: Any) -> Any:
     """
     share, shared = held_out_share(arguments.eval_split), "these are the images to be classified, too"
     if arguments.train_files is not None:
-        if arguments.train_files == arguments.eval_files:
-            raise ValueError(f"`train_files` are {arguments.train_files!r}: {shared}. Name others.")
+        if both := _shared_files(arguments.train_files, arguments.eval_files):
+            raise ValueError(f"`train_files` are {arguments.train_files!r}, with {both!r}: {shared}. Name others.")
         return load_split(arguments, arguments.train_files, arguments.train_split)
     if arguments.dataset is None:
         if share is not None:
@@ -50,11 +50,28 @@ def load_known_images(arguments: Any) -> Any:
     local = load_local(arguments)
     if share is not None:
         return hold_out(load_split(arguments, None, arguments.train_split, local), share)[0]
-    if arguments.train_split == arguments.eval_split or (local is not None and ALL in local):
+    if _share_rows(arguments.train_split, arguments.eval_split) or (local is not None and ALL in local):
         raise ValueError(
             f"`train_split` is {arguments.train_split!r}: {shared}. Name another, or hold out a share with `eval_split` 0.1."
         )
     return load_split(arguments, None, arguments.train_split, local)
+
+
+def _shared_files(known: str, asked: str | None) -> str | None:
+    """A file that two patterns both match, or the URL that both are."""
+    if known == asked:
+        return known
+    return min({*matching_files(known)} & {*matching_files(asked or "")}, default=None)
+
+
+def _share_rows(known: str, asked: str) -> bool:
+    """Whether two splits, or sums of splits, have rows in common; of two slices of one split it is known if they are the same."""
+    parts: list[dict[str, str]] = []
+    for split in (known, asked):
+        words = [word.strip().partition("[") for word in split.split("+")]
+        parts.append({split_of(name) or name: rows for name, _, rows in words})
+    both = parts[0].keys() & parts[1].keys()
+    return any(not parts[0][name] or not parts[1][name] or parts[0][name] == parts[1][name] for name in both)
 
 
 def features_of(student: Student, pooling: str) -> Student:
@@ -122,14 +139,15 @@ def probe(
     queries, truth = (tensor.to(device) for tensor in asked)
     if order is not None:
         truth = torch.tensor(order, device=device)[truth]
-    classes = int(torch.cat([labels, truth]).max()) + 1
+    numbers, both = torch.unique(torch.cat([labels, truth]), return_inverse=True)  # class indices may be any numbers
+    labels, truth, classes = both[: len(labels)], both[len(labels) :], len(numbers)
     neighbours = nearest_neighbours(features, labels, queries, classes)
     mean, deviation = features.mean(0), features.std(0)
     constant = deviation <= 1e-6 * deviation.max()
     features, queries = ((x - mean) / deviation.masked_fill(constant, torch.inf) for x in (features, queries))
     weight_decay = choose_weight_decay(features, labels, classes)
-    found = scores(fit_linear(features, labels, classes, weight_decay), queries).argmax(1)
-    shares = {"knn_top1": neighbours == truth, "linear_top1": found == truth}
+    linear = scores(fit_linear(features, labels, classes, weight_decay), queries).argmax(1)
+    shares = {"knn_top1": neighbours == truth, "linear_top1": linear == truth}
     counts = {"images": len(truth), "train_images": len(labels)}
     return (
         counts | {name: float(hits.double().mean()) for name, hits in shares.items()} | {"weight_decay": weight_decay}

@@ -74,7 +74,7 @@ def check_backbone_run(student: Student, teacher: Any, args: ScaleKDConfig) -> N
 
 
 def backbone_prediction(
-    trainer: Any, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *_: Any
+    trainer: Any, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, **_: Any
 ) -> tuple:
     """`prediction_step` of a trainer whose student is a backbone: its loss needs no labels.
 

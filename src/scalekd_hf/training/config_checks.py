@@ -104,8 +104,6 @@ def _check_combinations(config: Any) -> None:
         )
     if mixing and not config.has_labels:
         raise ValueError("Mixup and CutMix mix labels, too: they need a `label_column`, got 'none'.")
-    if config.load_best_model_at_end and not config.has_labels:
-        raise ValueError("`load_best_model_at_end` needs labels to tell the best: `label_column` is 'none'.")
     if config.torch_compile_mode in ("reduce-overhead", "max-autotune") and config.gradient_accumulation_steps > 1:
         raise ValueError(
             f"`torch_compile_mode` {config.torch_compile_mode!r} uses CUDA graphs, whose gradients the next micro-step "

@@ -43,7 +43,7 @@ class ImageFeed:
     Args:
         args: of the run.
         normaliser: scales the values of images for the model.
-        num_labels: K, classes of the student; 0 of a backbone, to which no labels are given.
+        num_labels: K, classes of the student; 0 of a backbone, which needs no labels.
         collator: samples to a batch.
 
     Attributes:
@@ -155,15 +155,12 @@ class ImageFeed:
     # Batches
 
     def training_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch as the model trains on it: on the device, normalised, mixed where the settings ask for it, with labels for a
-        classifier alone.
+        """A batch as the model trains on it: on the device, normalised, mixed where the settings ask for it.
 
         Raises:
             ValueError: it has no labels, and the settings do not say so.
         """
-        if not self.num_labels:
-            batch = {name: value for name, value in batch.items() if name != "labels"}
-        elif self.args.has_labels and "labels" not in batch:
+        if self.num_labels and self.args.has_labels and "labels" not in batch:
             raise ValueError(
                 f"The training samples have no `labels`, only {sorted(batch)}. Name them so, or set `label_column` to "
                 "none to train without."

@@ -118,11 +118,16 @@ def build_model(
         student, teacher, args: see `ScaleKDTrainer`.
         labels: class names of the data set, for a student that is built by name; without them the teacher's.
         shown: without these, too, what the data set shows.
+
+    Raises:
+        ValueError: models that do not fit each other, or settings that do not fit them.
     """
     if teacher is not None:
         teacher = _build_teacher(teacher, args)
         labels = labels or class_names(teacher)
     student = _build_student(student, args, labels or shown)
+    if args.load_best_model_at_end and not args.has_labels and student.num_labels:
+        raise ValueError("`load_best_model_at_end` needs labels to tell the best: `label_column` is 'none'.")
     settings: dict[str, Any] = {"task_loss": args.task_loss, "label_smoothing": args.label_smoothing_factor}
     if teacher is not None:
         settings |= {

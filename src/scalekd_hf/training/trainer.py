@@ -252,7 +252,7 @@ class ScaleKDTrainer(Trainer):
         """The parent's, of images that are normalised on the device."""
         self.stopping.leave_evaluation_if_asked(self.args.world_size)
         if not self.student.num_labels:
-            return backbone_prediction(self, model, inputs, *args)
+            return backbone_prediction(self, model, inputs, *args, **kwargs)
         loss, logits, labels = super().prediction_step(model, self.feed.evaluation_inputs(inputs), *args, **kwargs)
         self.feed.add_evaluated(loss, labels)
         return loss, logits, labels
