@@ -31,7 +31,10 @@ def test_labels_that_are_no_class_indices_are_refused(tmp_path, digits, change, 
     ("make", "message"),
     [
         (lambda d: {"teacher": timm_swin(num_classes=7)}, "teacher has 7 classes and the student 10.*logit_weight=0"),
-        (lambda d: {"teacher": timm_swin(num_classes=0)}, "teacher has 0 classes and the student 10"),
+        (
+            lambda d: {"teacher": timm_swin(num_classes=0), "logit_weight": 0.5},
+            "`logit_weight` is 0.5, but the teacher has no classifier",
+        ),
         (
             lambda d: {"train": d.cast_column("label", datasets.ClassLabel(num_classes=12))},
             "`train_dataset` has 12 classes",
@@ -51,6 +54,17 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, digits, make, me
     options = make(digits)
     with pytest.raises(ValueError, match=message):
         trainer_for(tmp_path, **{"train": digits, **options})
+
+
+def test_a_teacher_without_a_head_teaches_through_its_features_and_the_log_says_so(tmp_path, digits, caplog):
+    trainer = trainer_for(tmp_path, digits, teacher=timm_swin(num_classes=0), max_steps=1, logging_steps=1)
+    assert "`logit_weight` is 0, for the teacher has no classifier" in caplog.text
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert "task" in logged and "last_spatial" in logged and "logit" not in logged
+    assert trainer.args.logit_weight == 0
+    with_head = trainer_for(tmp_path / "other", digits)
+    assert with_head.args.logit_weight == 0.5 and with_head.distiller.weights["logit"] == 0.5
 
 
 def test_a_module_without_label_names_gets_those_of_the_data(tmp_path, digits):

@@ -21,7 +21,7 @@ __all__ = ["Source", "citations", "data_source", "hardware", "model_source", "ve
 
 PACKAGES = ("scalekd-hf", "torch", "transformers", "timm", "datasets", "accelerate")
 HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+|[^/@]+)@([0-9a-f]{40})")
-RESTRICTIVE = re.compile(r"(^|-)(nc|nd)(-|$)|non-?commercial|research|dinov3|apple-amlr|^other$")
+PERMISSIVE = re.compile(r"^(apache-2\.0|mit|isc|bsd(-.*)?|cc0.*|cc-by(-\d\.\d)?|unlicense|wtfpl|unknown)$")
 PAPERS = {  # by the beginning of an architecture's name; the longest that fits
     "swin": "liu2021swin",
     "swinv2": "liu2022swinv2",
@@ -61,7 +61,7 @@ class Source:
     @property
     def restriction(self) -> str | None:
         """A warning about a license that may restrict what is derived."""
-        if not self.license or not RESTRICTIVE.search(self.license.lower()):
+        if not self.license or PERMISSIVE.search(self.license.lower()):
             return None
         return (
             f"{self.name} is under the license `{self.license}`, which may restrict the use of what is derived from it, "
