@@ -40,7 +40,14 @@ def test_metadata_names_teacher_data_and_results():
 def test_a_license_that_restricts_is_named_and_others_are_not():
     assert "`cc-by-nc-4.0`" in make_card(facts()).text
     assert "restrict" not in make_card(facts(teacher=Source("t", "a/t", None, "mit", "vit"))).text
-    for license, warns in (("apache-2.0", False), ("cc-by-nc-sa-4.0", True), ("dinov3-license", True), (None, False), ("seer-license", True), ("bsd-3-clause", False)):
+    for license, warns in (
+        ("apache-2.0", False),
+        ("cc-by-nc-sa-4.0", True),
+        ("dinov3-license", True),
+        (None, False),
+        ("seer-license", True),
+        ("bsd-3-clause", False),
+    ):
         assert bool(Source("t", license=license).restriction) == warns
 
 

@@ -25,10 +25,11 @@ ROUNDING = 2**0.5  # between the stride that is stated and the one that borders 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its library names it, and the side in pixels that a cell of its map covers."""
+    """A stage as its library names it, the side in pixels that a cell of its map covers, and the map's channels."""
 
     name: str
     stride: float
+    width: int
 
     def fits(self, grid: tuple[int, int], size: tuple[int, int]) -> bool:
         """Whether a grid (h, w) is this stage's for images of that size (height, width)."""
@@ -56,7 +57,7 @@ def stated_stages(model: nn.Module, size: tuple[int, int]) -> list[Stage]:
     if isinstance(model, PreTrainedModel):
         return _backbone_stages(model.config, size)
     said: Any = getattr(model, "feature_info", None) or []
-    stages = [Stage(entry["module"], entry["reduction"]) for entry in said]
+    stages = [Stage(entry["module"], entry["reduction"], entry["num_chs"]) for entry in said]
     return stages if len({stage.name for stage in stages}) == len(stages) else []  # else branches side by side
 
 
@@ -73,7 +74,7 @@ def _backbone_stages(config: Any, size: tuple[int, int]) -> list[Stage]:
     except Exception as error:  # of all kinds: a backbone that does not run says nothing
         logger.debug("The backbone of %s does not run: %s", type(config).__name__, error)
         return []
-    return [Stage(name, size[0] / feature_map.shape[2]) for name, feature_map in zip(names, maps, strict=True)]
+    return [Stage(name, size[0] / x.shape[2], x.shape[1]) for name, x in zip(names, maps, strict=True)]
 
 
 def raster_order(model: nn.Module, grid: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:

@@ -45,19 +45,26 @@ def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[tuple[T
     if student.tap_names is not None:
         penultimate, last = _named_taps(student, visits, student.tap_names)
         return (_in_order(student, penultimate), _in_order(student, last)), []
-    stages = stated_stages(student.model, student.spec.size)
-    one_cell = _halved_to_one_cell(visits, logits.grad_fn) or _ends_in_one_cell(stages, visits)
+    stated = stated_stages(student.model, student.spec.size)
+    stages, ends, single = _stage_ends(stated, visits, student.spec.size)
+    one_cell = _halved_to_one_cell(visits, logits.grad_fn) or single > 0
     visits = [visit for visit in visits if visit.tap.grid != (1, 1) and visit.tap.dim > 1]  # pooled: no map
-    stages, ends = _stage_ends(stages, visits, student.spec.size)
     whole = [visit for visit in visits if not visit.tap.index]  # not the second tensor of a module
     cuts = [visit for visit in whole if is_cut(visit.node, logits.grad_fn) and not _in_attention(visit)]
     found = _search(student, whole, cuts, ends, mixers_after_norm) if cuts else None
-    if len(ends) > 1 and None not in ends[-2:] and (found is not None or not one_cell):
-        found = _reconciled(student, found, cuts, stages, [end for end in ends if end is not None])
+    known = len(ends) > 1 and None not in ends[-2:]
+    if known and (found is not None or single < 2):
+        found = _reconciled(student, found, cuts, stages, [end for end in ends if end is not None], one_cell)
+    elif one_cell and len(stated) > 2 > len(ends):  # there are no two stages left
+        found = None
     if found is None:
         raise ValueError(_no_taps(student, whole, bool(cuts)))
     penultimate, last = found
-    remarks = [said] if (said := _disagreement(student, found, stages)) else []
+    if (
+        len(stages) < len(stated) and not one_cell
+    ):  # without one that has no weights: what the library says all the same
+        stages, ends = stated, [None] * len(stated)
+    remarks = [said] if (said := _disagreement(student, found, stages, ends)) else []
     if one_cell:
         remarks.append(
             f"`{student.role}` {student.name!r} ends in a single cell at {student.spec.size[0]}x{student.spec.size[1]} px, which has "
@@ -100,54 +107,83 @@ def _last_cut(cuts: list[Visit]) -> Visit:
 
 def _stage_ends(
     stages: list[Stage], visits: list[Visit], size: tuple[int, int]
-) -> tuple[list[Stage], list[Visit | None]]:
-    """The library's stages that learn and end in more than a cell, and the visits that their names and strides are of.
+) -> tuple[list[Stage], list[Visit | None], int]:
+    """The library's stages that learn and end in more than a cell, the visits that they are, and how many end in a cell.
 
     A stage without weights, such as the pooling after the last convolution of VGG, belongs to the one before it.
     """
     kept: list[Stage] = []
     ends: list[Visit | None] = []
-    since = 0
+    since, single = 0, 0
     for stage in stages:
-        named = [place for place, visit in enumerate(visits) if visit.name == stage.name]
-        place = next((place for place in named if stage.fits(visits[place].tap.grid, size)), None)
-        if place is None:
-            if min(size) > stage.stride:
-                kept.append(stage)
-                ends.append(None)
-            continue
-        if kept and ends[-1] is not None and not any(has_matrix(visit.module) for visit in visits[since : place + 1]):
+        place = _place(stage, visits, size)
+        if place is not None:
+            between = visits[since : place + 1]
+            if kept and ends[-1] is not None and between and not any(has_matrix(visit.module) for visit in between):
+                continue
+            since = place + 1
+        if stage.stride >= max(size) if place is None else visits[place].tap.grid == (1, 1):
+            single += 1
             continue
         kept.append(stage)
-        ends.append(visits[place])
-        since = place + 1
-    return kept, ends
+        ends.append(None if place is None else visits[place])
+    return kept, ends, single
+
+
+def _place(stage: Stage, visits: list[Visit], size: tuple[int, int]) -> int | None:
+    """Which visit is the end of a stage: that of its name and width.
+
+    The module of that name may be of another width (in HRNet, where they mean none): then it is the first of the largest modules
+    of the stage's stride and width. Where there is none of that name, as in backbones of transformers, nothing is known.
+    """
+    named = [place for place, visit in enumerate(visits) if visit.name == stage.name]
+    fitting = [place for place, visit in enumerate(visits) if stage.fits(visit.tap.grid, size)]
+    wide = [place for place, visit in enumerate(visits) if visit.tap.dim == stage.width]
+    blocks = [place for place in fitting if place in wide and _is_block(visits[place])]
+    outer = [p for p in blocks if not any(visits[p].name.startswith(f"{visits[q].name}.") for q in blocks)]
+    exact = [place for place in named if place in wide]
+    best = [*exact, *outer, *(place for place in named if place in fitting)]
+    return best[0] if named and best else None
 
 
 def _reconciled(
-    student: Tapped, found: tuple[Tap, Tap] | None, cuts: list[Visit], stages: list[Stage], ends: list[Visit]
+    student: Tapped,
+    found: tuple[Tap, Tap] | None,
+    cuts: list[Visit],
+    stages: list[Stage],
+    ends: list[Visit],
+    one_cell: bool,
 ) -> tuple[Tap, Tap]:
-    """The taps found, or the ends of the last two stages of the library where there are none, or others."""
-    size = student.spec.size
+    """The taps found, or the ends of the last two stages of the library where there are none, or others.
+
+    Before a stage of one cell it is always those: no norm stands behind them, but the beginning of that stage.
+    """
     isotropic = len({stage.stride for stage in stages}) == 1
     before, last = ends[-2].tap, ends[-1].tap
     if isotropic and len(ends) == len(stages):
         before = ends[_published_position(student, ends) - 1].tap
-    if found is not None and stages[-1].fits(found[1].grid, size):
+    if one_cell:
+        return before, last
+    if found is not None and found[1].grid == last.grid:
         inside = not isotropic and found[0].module.startswith(f"{last.module}.")
-        return (before if inside or not stages[-2].fits(found[0].grid, size) else found[0]), found[1]
-    if found is None and cuts and stages[-1].fits(_last_cut(cuts).tap.grid, size):
+        return (before if inside or found[0].grid != ends[-2].tap.grid else found[0]), found[1]
+    if found is None and cuts and _last_cut(cuts).tap.grid == last.grid:
         last = _last_cut(cuts).tap  # has passed the norm
     return before, last
 
 
-def _disagreement(student: Tapped, taps: tuple[Tap, Tap], stages: list[Stage]) -> str | None:
+def _disagreement(student: Tapped, taps: tuple[Tap, Tap], stages: list[Stage], ends: list[Visit | None]) -> str | None:
     """What to say where taps are of other strides than the last two stages that the library states."""
     size = student.spec.size
-    if len(stages) < 2 or all(stage.fits(tap.grid, size) for stage, tap in zip(stages[-2:], taps, strict=True)):
+    pairs = list(zip(stages[-2:], ends[-2:], strict=True))
+    fits = [
+        tap.grid == end.tap.grid if end is not None else stage.fits(tap.grid, size)
+        for tap, (stage, end) in zip(taps, pairs, strict=False)
+    ]
+    if len(pairs) < 2 or all(fits):
         return None
     found = " and ".join(f"{tap.module} (stride {size[0] / tap.grid[0]:.3g})" for tap in taps)
-    library = "transformers" if hasattr(student.model, "config") else "timm"
+    library = "timm" if hasattr(student.model, "feature_info") else "transformers"
     return (
         f"`{student.role}` {student.name!r} is tapped at {found}, but {library} says that its last two stages are {stages[-2]} and "
         f"{stages[-1]}. If these are what you want, name them, or the modules that they are, with `{student.role}_taps`."
@@ -186,12 +222,14 @@ def _last_of_stage(before: list[Visit], visits: list[Visit]) -> Visit:
 
 
 def _named_taps(student: Tapped, visits: list[Visit], names: tuple[str, str]) -> tuple[Tap, Tap]:
+    visits = [visit for visit in visits if visit.tap.grid != (1, 1)]
     by_name = {visit.name: visit.tap for visit in sorted(visits, key=lambda visit: -visit.tap.index)}  # the first map
     wrong = len(names) != 2 or names[0] == names[1] or any(name not in by_name for name in names)
     order = [visit.name for visit in visits]
     if wrong or order.index(names[0]) > order.index(names[1]):
         raise ValueError(
-            f"`{student.role}_taps` must name two modules of `{student.role}` {student.name!r} that put out maps, the earlier first, got {list(names)}. "
+            f"`{student.role}_taps` must name two modules of `{student.role}` {student.name!r} that put out maps larger than 1x1 at "
+            f"{student.spec.size[0]}x{student.spec.size[1]} px, the earlier first, got {list(names)}. "
             f"Those are: {', '.join(by_name)}."
         )
     return by_name[names[0]], by_name[names[1]]
@@ -291,7 +329,8 @@ def ends_in_one_cell(student: Tapped) -> bool:
     """Whether a student's last stage puts out a single cell, so that its last map is one before that stage's end."""
     visits, logits = dry_run(student)
     stages = stated_stages(student.model, student.spec.size)
-    return _halved_to_one_cell(visits, logits.grad_fn) or _ends_in_one_cell(stages, visits)
+    *_, single = _stage_ends(stages, visits, student.spec.size)
+    return _halved_to_one_cell(visits, logits.grad_fn) or single > 0
 
 
 def _halved_to_one_cell(visits: list[Visit], logits_node: Any) -> bool:
@@ -299,8 +338,3 @@ def _halved_to_one_cell(visits: list[Visit], logits_node: Any) -> bool:
     shrinks = (v for v in visits if v.tap.grid == (1, 1) and v.entering > 1 and is_cut(v.node, logits_node))
     first = next(shrinks, None)
     return first is not None and first.entering <= HALVED and has_matrix(first.module)
-
-
-def _ends_in_one_cell(stages: list[Stage], visits: list[Visit]) -> bool:
-    """Whether the last stage that the library states does."""
-    return bool(stages) and any(v.name == stages[-1].name and v.tap.grid == (1, 1) for v in visits)
