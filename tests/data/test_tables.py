@@ -185,6 +185,21 @@ def test_files_that_name_their_classes_in_different_ways_are_refused(tmp_path, s
     assert train.features["label"].names == NAMES == evaluation.features["label"].names[::-1]
 
 
+def test_a_stream_whose_files_have_the_names_in_another_order_is_refused(tmp_path, student):
+    """As on the Hub, where `datasets` reads a split by the names of another."""
+    files = {"train": str(tmp_path / "train.parquet"), "validation": str(tmp_path / "validation.parquet")}
+    write(tmp_path / "train.parquet", [0, 3], NAMED)
+    write(tmp_path / "validation.parquet", [0, 3], REVERSED)
+    both = datasets.load_dataset("parquet", data_files=files, streaming=True)
+    args = settings(tmp_path)
+    prepare_images(both["train"], "train_dataset", student, args)
+    with pytest.raises(ValueError, match="validation.parquet' has the classes of its column 'label' in another order"):
+        prepare_images(both["validation"], "eval_dataset", student, args)
+    alone = datasets.load_dataset("parquet", data_files=files["validation"], split="train", streaming=True)
+    for stream in (alone, alone.cast_column("label", NAMED)):  # who casts, has said so
+        prepare_images(stream, "eval_dataset", student, args)
+
+
 def test_several_splits_in_place_of_a_data_set_are_refused(tmp_path):
     table = with_labels([0, 3], INTEGER)
     with pytest.raises(

@@ -16,6 +16,7 @@ from datasets.utils.file_utils import xopen
 
 __all__ = [
     "arrow_files",
+    "columns_of_files",
     "files_of",
     "has_rows_in_shard_order",
     "open_file",
@@ -94,6 +95,12 @@ def parquet_row_groups(stream: datasets.IterableDataset) -> list[tuple[str, tupl
 def arrow_files(stream: datasets.IterableDataset) -> list[str] | None:
     """The files of a plain stream of Arrow files; None for other streams."""
     return files_of(stream).get("files") if getattr(_builder(stream), "name", None) == "arrow" else None
+
+
+def columns_of_files(stream: datasets.IterableDataset) -> datasets.Features:
+    """What the files of a plain stream are read as, whatever was cast since: inferred from the first of them, or from a card."""
+    builder = _builder(stream)
+    return builder.info.features if builder is not None and builder.config.features is None else datasets.Features()
 
 
 def token_of(stream: datasets.IterableDataset) -> str | bool | None:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from datasets.fingerprint import Hasher
 
 from ..borrowed.datasets import (
     arrow_files,
+    columns_of_files,
     files_of,
     has_rows_in_shard_order,
     open_file,
@@ -34,6 +35,7 @@ from ..borrowed.datasets import (
     token_of,
 )
 from ..network import is_of_network
+from .labels import some
 
 
 __all__ = ["Shards", "StreamReadError", "Table", "arrow_reader", "distinct_values", "retrying"]
@@ -258,14 +260,20 @@ def _name(stream: datasets.IterableDataset) -> str:
 
 
 def _row_groups(stream: datasets.IterableDataset) -> list[list[int]] | None:
-    """Rows of each row group of each file of a plain Parquet stream, from its footers; None for others."""
+    """Rows of each row group of each file of a plain Parquet stream, from its footers; None for others.
+
+    Raises:
+        ValueError: a file has the names of a column's classes in another order than the stream.
+    """
     files, token = parquet_row_groups(stream), token_of(stream)
     if files is None:
         return None
+    columns = columns_of_files(stream) or {}
 
     def read(file: str, wanted: tuple[int, ...] | None) -> list[int]:
         with open_file(file, token) as opened:
             metadata = pyarrow.parquet.read_metadata(opened)
+        _check_order(file, datasets.Features.from_arrow_schema(metadata.schema.to_arrow_schema()), columns)
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         return rows if wanted is None else [sum(rows[group] for group in wanted)]
 
@@ -274,6 +282,17 @@ def _row_groups(stream: datasets.IterableDataset) -> list[list[int]] | None:
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(retried, files))
+
+
+def _check_order(file: str, own: datasets.Features, columns: Mapping[str, Any]) -> None:
+    """Refuse a file whose labels would be read by names in another order than its own."""
+    for column, feature in own.items():
+        names, read_as = (getattr(kind, "names", None) or [] for kind in (feature, columns.get(column)))
+        if names != read_as and sorted(names) == sorted(read_as):
+            raise ValueError(
+                f"{file!r} has the classes of its column {column!r} in another order ({some(names)}) than the stream, which goes by "
+                f"its first file or its card ({some(read_as)}): its labels would mean others. Load it as a data set of its own."
+            )
 
 
 def _count_by_reading(stream: datasets.IterableDataset, units: int) -> list[list[int]]:
