@@ -63,7 +63,7 @@ def use_fsdp2():
     setup.check_processes = lambda args: None  # refuses FSDP on the CPU
 
 
-def train(folder, way, batch=4, resume=None, streaming=False, **changes):
+def train(folder, way, batch=4, resume=None, streaming=False, student=small_student, **changes):
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     if way == "fsdp2":
@@ -73,7 +73,7 @@ def train(folder, way, batch=4, resume=None, streaming=False, **changes):
     options = {"per_device_train_batch_size": batch, "max_steps": 5, "optim": "sgd", "learning_rate": 0.02}
     options |= {"save_strategy": "steps", "save_steps": 2, **WAYS[way], **changes}
     torch.manual_seed(0)
-    trainer = ScaleKDTrainer(small_student(), timm_swin(), settings(folder, **options), data)
+    trainer = ScaleKDTrainer(student(), timm_swin(), settings(folder, **options), data)
     logits = set()
     trainer.distiller.student.register_forward_hook(lambda module, args, output: logits.add(str(output[2].dtype)))
     trainer.train(resume_from_checkpoint=resume)

@@ -273,3 +273,20 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, digits):
     assert len(one) == len(two) == 5 and any("eval_loss" in entry for entry in one)
     for entries in zip(one, two, strict=True):
         assert entries[0] == pytest.approx(entries[1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
+def test_engines_train_a_backbone_as_one_process_does(tmp_path, way):
+    from launched_runs import result, train  # which needs DeepSpeed
+
+    options = {"student": backbone, "ema_decay": 0.5}
+    one, two = tmp_path / "one", tmp_path / "two"
+    outcomes = in_processes(one, lambda: train(one, "ddp", batch=8, **options), group=True)
+    outcomes += in_processes(two, lambda: train(two, way, **options), processes=2)
+    for outcome in outcomes:
+        assert outcome.status == 0, outcome.text[-3000:]
+    losses = [[entry["loss"] for entry in result(folder)["history"]] for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, tensor in state(one).items():
+        assert torch.allclose(tensor, state(two)[name], atol=1e-5), name

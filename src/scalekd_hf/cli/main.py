@@ -26,7 +26,7 @@ COMMANDS = {
     "distill": "distil a teacher into a student",
     "train-teacher": "fine-tune a classifier on your own data, so that it can teach",
     "plan": "say what a distillation would do and cost, or why it would fail",
-    "evaluate": "evaluate a classifier on labelled images",
+    "evaluate": "evaluate a classifier or a backbone on labelled images",
     "export": "write a student as ONNX and `torch.export`",
     "visualize": "draw where teacher and student agree",
     "recipes": "list the published pairs; print or copy one",
