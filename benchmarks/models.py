@@ -1,6 +1,6 @@
 """Where each family of timm and transformers is tapped, beside what its library says of its stages.
 
-    python benchmarks/models.py --role student [--only hiera swin]
+    python benchmarks/models.py [--role teacher [--steps]] [--only hiera swin]
 
 Of every module of timm the smallest model, of every class of transformers its default configuration, both with fresh weights;
 larger ones than --largest are left out. A line says at which modules a student is tapped and with which strides, the last two
@@ -13,6 +13,10 @@ stages and strides that the library states, and the verdict:
 
 "equal" are maps, of the two, that are exactly those which the library gives out itself, "shuffled" those that hold the same cells
 in another order: there are none. The others are not given out, or have passed a norm or a convolution more.
+
+Of teachers, a line says between which modules the last stage lies, and how far it is, applied to the teacher's own tokens, from its
+own last map, as a share of the map's largest value. With --steps a small student learns from each for two steps, and the line says how
+many of the loss terms fell.
 """
 
 from __future__ import annotations
@@ -34,9 +38,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedModel
 
-from scalekd_hf import load_student
+from scalekd_hf import ScaleKDConfig, Teacher, load_student, load_teacher
 from scalekd_hf.models.stages import stated_stages
 from scalekd_hf.models.students import Student
+from scalekd_hf.training.model import build_model
 
 
 SMALLEST = """
@@ -87,12 +92,56 @@ def smallest(names: list[str]) -> str:
         return min(names, key=lambda name: sum(p.numel() for p in timm.create_model(name).parameters()))
 
 
+def taught(build: Callable[[], nn.Module], largest: float, steps: bool) -> tuple[str, str, str, str]:
+    """Verdict, taps, the loss terms that fell, and the deviation of the last stage, of a teacher."""
+    try:
+        if (millions := size_of(build)) > largest:
+            return "left out", f"{millions:.0f} M parameters", "", ""
+        torch.manual_seed(0)
+        teacher = load_teacher(build())
+        fallen = falling(teacher) if steps else ""
+    except ImportError as error:
+        return "left out", str(error).strip().splitlines()[0], "", ""
+    except Exception as error:  # the table holds whatever is refused
+        return "refused", re.sub(r"`teacher` \S+ (\(\w+\) )?", "", str(error).strip().splitlines()[0]), "", ""
+    side = teacher.spec.size[0]
+    taps = ", ".join(f"{tap.module} /{side / tap.grid[0]:.3g}" for tap in teacher.taps)
+    return "exact", taps, fallen, f"{teacher.deviation:.0e}"
+
+
+def falling(teacher: Teacher) -> str:
+    """How many loss terms are lower after two steps of a small student, and how many there are."""
+    student = load_student(
+        "timm/resnet18", labels=LABELS, layers=(1, 1, 1, 1), channels=(8, 16, 24, 32), image_size=64
+    )
+    config = ScaleKDConfig(output_dir="unused", use_cpu=True, report_to="none")
+    model = build_model(student, teacher, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    images = torch.randn(4, 3, 64, 64)
+    _, logits = teacher(model.normaliser.for_teacher(images))
+    labels = torch.zeros(4, dtype=torch.int64) if logits is None else logits.argmax(1)  # task and teacher agree
+    history = []
+    for _ in range(3):
+        output = model(images, labels)
+        history.append({name: value.item() for name, value in output.losses.items()})
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    fallen = sum(history[-1][name] < history[0][name] for name in history[0])
+    return f"{fallen} of {len(history[0])} fell"
+
+
+def size_of(build: Callable[[], nn.Module]) -> float:
+    """Millions of parameters."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build().parameters()) / 1e6
+
+
 def report(build: Callable[[], nn.Module], largest: float) -> tuple[str, str, str, str]:
     """Verdict, taps, what the library says, and how many of the maps are exactly the library's own."""
     try:
-        with torch.device("meta"):
-            if (millions := sum(p.numel() for p in build().parameters()) / 1e6) > largest:
-                return "left out", f"{millions:.0f} M parameters", "", ""
+        if (millions := size_of(build)) > largest:
+            return "left out", f"{millions:.0f} M parameters", "", ""
         student = load_student(build())
         stated = stated_stages(student.model, student.spec.size)[-2:]
         said = ", ".join(f"{stage.name} /{stage.stride:.3g}" for stage in stated)
@@ -145,7 +194,8 @@ def own_maps(model: Any, pixels: Tensor) -> Iterator[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--role", choices=["student"], default="student")
+    parser.add_argument("--role", choices=["student", "teacher"], default="student")
+    parser.add_argument("--steps", action="store_true", help="two steps of a small student with each teacher")
     parser.add_argument("--only", nargs="*", default=[], help="words of names")
     parser.add_argument("--largest", type=float, default=150, help="millions of parameters")
     options = parser.parse_args()
@@ -155,7 +205,10 @@ def main() -> None:
     verdicts: Counter[str] = Counter()
     print(f"{'model':<46}{'verdict':<10}{'maps':<10}taps, and what the library says")
     for name, build in models(options.only):
-        verdict, taps, said, maps = report(build, options.largest)
+        if options.role == "student":
+            verdict, taps, said, maps = report(build, options.largest)
+        else:
+            verdict, taps, said, maps = taught(build, options.largest, options.steps)
         verdicts[verdict] += 1
         print(f"{name:<46}{verdict:<10}{maps:<10}{taps}{f' | {said}' if said else ''}", flush=True)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))

@@ -54,12 +54,15 @@ class Teacher(nn.Module):
         penultimate_dim, penultimate_grid: width D_p and grid (H_p, W_p) of the tokens entering the last stage.
         dim, grid: width D and grid (H, W) of the last map.
         spec: the images the teacher was made for; labels: its class names or None; num_labels: K or 0.
+        deviation: how far `last_stage` of its own tokens was from its own last map when it was loaded, as a share of the map's
+            largest value; None on the meta device.
 
     Raises:
         ValueError: a model in which no last stage is found, or one that does not give the model's own last map.
     """
 
     role = "teacher"
+    deviation: float | None = None
 
     def __init__(
         self,
@@ -196,7 +199,7 @@ class Teacher(nn.Module):
             self._prepare_for_patches_alone(tokens)
         found = self.last_stage(tokens)
         expected = expected[:, expected.shape[1] - found.shape[1] :]
-        _check_last_stage(self.name, found, expected, f" between {entering.module} and {last.module}")
+        self.deviation = _check_last_stage(self.name, found, expected, f" between {entering.module} and {last.module}")
 
     def _prepare_for_patches_alone(self, tokens: Tensor) -> None:
         """Find whether the last stage takes patch tokens alone, or else the argument of its blocks that hides their prefix.
@@ -241,8 +244,8 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-def _check_last_stage(name: str, found: Tensor, expected: Tensor, where: str = "") -> None:
-    """Refuse a last stage that does not give the model's own last map.
+def _check_last_stage(name: str, found: Tensor, expected: Tensor, where: str = "") -> float | None:
+    """Refuse a last stage that does not give the model's own last map, and say how close it is.
 
     Args:
         name: of the teacher.
@@ -257,12 +260,15 @@ def _check_last_stage(name: str, found: Tensor, expected: Tensor, where: str = "
             f"`teacher` {name!r}: its last stage{where} puts out {tuple(found.shape)}, but the last map has {tuple(expected.shape)}. "
             f"{REMEDY}"
         )
+    if expected.is_meta:
+        return None
+    error, scale = (found - expected).abs().max().item(), expected.abs().max().item()
     if not _close(found, expected):
-        error, scale = (found - expected).abs().max(), expected.abs().max()
         raise ValueError(
             f"`teacher` {name!r}: its last stage{where}, applied to its own tokens, gives another map than the model: they differ by "
             f"{error:.3g} where the map reaches {scale:.3g}. More than these tokens enters it. {REMEDY}"
         )
+    return error / scale if scale else 0.0
 
 
 REMEDY = "Name other modules with `teacher_taps`, or take another teacher."
@@ -290,7 +296,7 @@ class OwnTeacher(Teacher):
         (self.dim, self.grid) = last.shape[1], tuple(last.shape[2:])
         self.model(torch.zeros_like(images[:1]))
         expected = last.flatten(2).transpose(1, 2)
-        _check_last_stage(self.name, self.last_stage(entering.flatten(2).transpose(1, 2)), expected)
+        self.deviation = _check_last_stage(self.name, self.last_stage(entering.flatten(2).transpose(1, 2)), expected)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
