@@ -242,6 +242,23 @@ def test_evaluations_and_exports_on_the_pages(here, capsys):
     assert (here / "outputs/my_pair/model.onnx").exists() and (here / "outputs/my_pair/model.pt2").exists()
 
 
+@runs("docs/teachers.md", 1, 2)
+def test_the_own_teachers_on_the_page_teach(capsys):
+    exec(code("docs/teachers.md", 1), {})
+    assert capsys.readouterr().out.startswith("trunk_output.block3 trunk_output torch.Size([1, 440, 2, 2]) 0.0")
+    exec(code("docs/teachers.md", 2), {})
+    assert capsys.readouterr().out == "torch.Size([1, 49, 32])\n"
+
+
+@pytest.mark.slow
+@runs("docs/teachers.md", 0)
+def test_the_plans_on_the_page_of_teachers_are_made(capsys):
+    for words in commands(blocks("docs/teachers.md")[0]):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        assert not left.value.code and "width 1024" in capsys.readouterr().out
+
+
 @runs("docs/backbones.md", 0, 1, 2)
 @runs("docs/evaluation.md", 1)
 def test_the_backbone_on_the_pages_is_trained_loaded_and_measured(here, digits, capsys):

@@ -18,7 +18,10 @@ def test_samples_without_labels_are_not_taken_silently(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.cast_column("label", datasets.Value("string")), "`label_column` 'label' has '3' in row 0.*`class_names`"),
+        (
+            lambda d: d.cast_column("label", datasets.Value("string")),
+            "`label_column` 'label' has '3' in row 0.*`class_names`",
+        ),
         (lambda d: {"a": d.cast_column("label", datasets.ClassLabel(num_classes=3))}, r"`eval_dataset\['a'\]` has 3"),
     ],
 )
