@@ -14,6 +14,7 @@ from torch import nn
 
 from scalekd_hf import load_student, load_teacher
 from scalekd_hf.tools.recipe import DistillArguments, parse_config
+from scalekd_hf.training.backbones import logit_weight_of
 from scalekd_hf.training.model import asked_images
 
 
@@ -77,6 +78,7 @@ def ours(name, tmp_path):
     return {
         **vars(config),
         **body(student),
+        "logit_weight": logit_weight_of(config, student, teacher),
         "student": arguments.student,
         "teacher": arguments.teacher,
         "heads": (config.penultimate_num_heads, config.last_num_heads),

@@ -15,7 +15,7 @@ from ..models.taps import ends_in_one_cell
 from .config import ScaleKDConfig
 
 
-__all__ = ["FEATURES_ALONE", "backbone_prediction", "check_backbone_run", "resolved_logit_weight"]
+__all__ = ["FEATURES_ALONE", "backbone_prediction", "check_backbone_run", "logit_weight_of", "resolved_logit_weight"]
 
 FEATURES_ALONE = "its loss is the sum of the feature terms; labels and `logit_weight` have no part in it"
 PUBLISHED_LOGIT_WEIGHT = 0.5
@@ -23,7 +23,7 @@ PUBLISHED_LOGIT_WEIGHT = 0.5
 logger = logging.getLogger(__name__)
 
 
-def resolved_logit_weight(args: ScaleKDConfig, student: Student, teacher: Any) -> float:
+def logit_weight_of(args: ScaleKDConfig, student: Student, teacher: Any) -> float:
     """λ as it was given; else 0.5, as published, and 0 where there are no logits to compare, which the log says.
 
     Raises:
@@ -40,6 +40,13 @@ def resolved_logit_weight(args: ScaleKDConfig, student: Student, teacher: Any) -
     if args.logit_weight is None:
         logger.warning("`logit_weight` is 0, for the %s has no classifier.", " and the ".join(has_none))
     return 0.0
+
+
+def resolved_logit_weight(args: ScaleKDConfig, distiller: Any) -> float:
+    """λ of a run that has been built; without a teacher, which knows none, as it was given, or as published."""
+    given = PUBLISHED_LOGIT_WEIGHT if args.logit_weight is None else args.logit_weight
+    weight: float = distiller.weights.get("logit", given)
+    return weight
 
 
 def check_backbone_run(student: Student, teacher: Any, args: ScaleKDConfig) -> None:

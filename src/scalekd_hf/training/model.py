@@ -18,7 +18,7 @@ from ..method.distiller import Distiller, feature_weights
 from ..method.heads import MimickingHeads
 from ..models.students import Student, load_student
 from ..models.teachers import Teacher, is_own, load_teacher
-from .backbones import resolved_logit_weight
+from .backbones import logit_weight_of
 from .config import ScaleKDConfig
 
 
@@ -135,7 +135,7 @@ def build_model(
             "frequency_weight": args.frequency_weight,
             "last_frequency_weight": args.last_frequency_weight,
             "teacher_perception": args.teacher_perception,
-            "logit_weight": resolved_logit_weight(args, student, teacher),
+            "logit_weight": logit_weight_of(args, student, teacher),
             "temperature": args.temperature,
         }
     heads = _build_heads(student, teacher, args) if teacher is not None else None

@@ -18,7 +18,7 @@ from ..models.saving import check_rebuildable
 from ..models.students import Student
 from ..models.teachers import Teacher
 from ..publishing.provenance import Source, data_source
-from .backbones import check_backbone_run
+from .backbones import check_backbone_run, resolved_logit_weight
 from .config import ScaleKDConfig
 from .config_checks import check_processes
 from .epochs import count_steps
@@ -82,7 +82,7 @@ def set_up(
     distiller.autocast_to = autocast_under_engines(args)
     student = distiller.student
     check_rebuildable(student)
-    args.logit_weight = distiller.weights.get("logit", args.logit_weight)
+    args.logit_weight = resolved_logit_weight(args, distiller)
     if not student.num_labels and train_dataset is not None:
         check_backbone_run(student, teacher, args)
     for dataset in data.values():
