@@ -114,6 +114,7 @@ def falling(teacher: Teacher) -> str:
     student = load_student(
         "timm/resnet18", labels=LABELS, layers=(1, 1, 1, 1), channels=(8, 16, 24, 32), image_size=64
     )
+    student.model.fc.weight.data.mul_(10)  # it is confident, and wrong
     config = ScaleKDConfig(output_dir="unused", use_cpu=True, report_to="none")
     model = build_model(student, teacher, config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
