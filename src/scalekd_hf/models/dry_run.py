@@ -12,7 +12,7 @@ from ..images import ImageSpec
 from .maps import Tap, all_tensors, first_tensor, read_layout
 
 
-__all__ = ["SIZE_OPTIONS", "Tapped", "Visit", "dry_run", "has_matrix", "is_cut"]
+__all__ = ["SIZE_OPTIONS", "Tapped", "Visit", "dry_run", "has_matrix", "passed_by_all"]
 
 SIZE_OPTIONS = {"student": "image_size", "teacher": "teacher_image_size"}
 
@@ -86,22 +86,33 @@ def dry_run(student: Tapped) -> tuple[list[Visit], Tensor]:
     return visits, logits
 
 
-def is_cut(node: Any, logits_node: Any) -> bool:
-    """Whether every path from the logits back to the image passes through `node`."""
-    if node is None:
-        return False
-    seen, stack = {node}, [logits_node]
-    if logits_node is node:
-        return False
+def passed_by_all(end: Any) -> set[Any]:
+    """The autograd nodes, but for `end`, that every path from it back to the image passes: those with as many paths as there are."""
+    order: list[Any] = []
+    to_image: dict[Any, int] = {}  # number of paths
+    stack = [(end, False)]
     while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if hasattr(current, "variable") and not isinstance(current.variable, nn.Parameter):
-            return False  # a leaf that is no parameter is the image
-        stack.extend(parent for parent, _ in current.next_functions if parent is not None)
-    return True
+        node, is_done = stack.pop()
+        if is_done:
+            order.append(node)
+            before = [parent for parent, _ in node.next_functions if parent is not None]
+            # A leaf that is no parameter is the image.
+            is_image = hasattr(node, "variable") and not isinstance(node.variable, nn.Parameter)
+            to_image[node] = int(is_image) + sum(to_image[parent] for parent in before)
+        elif node not in to_image:
+            to_image[node] = 0
+            stack.append((node, True))
+            stack.extend(
+                (parent, False) for parent, _ in node.next_functions if parent is not None and parent not in to_image
+            )
+    from_end = dict.fromkeys(order, 0)
+    from_end[end] = 1
+    for node in reversed(order):
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                from_end[parent] += from_end[node]
+    total = to_image[end]
+    return {node for node in order if node is not end and total and from_end[node] * to_image[node] == total}
 
 
 def has_matrix(module: nn.Module) -> bool:

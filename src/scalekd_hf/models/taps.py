@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .dry_run import SIZE_OPTIONS, Tapped, Visit, dry_run, has_matrix, is_cut
+from .dry_run import SIZE_OPTIONS, Tapped, Visit, dry_run, has_matrix, passed_by_all
 from .maps import Tap, first_tensor, read_layout
 from .stages import Stage, raster_order, stated_stages
 
@@ -47,10 +47,11 @@ def find_taps(student: Tapped, mixers_after_norm: bool = False) -> tuple[tuple[T
         return (_in_order(student, penultimate), _in_order(student, last)), []
     stated = stated_stages(student.model, student.spec.size)
     stages, ends, single = _stage_ends(stated, visits, student.spec.size)
-    one_cell = _halved_to_one_cell(visits, logits.grad_fn) or single > 0
+    through = passed_by_all(logits.grad_fn)
+    one_cell = _halved_to_one_cell(visits, through) or single > 0
     visits = [visit for visit in visits if visit.tap.grid != (1, 1) and visit.tap.dim > 1]  # pooled: no map
     whole = [visit for visit in visits if not visit.tap.index]  # not the second tensor of a module
-    cuts = [visit for visit in whole if is_cut(visit.node, logits.grad_fn) and not _in_attention(visit)]
+    cuts = [visit for visit in whole if visit.node in through and not _in_attention(visit)]
     found = _search(student, whole, cuts, ends, mixers_after_norm) if cuts else None
     known = len(ends) > 1 and None not in ends[-2:]
     if known and (found is not None or single < 2):
@@ -330,11 +331,11 @@ def ends_in_one_cell(student: Tapped) -> bool:
     visits, logits = dry_run(student)
     stages = stated_stages(student.model, student.spec.size)
     *_, single = _stage_ends(stages, visits, student.spec.size)
-    return _halved_to_one_cell(visits, logits.grad_fn) or single > 0
+    return _halved_to_one_cell(visits, passed_by_all(logits.grad_fn)) or single > 0
 
 
-def _halved_to_one_cell(visits: list[Visit], logits_node: Any) -> bool:
+def _halved_to_one_cell(visits: list[Visit], through: set[Any]) -> bool:
     """Whether a stage with weights ends in a single cell, and not pooling, or a convolution over a whole map."""
-    shrinks = (v for v in visits if v.tap.grid == (1, 1) and v.entering > 1 and is_cut(v.node, logits_node))
+    shrinks = (v for v in visits if v.tap.grid == (1, 1) and v.entering > 1 and v.node in through)
     first = next(shrinks, None)
     return first is not None and first.entering <= HALVED and has_matrix(first.module)
