@@ -125,7 +125,7 @@ def map_tensors(change: Callable[[Any], Any], output: Any) -> Any:
     """A module's output with everything in it that is no container changed."""
     if isinstance(output, dict):  # model outputs are some, too
         return type(output)(**{name: map_tensors(change, part) for name, part in output.items()})
-    if isinstance(output, (tuple, list)):
+    if isinstance(output, (tuple, list)) and not isinstance(output, torch.Size):
         parts = [map_tensors(change, part) for part in output]
         return type(output)(parts) if type(output) in (tuple, list) else type(output)(*parts)  # a named tuple
     return change(output)
