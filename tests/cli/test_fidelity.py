@@ -29,6 +29,7 @@ SHALLOW = {  # real widths, few blocks
     "timm/eva02": {"depth": 1},
 }
 OPTIMIZERS = {"momentum": "SGD", "lamb": "Lamb", None: "AdamW"}
+TEACHERS = {}
 
 
 def read(name, tmp_path, *words):
@@ -58,6 +59,20 @@ def body(student):
     }
 
 
+def teacher_of(arguments, config):
+    """The teacher of a recipe, on no device; one for all recipes that have the same."""
+    options = {
+        "drop_path": config.teacher_drop_path,
+        "image_size": config.teacher_image_size,
+        **arguments.teacher_args,
+    }
+    key = arguments.teacher, str(options)
+    if key not in TEACHERS:
+        with torch.device("meta"):
+            TEACHERS[key] = load_teacher(arguments.teacher, pretrained=False, **options)
+    return TEACHERS[key]
+
+
 def ours(name, tmp_path):
     """What our recipe comes to, by the names of the authors' facts."""
     arguments, config = read(name, tmp_path)
@@ -65,10 +80,7 @@ def ours(name, tmp_path):
     shallow = next(value for key, value in SHALLOW.items() if arguments.student.startswith(key))
     torch.manual_seed(0)
     student = load_student(arguments.student, **{**options, **arguments.student_args, **shallow})
-    with torch.device("meta"):
-        teacher = load_teacher(
-            arguments.teacher, pretrained=False, image_size=config.teacher_image_size, **arguments.teacher_args
-        )
+    teacher = teacher_of(arguments, config)
     spec = asked_images(student, config)
     schedule = config.lr_scheduler_kwargs or {}
     optimizer = OPTIMIZERS[config.timm_optim]

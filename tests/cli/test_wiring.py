@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 from authors import AS_RUN
-from test_fidelity import read
+from test_fidelity import read, teacher_of
 from torch import nn
 
-from scalekd_hf import load_student, load_teacher
+from scalekd_hf import load_student
 from scalekd_hf.training.model import build_model
 from scalekd_hf.training.optimization import decayed_parameters, own_schedule
 
@@ -58,14 +58,7 @@ def models(name, tmp_path):
         student = load_student(
             arguments.student, labels=classes, image_size=config.image_size, **arguments.student_args
         )
-        teacher = load_teacher(
-            arguments.teacher,
-            pretrained=False,
-            drop_path=config.teacher_drop_path,
-            image_size=config.teacher_image_size,
-            **arguments.teacher_args,
-        )
-        return build_model(student, teacher, config), config
+        return build_model(student, teacher_of(arguments, config), config), config
 
 
 def dimensions(tap):
