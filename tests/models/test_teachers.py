@@ -8,6 +8,7 @@ import torch
 import torchvision
 from families import BACKBONES, FAMILIES, HEADLESS, POSITION_TERMS, large_weights
 from helpers import SMALL_SWIN, images, timm_swin, timm_vit, transformers_swin, transformers_vit
+from hub_server import WRITE
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from timm.models.eva import EvaAttention
@@ -16,6 +17,7 @@ from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 from scalekd_hf import load_teacher
 from scalekd_hf.models.maps import first_tensor
+from scalekd_hf.publishing.hub import create_repository, upload
 
 
 def entering_tokens(teacher, pixel_values):
@@ -344,3 +346,13 @@ def test_a_folder_of_images_in_another_order_of_tokens_is_a_map_of_the_image():
     tokens, last_map, _ = entering_tokens(teacher, torch.randn(1, 3, 224, 224))
     found = teacher.last_stage(tokens).transpose(1, 2).unflatten(2, teacher.grid)
     assert (found - last_map).abs().max() < 1e-5 * last_map.abs().max()
+
+
+def test_a_backbone_on_the_hub_teaches_by_its_id(tmp_path, hub):
+    model = BACKBONES["Dinov2Model"]().eval()
+    model.save_pretrained(tmp_path / "dino")
+    create_repository("me/dino", WRITE, None, None)
+    upload("me/dino", sorted((tmp_path / "dino").iterdir()), "A backbone", token=WRITE)
+    teacher = load_teacher("me/dino")
+    pixel_values = torch.randn(1, 3, *teacher.spec.size)
+    assert teacher.num_labels == 0 and torch.equal(teacher(pixel_values)[0], load_teacher(model)(pixel_values)[0])
