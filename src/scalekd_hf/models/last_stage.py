@@ -7,7 +7,8 @@ stands between the modules in the model's code is run as it is written, and noth
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -47,9 +48,11 @@ class PassedOver:
     def __init__(self, forward: Callable[..., Any], stage: LastStage, output: Any, is_entrance: bool):
         functools.update_wrapper(self, forward)
         self.forward, self.stage, self.output, self.is_entrance = forward, stage, output, is_entrance
+        self.was_passed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tokens = self.stage.waiting
+        self.was_passed = tokens is not None
         if tokens is None:
             return self.forward(*args, **kwargs)
         if self.is_entrance:
@@ -87,6 +90,7 @@ class LastStage:
         self.running = False
         self.calls = self.left = 1
         modules = dict(model.named_modules())
+        self.passed_over: list[tuple[nn.Module, PassedOver]] = []
         self.entrance, self.by_input = modules[entrance], by_input
         one, two = self._observe(1, entrance, last, by_input), self._observe(2, entrance, last, by_input)
         for name in _outermost(one):
@@ -94,13 +98,14 @@ class LastStage:
                 output = _compared(one[name], two[name])
                 tensors = _likes(output)
                 if tensors and all(any(like.growing) for like in tensors):
-                    modules[name].forward = PassedOver(modules[name].forward, self, output, False)
+                    self._pass_over(modules[name], output, False)
         if by_input:
             modules[entrance].register_forward_pre_hook(self._enter, with_kwargs=True)
         else:
             output = _compared(one[entrance], two[entrance], index)
-            modules[entrance].forward = PassedOver(modules[entrance].forward, self, output, True)
-        modules[last].register_forward_hook(self._reach)
+            self._pass_over(modules[entrance], output, True)
+        self.last = modules[last]
+        self._reaching = self.last.register_forward_hook(self._reach)
 
     def __call__(self, tokens: Tensor) -> Any:
         """What the last module puts out when the entrance gives `tokens`, of the shape that the model has there."""
@@ -113,6 +118,35 @@ class LastStage:
         finally:
             self.waiting, self.running = None, False
         raise RuntimeError("The last stage has ended without its last module.")
+
+    def _pass_over(self, module: nn.Module, output: Any, is_entrance: bool) -> None:
+        module.forward = PassedOver(module.forward, self, output, is_entrance)
+        self.passed_over.append((module, module.forward))
+
+    @contextmanager
+    def engine_hooks(self) -> Iterator[None]:
+        """Inside, hooks that are given to modules that are passed over are for the whole model alone.
+
+        An engine that fetches a module's parameters need not do so for one that is not run, and sees the end of the last one
+        before the stage is left.
+        """
+        for module, passed in self.passed_over:
+            give_before, give_after = module.register_forward_pre_hook, module.register_forward_hook
+
+            def before(hook: Any, give: Any = give_before, **options: Any) -> Any:
+                return give(lambda *given: None if self.waiting is not None else hook(*given), **options)
+
+            def after(hook: Any, give: Any = give_after, passed: PassedOver = passed, **options: Any) -> Any:
+                return give(lambda *given: None if passed.was_passed else hook(*given), **options)
+
+            vars(module).update(register_forward_pre_hook=before, register_forward_hook=after)
+        try:
+            yield
+        finally:
+            for module, _ in self.passed_over:
+                del module.register_forward_pre_hook, module.register_forward_hook
+            self._reaching.remove()
+            self._reaching = self.last.register_forward_hook(self._reach)
 
     def watch(self, seen: list[Any]) -> Any:
         """Keep what enters the stage when the whole model runs in `seen`; returns a handle with `remove`."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -145,6 +146,10 @@ class Teacher(nn.Module):
             return last.as_tokens(self._stage(entering.from_tokens(tokens)))
         finally:
             self._hidden = None
+
+    def engine_hooks(self) -> AbstractContextManager[None]:
+        """Inside, an engine may give its hooks to the model: see `LastStage.engine_hooks`."""
+        return self._stage.engine_hooks()
 
     def classify(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, height, width) to logits (B, K), or without a head to numbers (B, 1) that all its features enter."""
@@ -303,6 +308,10 @@ class OwnTeacher(Teacher):
         """See `Teacher.forward`."""
         _, last_map, logits = self.model(pixel_values.to(next(self.parameters()).dtype))
         return last_map, logits if self.num_labels else None
+
+    def engine_hooks(self) -> AbstractContextManager[None]:
+        """See `Teacher.engine_hooks`."""
+        return nullcontext()
 
     def last_stage(self, tokens: Tensor) -> Tensor:
         """See `Teacher.last_stage`."""

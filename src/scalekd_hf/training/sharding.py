@@ -78,10 +78,11 @@ def place_teacher(teacher: Teacher | None, accelerator: Accelerator, args: Scale
         return
     teacher.to(args.device)
     if args.shard_teacher and not teacher.is_sharded:
-        if accelerator.distributed_type == DistributedType.FSDP:
-            shard_fsdp2(teacher, args.device)
-        else:
-            shard_zero3(teacher, accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
+        with teacher.engine_hooks():
+            if accelerator.distributed_type == DistributedType.FSDP:
+                shard_fsdp2(teacher, args.device)
+            else:
+                shard_zero3(teacher, accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
         teacher.is_sharded = True
 
 
