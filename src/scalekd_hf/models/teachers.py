@@ -199,6 +199,7 @@ class Teacher(nn.Module):
             watching.remove()
         expected = last.as_tokens(self._captured.pop("last"))
         self.model(torch.zeros_like(images[:1]))  # what modules keep of a batch is not of these images
+        self._captured.clear()
         tokens = entering.as_tokens(entered[0])
         if entering.prefix:
             self._prepare_for_patches_alone(tokens)
@@ -217,7 +218,7 @@ class Teacher(nn.Module):
             self._run(patches)
             return
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
         blocks = self._blocks()
         arguments = inspect.signature(blocks[0].forward).parameters if blocks else ()
         self._mask = next((name for name in MASKS if name in arguments), "")
