@@ -5,14 +5,21 @@ import copy
 import pytest
 import timm
 import torch
-import torchvision
-from families import BACKBONES, FAMILIES, HEADLESS, POSITION_TERMS, large_weights
+from families import BACKBONES, FAMILIES, HEADLESS, POSITION_TERMS, SWIN, VIT, large_weights
 from helpers import SMALL_SWIN, images, timm_swin, timm_vit, transformers_swin, transformers_vit
 from hub_server import WRITE
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from timm.models.eva import EvaAttention
-from transformers import Siglip2ImageProcessor, Siglip2VisionModel, ViTMAEModel
+from transformers import (
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Siglip2ImageProcessor,
+    Siglip2VisionModel,
+    SwinConfig,
+    SwinForMaskedImageModeling,
+    ViTMAEModel,
+)
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 from scalekd_hf import load_teacher
@@ -192,77 +199,6 @@ def test_a_use_of_the_model_on_the_side_leaves_no_map_behind(build):
         assert torch.equal(teacher(second)[0], expected)
 
 
-class Plain(torch.nn.Module):
-    """A network that nobody knows: four stages of convolutions, and a head."""
-
-    def __init__(self):
-        super().__init__()
-        widths = (3, 8, 12, 16, 24)
-        stages = [torch.nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:], strict=False)]
-        self.stages = torch.nn.ModuleList(torch.nn.Sequential(stage, torch.nn.GELU()) for stage in stages)
-        self.head = torch.nn.Linear(24, 10)
-
-    def forward(self, pixel_values):
-        for stage in self.stages:
-            pixel_values = stage(pixel_values)
-        return self.head(pixel_values.mean((2, 3)))
-
-
-class OwnStage(Plain):
-    """The same, with a last stage of its own."""
-
-    def forward(self, pixel_values):
-        for stage in self.stages[:-1]:
-            pixel_values = stage(pixel_values)
-        last = self.stages[-1](pixel_values)
-        return pixel_values, last, self.head(last.mean((2, 3)))
-
-    def last_stage(self, tokens):
-        side = round(tokens.shape[1] ** 0.5)
-        return self.stages[-1](tokens.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
-
-
-@pytest.mark.parametrize(
-    ("module", "taps"),
-    [(Plain, None), (Plain, ("stages.3.0", "stages.3")), (OwnStage, None), (torchvision.models.resnet18, None)],
-)
-def test_a_network_of_neither_library_teaches(module, taps):
-    torch.manual_seed(0)
-    module = module()
-    teacher = load_teacher(module, taps=taps, image_size=64, labels=[str(label) for label in range(10)])
-    pixel_values = torch.randn(2, 3, 64, 64)
-    last_map, logits = teacher(pixel_values)
-    expected = module(pixel_values)
-    assert torch.equal(logits, expected[2] if isinstance(module, OwnStage) else expected)
-    assert (teacher.num_labels, teacher.spec.size) == (logits.shape[1], (64, 64))
-    tokens = torch.randn(2, 16 if isinstance(module, torchvision.models.ResNet) else 64, teacher.penultimate_dim)
-    assert teacher.last_stage(tokens).shape == (2, last_map[0, 0].numel(), teacher.dim)
-
-
-def test_a_last_stage_that_is_not_the_models_own_is_refused_with_both_figures():
-    class Wrong(OwnStage):
-        def last_stage(self, tokens):
-            return super().last_stage(tokens) + 0.1
-
-    with pytest.raises(ValueError, match="applied to its own tokens, gives another map.*differ by 0.1 where"):
-        load_teacher(Wrong(), image_size=64)
-
-    class Skipping(Plain):
-        """Its last stage gets more than the tokens that enter it."""
-
-        def forward(self, pixel_values):
-            first = self.stages[0](pixel_values)
-            third = self.stages[2](self.stages[1](first))
-            return self.head((self.stages[3](third) + first.mean()).mean((2, 3)))
-
-    with pytest.raises(ValueError, match="`teacher` 'Skipping'.*teacher_taps"):
-        load_teacher(Skipping(), image_size=64)
-    with pytest.raises(ValueError, match=r"`teacher_taps` names \['no'\]"):
-        load_teacher(Plain(), image_size=64, taps=("no", "stages.3"))
-    with pytest.raises(ValueError, match="`teacher_taps` are.*stages.3 gets no map|head puts out no map"):
-        load_teacher(Plain(), image_size=64, taps=("stages.3", "head"))
-
-
 def last_tokens(model, pixel_values):
     """What a backbone of transformers puts out, through its own front door."""
     if isinstance(model, ViTMAEModel):
@@ -356,3 +292,25 @@ def test_a_backbone_on_the_hub_teaches_by_its_id(tmp_path, hub):
     teacher = load_teacher("me/dino")
     pixel_values = torch.randn(1, 3, *teacher.spec.size)
     assert teacher.num_labels == 0 and torch.equal(teacher(pixel_values)[0], load_teacher(model)(pixel_values)[0])
+
+
+def test_a_timm_checkpoint_that_timm_would_pass_over_is_not_completed_with_random_weights(tmp_path, caplog):
+    model = timm.create_model("dla46x_c", num_classes=10)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    whole = load_file(tmp_path / "model.safetensors")
+    save_file({n: w for n, w in whole.items() if not n.startswith("fc.")}, tmp_path / "model.safetensors")
+    assert load_teacher(str(tmp_path), image_size=64).num_labels == 0
+    assert "lacks fc.weight, fc.bias: it has no trained classifier" in caplog.text
+    save_file({n: w for n, w in whole.items() if not n.startswith("level5.")}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="its checkpoint lacks the weights.*level5"):
+        load_teacher(str(tmp_path), image_size=64)
+
+
+def test_few_patches_behind_many_registers_are_no_larger_grid():
+    config = DINOv3ViTConfig(**{**VIT, "patch_size": 16}, num_register_tokens=4)
+    assert load_teacher(DINOv3ViTModel(config)).grid == (2, 2)
+
+
+def test_what_a_pretraining_decodes_is_no_last_map():
+    teacher = load_teacher(SwinForMaskedImageModeling(SwinConfig(**SWIN)))
+    assert type(teacher.model).__name__ == "SwinModel" and teacher.dim == 48

@@ -6,7 +6,7 @@ import torch
 from helpers import settings, small_student, some_slow, timm_swin, transformers_vit
 from trainers import trainer_for
 
-from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student
+from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
 
 
 def test_samples_without_labels_are_not_taken_silently(tmp_path):
@@ -37,6 +37,14 @@ def test_labels_that_are_no_class_indices_are_refused(tmp_path, digits, change, 
         (
             lambda d: {"teacher": timm_swin(num_classes=0), "logit_weight": 0.5},
             "`logit_weight` is 0.5, but the teacher has no classifier",
+        ),
+        (
+            lambda d: {"teacher": timm_swin(num_classes=0), "label_column": "none"},
+            "the classifier of `student`.*would learn nothing.*`num_classes` 0",
+        ),
+        (
+            lambda d: {"teacher": load_teacher(timm_swin()), "teacher_taps": ["layers.1", "norm"]},
+            "`teacher_taps` is .*but the teacher is loaded already, with none",
         ),
         (
             lambda d: {"train": d.cast_column("label", datasets.ClassLabel(num_classes=12))},

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from .maps import map_tensors
 
 
-__all__ = ["LastStage"]
+__all__ = ["REMEDY", "LastStage", "check_last_stage", "check_repeated", "is_close"]
+
+TOLERANCE = 1e-4  # of the last map's largest value
+REMEDY = "Name other modules with `teacher_taps`, or take another teacher."
 
 
 class Reached(Exception):
@@ -117,7 +120,7 @@ class LastStage:
             return reached.args[0]
         finally:
             self.waiting, self.running = None, False
-        raise RuntimeError("The last stage has ended without its last module.")
+        raise ValueError("The last stage has ended without its last module: name one that comes later.")
 
     def _pass_over(self, module: nn.Module, output: Any, is_entrance: bool) -> None:
         module.forward = PassedOver(module.forward, self, output, is_entrance)
@@ -189,8 +192,8 @@ class LastStage:
             nonlocal entered
             if entered:
                 after.append(name)
-            else:
-                seen.setdefault(name, map_tensors(_shape, output))
+            elif name not in seen:
+                seen[name] = map_tensors(_shape, output)
             entered = entered or (not by_input and name == entrance)
 
         hooks = []
@@ -205,6 +208,8 @@ class LastStage:
             for hook in hooks:
                 hook.remove()
         self.calls = max(1, after.count(last))
+        if entrance in after and not by_input:
+            raise ValueError(f"The last stage cannot begin at {entrance}, which runs more than once.")
         return seen
 
 
@@ -239,3 +244,53 @@ def _likes(output: Any) -> list[Like]:
 def _outermost(names: dict[str, Any]) -> list[str]:
     """Those that are in no other of them."""
     return [name for name in names if not any(f"{name}.".startswith(f"{other}.") and other != name for other in names)]
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """Equal to rounding, by the largest value; of tensors without values nothing is known."""
+    if expected.is_meta:
+        return True
+    tolerance = max(TOLERANCE, 4 * torch.finfo(expected.dtype).eps)
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def check_repeated(name: str, again: Tensor, expected: Tensor) -> None:
+    """Refuse a teacher that gives two maps of one image.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not is_close(again, expected):
+        raise ValueError(f"`teacher` {name!r} gives another map of the same image each time. {REMEDY}")
+
+
+def check_last_stage(name: str, found: Tensor, expected: Tensor, where: str = "") -> float | None:
+    """Refuse a last stage that does not give the model's own last map, and say how close it is.
+
+    Args:
+        name: of the teacher.
+        found, expected: (B, N, D).
+        where: between which modules, for the error.
+
+    Raises:
+        ValueError: they are not equal to rounding.
+    """
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"`teacher` {name!r}: its last stage{where} puts out {tuple(found.shape)}, but the last map has {tuple(expected.shape)}. "
+            f"{REMEDY}"
+        )
+    if not found.requires_grad:
+        raise ValueError(
+            f"`teacher` {name!r}: no gradient passes through its last stage{where}, so that the student would learn nothing there. Run it "
+            "without `torch.no_grad`."
+        )
+    if expected.is_meta:
+        return None
+    error, scale = (found - expected).abs().max().item(), expected.abs().max().item()
+    if not is_close(found, expected):
+        raise ValueError(
+            f"`teacher` {name!r}: its last stage{where}, applied to its own tokens, gives another map than the model: they differ by "
+            f"{error:.3g} where the map reaches {scale:.3g}. More than these tokens enters it. {REMEDY}"
+        )
+    return error / scale if scale else 0.0

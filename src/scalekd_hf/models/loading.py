@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,14 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from ..borrowed.timm import construction_arguments
+from ..borrowed.timm import construction_arguments, listed_weights
 from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS, ImageSpec
 from ..network import lost_connection
 from . import mixers  # noqa: F401  registers a mixer by its name
 from .dry_run import SIZE_OPTIONS
 from .vision_side import classifies, vision_side
-from .weights import pretrained_weights, saved_backbone, trained_weights
+from .weights import WeightsError, pretrained_weights, saved_backbone, take_off_untrained_head, trained_weights
 
 
 __all__ = ["Classifier", "check_patches", "load_classifier", "patch_size"]
@@ -65,7 +66,8 @@ class Classifier:
             return self.classes
         if self.library == "timm":
             return int(self.module.num_classes)
-        return int(self.module.config.num_labels) if classifies(self.module) else 0
+        model = getattr(self.module, "cut_model", self.module)
+        return int(model.config.num_labels) if classifies(model) else 0
 
 
 @whole_models()
@@ -219,17 +221,14 @@ def _load_timm(
         model_args = {"num_classes": len(labels), **model_args}
     if image_size is not None:
         model_args = {"img_size": image_size, **model_args}
+    missing: list[str] = []
     trained = role == "teacher" and pretrained
     without_head = trained and model_args.get("num_classes") == 0
     if without_head:  # taken off afterwards: with other classes than its own timm would pass over missing weights, too
         model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
     try:
-        try:
-            module: Any = timm.create_model(timm_name, pretrained=pretrained, **model_args)
-        except TypeError:
-            if model_args.pop("img_size", None) is None:  # most CNNs take any size and no such argument
-                raise
-            module = timm.create_model(timm_name, pretrained=pretrained, **model_args)
+        with listed_weights() if trained else nullcontext(missing) as missing:
+            module = _created(timm_name, pretrained, model_args)
     except (RuntimeError, OSError, ValueError, AssertionError, TypeError, SafetensorError) as error:
         close = difflib.get_close_matches(timm_name.split(".")[0], timm.list_models(), n=3)
         hint = (
@@ -245,9 +244,19 @@ def _load_timm(
             f"`{role}` {name!r} has a classifier of {published} classes, but `num_classes` {module.num_classes} asks for a new one, "
             "which would teach noise. Leave `num_classes` out, or set it to 0 for a teacher of features alone."
         )
+    take_off_untrained_head(module, name, missing)
     classifier = _timm_classifier(module, name)
     classifier.spec = classifier.spec.updated(size=image_size, antialias=_saved_antialias(name))
     return classifier
+
+
+def _created(name: str, pretrained: bool, model_args: dict[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **model_args)
+    except TypeError:
+        if model_args.pop("img_size", None) is None:  # most CNNs take any size and no such argument
+            raise
+        return timm.create_model(name, pretrained=pretrained, **model_args)
 
 
 def _saved_antialias(name: str) -> bool | None:
@@ -300,7 +309,8 @@ def _load_transformers(
         config = AutoConfig.from_pretrained(name, **changes)
         if isinstance(config, TimmWrapperConfig):  # a Hub id of a timm model, without timm's prefix
             return _load_timm(f"hf-hub:{name}", role, pretrained, labels, image_size, model_args)
-        headless = type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or saved_backbone(config)
+        headless = num_classes == 0 or type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        headless = headless or saved_backbone(config)
         if role == "student":
             asks_classes = labels is not None or num_classes is not None
             headless = num_classes == 0 or (not asks_classes and saved_backbone(config))
@@ -313,6 +323,8 @@ def _load_transformers(
         else:
             load = trained_weights if role == "teacher" else pretrained_weights
             module = load(auto, name, config)
+    except WeightsError as error:
+        raise ValueError(f"`{role}` {name!r}: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

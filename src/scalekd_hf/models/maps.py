@@ -106,7 +106,7 @@ def read_layout(
 def _token_grids(tokens: int, size: tuple[int, int], grids: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Grids that `tokens` may stand for: one seen as a map earlier (the patch embedding), else of the image's shape."""
     for h, w in reversed(grids):
-        if 0 <= tokens - h * w <= MAX_PREFIX_TOKENS and h * w > tokens // 2:
+        if 0 <= tokens - h * w <= MAX_PREFIX_TOKENS and 2 * h * w >= tokens - 1:
             yield h, w
     for prefix in range(min(MAX_PREFIX_TOKENS, tokens)):
         h = round(((tokens - prefix) * size[0] / size[1]) ** 0.5)

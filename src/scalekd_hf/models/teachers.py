@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..images import ImageSpec
-from .last_stage import LastStage
+from .last_stage import REMEDY, LastStage, check_last_stage, check_repeated, is_close
 from .loading import Classifier, check_patches, load_classifier
 from .maps import first_tensor
 from .taps import find_taps, taps_between
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 Grid = tuple[int, int]
 # Arguments of blocks that are added to the attention scores.
 MASKS = ("attn_mask", "attention_mask", "shared_rel_pos_bias", "relative_position_bias")
-TOLERANCE = 1e-4  # of the last map's largest value
 
 
 class Teacher(nn.Module):
@@ -172,7 +171,8 @@ class Teacher(nn.Module):
         return args, {**kwargs, self._mask: self._hidden if given is None else given + self._hidden}
 
     def _keep_last(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._captured["last"] = output
+        if not self._stage.running:
+            self._captured["last"] = output
 
     def _check_drop_path(self) -> None:
         if self.drop_path and not self._drop_paths:
@@ -198,14 +198,15 @@ class Teacher(nn.Module):
         finally:
             watching.remove()
         expected = last.as_tokens(self._captured.pop("last"))
-        self.model(torch.zeros_like(images[:1]))  # what modules keep of a batch is not of these images
-        self._captured.clear()
+        self.model(images.flip(0))  # what modules keep of a batch is now of another
+        check_repeated(self.name, last.as_tokens(self._captured.pop("last")).flip(0), expected)
         tokens = entering.as_tokens(entered[0])
         if entering.prefix:
             self._prepare_for_patches_alone(tokens)
-        found = self.last_stage(tokens)
+        with torch.enable_grad():
+            found = self.last_stage(tokens.requires_grad_())
         expected = expected[:, expected.shape[1] - found.shape[1] :]
-        self.deviation = _check_last_stage(self.name, found, expected, f" between {entering.module} and {last.module}")
+        self.deviation = check_last_stage(self.name, found, expected, f" between {entering.module} and {last.module}")
 
     def _prepare_for_patches_alone(self, tokens: Tensor) -> None:
         """Find whether the last stage takes patch tokens alone, or else the argument of its blocks that hides their prefix.
@@ -215,9 +216,10 @@ class Teacher(nn.Module):
         """
         patches = tokens[:, self.taps[0].prefix :]
         try:
-            self._run(patches)
-            return
-        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            if self._run(patches).shape[1] >= self._patches(self.taps[1]):
+                return
+            reason = "it loses some of them"
+        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
         blocks = self._blocks()
         arguments = inspect.signature(blocks[0].forward).parameters if blocks else ()
@@ -227,7 +229,7 @@ class Teacher(nn.Module):
                 block.register_forward_pre_hook(self._hide, with_kwargs=True)
             others = self._run(self._behind(tokens[:, : self.taps[0].prefix], patches))
             found = self.last_stage(patches)
-            if _close(found, others[:, -found.shape[1] :]):
+            if is_close(found, others[:, -found.shape[1] :]):
                 return
         raise ValueError(
             f"`teacher` {self.name!r}: its last stage does not run on patch tokens alone, as the method has it ({reason}), and has "
@@ -240,44 +242,6 @@ class Teacher(nn.Module):
         if not index.isdigit():
             return []
         return list(self.model.get_submodule(path).children())[int(index) + (self.tap_names is None) :]
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal to rounding, by the largest value; of tensors without values nothing is known."""
-    if expected.is_meta:
-        return True
-    tolerance = max(TOLERANCE, 4 * torch.finfo(expected.dtype).eps)
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-def _check_last_stage(name: str, found: Tensor, expected: Tensor, where: str = "") -> float | None:
-    """Refuse a last stage that does not give the model's own last map, and say how close it is.
-
-    Args:
-        name: of the teacher.
-        found, expected: (B, N, D).
-        where: between which modules, for the error.
-
-    Raises:
-        ValueError: they are not equal to rounding.
-    """
-    if found.shape != expected.shape:
-        raise ValueError(
-            f"`teacher` {name!r}: its last stage{where} puts out {tuple(found.shape)}, but the last map has {tuple(expected.shape)}. "
-            f"{REMEDY}"
-        )
-    if expected.is_meta:
-        return None
-    error, scale = (found - expected).abs().max().item(), expected.abs().max().item()
-    if not _close(found, expected):
-        raise ValueError(
-            f"`teacher` {name!r}: its last stage{where}, applied to its own tokens, gives another map than the model: they differ by "
-            f"{error:.3g} where the map reaches {scale:.3g}. More than these tokens enters it. {REMEDY}"
-        )
-    return error / scale if scale else 0.0
-
-
-REMEDY = "Name other modules with `teacher_taps`, or take another teacher."
 
 
 def _logits(output: Any) -> Tensor:
@@ -297,12 +261,21 @@ class OwnTeacher(Teacher):
     def _find(self) -> None:
         parameter = next(self.parameters())
         images = torch.randn(2, 3, *self.spec.size, generator=torch.Generator().manual_seed(0)).to(parameter)
-        entering, last, _ = self.model(images)
+        try:
+            entering, last, _ = self.model(images)
+            (self.penultimate_dim, *_), (self.dim, *_) = entering.shape[1:], last.shape[1:]
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"`teacher` {self.name!r} has a `last_stage`: then it puts out the map entering it (B, D_p, H_p, W_p), the last map "
+                "(B, D, H, W), and logits (B, K) or None."
+            ) from error
         (self.penultimate_dim, self.penultimate_grid) = entering.shape[1], tuple(entering.shape[2:])
         (self.dim, self.grid) = last.shape[1], tuple(last.shape[2:])
-        self.model(torch.zeros_like(images[:1]))
+        check_repeated(self.name, self.model(images.flip(0))[1].flip(0), last)
         expected = last.flatten(2).transpose(1, 2)
-        self.deviation = _check_last_stage(self.name, self.last_stage(entering.flatten(2).transpose(1, 2)), expected)
+        with torch.enable_grad():
+            found = self.last_stage(entering.flatten(2).transpose(1, 2).requires_grad_())
+        self.deviation = check_last_stage(self.name, found, expected)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -29,6 +29,9 @@ def vision_side(module: PreTrainedModel) -> nn.Module:
     Raises:
         ValueError: a model that takes more than images.
     """
+    if not classifies(module) and "For" in type(module).__name__:  # what a pretraining's decoder stands on
+        base: Any = module.base_model
+        module = base
     if not classifies(module) and isinstance(getattr(module, "vision_model", None), PreTrainedModel):
         side: Any = module.vision_model  # beside a text encoder
         module = side

@@ -10,12 +10,40 @@ from torch import nn
 from transformers import AutoModel
 
 
-__all__ = ["pretrained_weights", "saved_backbone", "trained_weights"]
+__all__ = ["WeightsError", "pretrained_weights", "saved_backbone", "take_off_untrained_head", "trained_weights"]
 
 logger = logging.getLogger(__name__)
 
 HEADS, POOLER = ("classifier", "head", "fc"), "pooler"  # parts of the names of weights that no map passes through
 SHOWN = 4
+UNTRAINED = (
+    "The checkpoint of `teacher` %r lacks %s: it has no trained classifier, and teaches through its features alone."
+)
+
+
+class WeightsError(ValueError):
+    """A checkpoint that is not of the model that is to be built."""
+
+
+def take_off_untrained_head(module: Any, name: str, missing: list[str]) -> None:
+    """Take the classifier off a timm teacher whose checkpoint lacks it.
+
+    Args:
+        missing: names of the weights that the checkpoint lacks.
+
+    Raises:
+        ValueError: it lacks others.
+    """
+    if not missing:
+        return
+    heads = module.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    unused = "head.norm."  # of features without classes
+    if lost := [key for key in missing if not key.startswith((*(f"{head}." for head in heads), unused))]:
+        raise ValueError(f"`teacher` {name!r}: its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all.")
+    if module.num_classes:
+        logger.warning(UNTRAINED, name, ", ".join(missing[:SHOWN]))
+        module.reset_classifier(0)
 
 
 def saved_backbone(config: Any) -> bool:
@@ -28,9 +56,9 @@ def pretrained_weights(auto: Any, name: str, config: Any) -> nn.Module:
     """Weights in float32, with a new classifier where the checkpoint has another or none; nothing else may be new."""
     module, changed, missing = _loaded(auto, name, config)
     if lost := [key for key in changed if not any(part in key for part in HEADS)]:
-        raise ValueError(_other_shapes(lost))
+        raise WeightsError(_other_shapes(lost))
     if lost := [key for key in missing if not any(part in key for part in (*HEADS, POOLER))]:
-        raise ValueError(f"its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all.")
+        raise WeightsError(f"its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all.")
     return module
 
 
@@ -38,16 +66,18 @@ def trained_weights(auto: Any, name: str, config: Any) -> nn.Module:
     """Weights in float32 of which none is new: without a classifier where the checkpoint has none."""
     module, changed, missing = _loaded(auto, name, config)
     if changed:
-        raise ValueError(_other_shapes(changed))
+        raise WeightsError(_other_shapes(changed))
     if missing and auto is not AutoModel:
         logger.warning(
-            "The checkpoint of `teacher` %r lacks %s: it has no trained classifier, and teaches through its features alone.",
+            UNTRAINED,
             name,
             ", ".join(missing[:SHOWN]),
         )
         return trained_weights(AutoModel, name, config)
     if lost := [key for key in missing if POOLER not in key]:  # no map passes through a pooler
-        raise ValueError(f"its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all: it would teach noise.")
+        raise WeightsError(
+            f"its checkpoint lacks the weights {lost[:SHOWN]}, {len(lost)} in all: it would teach noise."
+        )
     return module
 
 

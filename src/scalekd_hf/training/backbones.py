@@ -37,6 +37,11 @@ def logit_weight_of(args: ScaleKDConfig, student: Student, teacher: Any) -> floa
             f"`logit_weight` is {args.logit_weight:g}, but the {' and the '.join(has_none)} has no classifier, and so no logits. Set "
             "it to 0 or leave it out: the features teach alone. recipes/train_teacher.py makes a teacher that knows your labels."
         )
+    if student.num_labels and not args.has_labels and args.logit_weight is None:
+        raise ValueError(
+            f"The teacher has no classifier, and `label_column` is 'none': the classifier of `student` {student.name!r} would learn "
+            "nothing. Give labels, or a student without a classifier (`num_classes` 0)."
+        )
     if args.logit_weight is None:
         logger.warning("`logit_weight` is 0, for the %s has no classifier.", " and the ".join(has_none))
     return 0.0
