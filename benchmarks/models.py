@@ -114,10 +114,12 @@ def falling(teacher: Teacher) -> str:
     student = load_student(
         "timm/resnet18", labels=LABELS, layers=(1, 1, 1, 1), channels=(8, 16, 24, 32), image_size=64
     )
-    student.model.fc.weight.data.mul_(10)  # it is confident, and wrong
+    student.model.fc.bias.data = torch.tensor([3.0, -3.0])  # it is confident, and wrong
     config = ScaleKDConfig(output_dir="unused", use_cpu=True, report_to="none")
     model = build_model(student, teacher, config).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    head = list(student.model.fc.parameters())
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not own for own in head)]
+    optimizer = torch.optim.AdamW([{"params": head, "lr": 0.1}, {"params": others, "lr": 3e-4}])
     images = torch.randn(4, 3, 64, 64)
     _, logits = teacher(model.normaliser.for_teacher(images))
     labels = torch.zeros(4, dtype=torch.int64) if logits is None else logits.softmax(1)  # task and teacher agree

@@ -43,6 +43,10 @@ def test_labels_that_are_no_class_indices_are_refused(tmp_path, digits, change, 
             "the classifier of `student`.*would learn nothing.*`num_classes` 0",
         ),
         (
+            lambda d: dict.fromkeys(("student", "teacher"), timm_swin()),
+            "`student` .* and `teacher` .* share .* parameters, which are frozen in the teacher",
+        ),
+        (
             lambda d: {"teacher": load_teacher(timm_swin()), "teacher_taps": ["layers.1", "norm"]},
             "`teacher_taps` is .*but the teacher is loaded already, with none",
         ),

@@ -125,7 +125,7 @@ def build_model(
     if teacher is not None:
         teacher = _build_teacher(teacher, args)
         labels = labels or class_names(teacher)
-    student = _build_student(student, args, labels or shown)
+    student = _build_student(student, teacher, args, labels or shown)
     if args.load_best_model_at_end and not args.has_labels and student.num_labels:
         raise ValueError("`load_best_model_at_end` needs labels to tell the best: `label_column` is 'none'.")
     settings: dict[str, Any] = {"task_loss": args.task_loss, "label_smoothing": args.label_smoothing_factor}
@@ -173,9 +173,17 @@ def _check_loaded(teacher: Teacher, args: ScaleKDConfig) -> None:
             )
 
 
-def _build_student(student: str | nn.Module | Student, args: ScaleKDConfig, labels: list[str] | None) -> Student:
+def _build_student(
+    student: str | nn.Module | Student, teacher: Teacher | None, args: ScaleKDConfig, labels: list[str] | None
+) -> Student:
     options: dict[str, Any] = {"labels": labels, "image_size": args.image_size} if isinstance(student, str) else {}
     student = load_student(student, **options)
+    frozen = {id(parameter) for parameter in teacher.parameters()} if teacher is not None else set()
+    if shared := [name for name, parameter in student.named_parameters() if id(parameter) in frozen]:
+        raise ValueError(
+            f"`student` {student.name!r} and `teacher` {getattr(teacher, 'name', '')!r} share {len(shared)} parameters, which are frozen "
+            "in the teacher. Give each a module of its own."
+        )
     if "taps" in vars(student):
         _check_built_size("image_size", args.image_size, student)
     student.spec = asked_images(student, args)
