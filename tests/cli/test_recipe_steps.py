@@ -49,6 +49,7 @@ def test_two_steps_of_every_recipe_with_small_models(name, tmp_path, digits):
     teacher = load_teacher(
         arguments.teacher,
         pretrained=False,
+        drop_path=config.teacher_drop_path,
         image_size=size,
         num_classes=10,
         **{**small(arguments.teacher), **arguments.teacher_args},
@@ -83,7 +84,7 @@ def test_one_step_at_full_size(name, tmp_path, digits):
     words = ["--max_steps", "1", "--per_device_train_batch_size", "1", "--logging_steps", "1", "--save_strategy", "no"]
     arguments, config = parse(name, tmp_path, *words, "--mixup_alpha", "0", "--cutmix_alpha", "0")  # they need pairs
     size = {"image_size": config.teacher_image_size} if config.teacher_image_size else {}
-    teacher = load_teacher(arguments.teacher, pretrained=False, **size)
+    teacher = load_teacher(arguments.teacher, pretrained=False, drop_path=config.teacher_drop_path, **size)
     labels = [str(index) for index in range(1000)]
     student = load_student(arguments.student, labels=labels, **arguments.student_args)
     data = digits.cast_column("label", datasets.ClassLabel(names=labels))
