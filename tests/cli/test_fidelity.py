@@ -9,7 +9,7 @@ import pytest
 import timm.optim
 import torch
 from authors import AS_RUN
-from helpers import ROOT
+from helpers import ROOT, some_slow
 from torch import nn
 
 from scalekd_hf import load_student, load_teacher
@@ -138,7 +138,7 @@ def test_every_pair_of_the_authors_has_a_recipe():
     assert {file.stem for file in CONFIGS.glob("*_to_*.yaml")} == set(AS_RUN)
 
 
-@pytest.mark.parametrize("name", AS_RUN)
+@pytest.mark.parametrize("name", some_slow(AS_RUN, 9))
 def test_every_difference_from_what_the_authors_ran_is_listed(name, tmp_path):
     found = ours(name, tmp_path)
     different = {

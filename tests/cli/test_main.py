@@ -254,6 +254,7 @@ def test_ctrl_c_while_the_student_is_trained_alone_is_made_up_for_by_the_same_co
     )
 
 
+@pytest.mark.slow
 def test_a_plan_counts_processes_without_starting_them(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words in (["--num_processes", "8"], ["--config_file=recipes/accelerate/fsdp2.yaml"]):

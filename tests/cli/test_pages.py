@@ -147,6 +147,7 @@ def test_the_readmes_commands(here, my_pair, capsys):
     }
 
 
+@pytest.mark.slow
 @runs("README.md", 4)
 @runs("docs/recipes.md", 0, 1)
 def test_plans_on_the_pages(capsys):

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from authors import AS_RUN
+from helpers import some_slow
 from test_fidelity import read, teacher_of
 from torch import nn
 
@@ -65,7 +66,7 @@ def dimensions(tap):
     return tap.module, tap.dim, tap.grid[0]
 
 
-@pytest.mark.parametrize("name", AS_RUN)
+@pytest.mark.parametrize("name", some_slow(AS_RUN, 6))
 def test_what_is_tapped_which_norm_it_has_passed_and_what_decays(name, tmp_path):
     model, config = models(name, tmp_path)
     check_taps(name, model)

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from families import BACKBONES, FAMILIES, HEADLESS, POSITION_TERMS, SWIN, VIT, large_weights
-from helpers import SMALL_SWIN, images, timm_swin, timm_vit, transformers_swin, transformers_vit
+from helpers import SMALL_SWIN, images, some_slow, timm_swin, timm_vit, transformers_swin, transformers_vit
 from hub_server import WRITE
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -101,7 +101,7 @@ def test_patch_tokens_alone_get_the_position_terms_of_the_patches(family):
     assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, 12))
 def test_gradients_pass_through_the_last_stage_and_leave_none_in_it(family):
     teacher = load_teacher(FAMILIES[family]())
     count = teacher.penultimate_grid[0] * teacher.penultimate_grid[1]

@@ -86,6 +86,7 @@ def test_every_recipe_is_planned_with_the_published_sizes(name):
     assert parts.pop("total") == pytest.approx(sum(parts.values()))
 
 
+@pytest.mark.slow
 def test_the_work_of_a_step_is_that_of_its_parts():
     plan = scalekd_hf.plan(RECIPES["swin_s_to_resnet50_traditional"])
     parts = plan.gflops_per_image
