@@ -215,3 +215,14 @@ class RangeServer:
     def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()
+
+
+def check_written(page, begin, end, rows):
+    """The rows between two marks of a page in docs/ are these; SCALEKD_WRITE_DOCS writes them."""
+    file = ROOT / "docs" / page
+    before, _, rest = file.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    wanted = f"{before}{begin}\n" + "\n".join(rows) + f"\n\n{end}{after}"
+    if os.environ.get("SCALEKD_WRITE_DOCS"):
+        file.write_text(wanted)
+    assert file.read_text() == wanted

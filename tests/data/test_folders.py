@@ -4,11 +4,10 @@ The table in docs/data.md is made of the same cases: SCALEKD_WRITE_DOCS=1 pytest
 """
 
 import json
-import os
 
 import datasets
 import pytest
-from helpers import ROOT
+from helpers import check_written
 from PIL import Image
 
 from scalekd_hf.data.folders import read_folder
@@ -254,10 +253,4 @@ def test_the_table_in_the_docs_is_that_of_these_cases():
         folders = dict.fromkeys(path.rpartition("/")[0].strip(".") or "." for path in files)
         shown = ", ".join(f"`{folder}/`" if folder != "." else "images" for folder in folders)
         rows.append(f"| {shown} | {line} |")
-    page = ROOT / "docs" / "data.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    wanted = f"{before}{BEGIN}\n" + "\n".join(rows) + f"\n\n{END}{after}"
-    if os.environ.get("SCALEKD_WRITE_DOCS"):
-        page.write_text(wanted)
-    assert page.read_text() == wanted
+    check_written("data.md", BEGIN, END, rows)

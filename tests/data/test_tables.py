@@ -5,13 +5,12 @@ The tables in docs/data.md are made of the same cases: SCALEKD_WRITE_DOCS=1 pyte
 
 import io
 import itertools
-import os
 import tarfile
 
 import datasets
 import pyarrow
 import pytest
-from helpers import ROOT, settings, small_student, some_slow
+from helpers import check_written, settings, small_student, some_slow
 from test_labels import INTEGER, NAMES, with_labels
 
 from scalekd_hf.data.dataset import ImageDataset, shown_labels
@@ -222,10 +221,4 @@ def test_the_tables_in_the_docs_are_those_of_these_cases():
     for files, splits in SPLITS.items():
         found = ", ".join(split for split, rows_ in splits.items() if rows_ != "refused")
         rows.append(f"| {', '.join(f'`{file}.*`' for file in files)} | {found} |")
-    page = ROOT / "docs" / "data.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    wanted = f"{before}{BEGIN}\n" + "\n".join(rows) + f"\n\n{END}{after}"
-    if os.environ.get("SCALEKD_WRITE_DOCS"):
-        page.write_text(wanted)
-    assert page.read_text() == wanted
+    check_written("data.md", BEGIN, END, rows)

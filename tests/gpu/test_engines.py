@@ -42,7 +42,7 @@ def test_an_engine_trains_as_no_engine_does_and_resumes(tmp_path, device, plain,
     assert engine["kind"] == ("DistributedType.FSDP" if way == "fsdp2" else "DistributedType.DEEPSPEED")
     assert engine["logits"] == ["torch.bfloat16"]
     for first, second in zip(plain, engine["history"], strict=True):
-        assert second["loss"] == pytest.approx(first["loss"], rel=1e-2)  # bf16, one process and two
+        assert second["loss"] == pytest.approx(first["loss"], rel=5e-3)  # in bf16
     before = load_file(tmp_path / way / "model.safetensors")
     finished = run(*launch, "tests/scripts/engine_run.py", way, tmp_path, "checkpoint-4", env=environment)
     assert finished.returncode == 0, finished.stderr[-3000:]

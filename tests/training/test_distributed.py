@@ -34,8 +34,7 @@ def test_two_processes_equal_one(tmp_path, alone, way):
     mine, theirs = load_file(alone / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
-        # After three steps they differ by 1e-7; then a ReLU has its input on the other side of 0.
-        assert torch.allclose(tensor, theirs[name], rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(tensor, theirs[name], rtol=1e-4, atol=1e-6), name
 
 
 @pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.yaml")), ids=lambda file: file.stem)

@@ -3,7 +3,7 @@
 import datasets
 import pytest
 import torch
-from helpers import settings, small_student, some_slow, timm_swin, transformers_vit
+from helpers import settings, small_student, some_slow, timm_swin, timm_vit, transformers_vit
 from trainers import trainer_for
 
 from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student, load_teacher
@@ -49,6 +49,10 @@ def test_labels_that_are_no_class_indices_are_refused(tmp_path, digits, change, 
         (
             lambda d: {"teacher": load_teacher(timm_swin()), "teacher_taps": ["layers.1", "norm"]},
             "`teacher_taps` is .*but the teacher is loaded already, with none",
+        ),
+        (
+            lambda d: {"teacher": load_teacher(timm_vit()), "teacher_last_blocks": 1},
+            "`teacher_last_blocks` is 1, but the teacher is loaded already, with 2",
         ),
         (
             lambda d: {"train": d.cast_column("label", datasets.ClassLabel(num_classes=12))},

@@ -13,9 +13,10 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .dry_run import dry_run
 from .loading import Classifier, check_patches, load_classifier
 from .maps import Tap, first_tensor
-from .taps import dry_run, find_taps
+from .taps import find_taps
 
 
 __all__ = ["POOLINGS", "Student", "load_student"]

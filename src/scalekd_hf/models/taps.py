@@ -21,7 +21,7 @@ from .maps import Tap, first_tensor, read_layout
 from .stages import Stage, raster_order, stated_stages
 
 
-__all__ = ["SIZE_OPTIONS", "Tap", "dry_run", "ends_in_one_cell", "find_taps", "first_tensor", "taps_between"]
+__all__ = ["ends_in_one_cell", "find_taps", "taps_between"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 SHOWN = 12  # modules of a student that cannot be tapped by itself

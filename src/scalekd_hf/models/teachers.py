@@ -31,7 +31,7 @@ __all__ = ["OwnTeacher", "Teacher", "is_own", "load_teacher"]
 
 logger = logging.getLogger(__name__)
 
-Grid = tuple[int, int]
+LAST_BLOCKS = 2  # as published
 # Arguments of blocks that are added to the attention scores.
 MASKS = ("attn_mask", "attention_mask", "shared_rel_pos_bias", "relative_position_bias")
 
@@ -337,10 +337,26 @@ def _own_classifier(
     )
 
 
+def _check_loaded(teacher: Teacher, last_blocks: int, drop_path: float, taps: Any) -> None:
+    """Refuse what is asked for, other than by default, of a teacher that is loaded without it."""
+    names = list(teacher.tap_names or ())
+    asked = {
+        "teacher_last_blocks": (last_blocks, last_blocks in (LAST_BLOCKS, teacher.last_blocks), teacher.last_blocks),
+        "teacher_drop_path": (drop_path, drop_path in (0.0, teacher.drop_path), teacher.drop_path),
+        "teacher_taps": (taps, list(taps or names) == names, names or "none"),
+    }
+    for name, (value, fits, has) in asked.items():
+        if not fits:
+            raise ValueError(
+                f"`{name}` is {value}, but the teacher is loaded already, with {has}. Give it to `load_teacher`, or its name "
+                "instead of the teacher."
+            )
+
+
 def load_teacher(
     name_or_module: str | nn.Module,
     *,
-    last_blocks: int = 2,
+    last_blocks: int = LAST_BLOCKS,
     drop_path: float = 0.0,
     pretrained: bool = True,
     taps: tuple[str, str] | list[str] | None = None,
@@ -365,6 +381,7 @@ def load_teacher(
             image size that its patches do not divide, or a wrong `last_blocks`.
     """
     if isinstance(name_or_module, Teacher):
+        _check_loaded(name_or_module, last_blocks, drop_path, taps)
         return name_or_module
     if drop_path and isinstance(name_or_module, str):
         kwargs["drop_path_rate"] = drop_path

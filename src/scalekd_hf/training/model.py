@@ -153,24 +153,10 @@ def _build_teacher(teacher: str | nn.Module | Teacher, args: ScaleKDConfig) -> T
         "drop_path": args.teacher_drop_path,
         "taps": args.teacher_taps,
     }
-    if isinstance(teacher, Teacher):
-        _check_loaded(teacher, args)
     loaded = load_teacher(teacher, **options)
     if not isinstance(teacher, str):
         _check_built_size("teacher_image_size", args.teacher_image_size, loaded)
     return loaded
-
-
-def _check_loaded(teacher: Teacher, args: ScaleKDConfig) -> None:
-    """Refuse settings that a teacher which is loaded already does not have."""
-    has = {"teacher_taps": teacher.tap_names, "teacher_drop_path": teacher.drop_path}
-    asked = {"teacher_taps": args.teacher_taps, "teacher_drop_path": args.teacher_drop_path}
-    for name, value in asked.items():
-        if value and value != (list(has[name]) if isinstance(has[name], tuple) else has[name]):  # type: ignore[arg-type]
-            raise ValueError(
-                f"`{name}` is {value}, but the teacher is loaded already, with {has[name] or 'none'}. Give it to `load_teacher`, or its "
-                "name instead of the teacher."
-            )
 
 
 def _build_student(
