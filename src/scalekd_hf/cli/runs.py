@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..publishing.publisher import RESULTS_FILE
+from ..publishing.publisher import RESULTS_FILE, Publisher
 from ..tools.recipe import resolved
 from ..training.config import ScaleKDConfig
 from ..training.config_checks import check_processes
@@ -56,7 +56,7 @@ def has_finished(arguments: Any, config: ScaleKDConfig) -> bool:
     now = resolved(arguments, config)
     how = {"resume_from_checkpoint", "overwrite_output_dir"}  # the run was begun, which is nothing of its result
     same = all(kept.get(name) == now.get(name) for name in {*kept, *now} - how)
-    return same and finished(folder, config.max_steps)
+    return same and finished(folder, config.max_steps) and Publisher(config, None, None).is_described() is not False
 
 
 def train_and_save(trainer: ScaleKDTrainer) -> None:
@@ -67,7 +67,7 @@ def train_and_save(trainer: ScaleKDTrainer) -> None:
     if checkpoint is True:
         if finished(config.output_dir, config.max_steps):
             return
-        checkpoint = last_checkpoint(config.output_dir)  # none yet: the run was stopped before it began
+        checkpoint = True if last_checkpoint(config.output_dir) else None  # none: the run was stopped before it began
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()  # with the evaluations on the way

@@ -32,6 +32,7 @@ from transformers import (
 from ..borrowed.timm import construction_arguments, listed_weights
 from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS, ImageSpec
+from ..manifest import check_file
 from ..network import lost_connection
 from . import mixers  # noqa: F401  registers a mixer by its name
 from .dry_run import SIZE_OPTIONS
@@ -43,6 +44,7 @@ __all__ = ["Classifier", "check_patches", "load_classifier", "patch_size"]
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS_FILE = "model.safetensors"
 RGB = 3  # channels of the images that are read
 CHANNELS = ("in_chans", "num_channels")  # arguments of timm and transformers
 
@@ -96,7 +98,7 @@ def load_classifier(
         **model_args: passed to `timm.create_model` or to the transformers configuration; `num_classes=0` builds a backbone.
 
     Raises:
-        ValueError: a name that cannot be found, a download that broke off, a module that is neither timm's nor transformers',
+        ValueError: a name that cannot be found, a download that broke off, a damaged checkpoint, a module that is neither timm's nor transformers',
             or a model of other images than RGB.
     """
     for name in CHANNELS:
@@ -107,6 +109,8 @@ def load_classifier(
             raise ValueError(f"`{role}` is a module already: {given} can only be given together with a name.")
         classifier = _wrap_module(name_or_module, role)
     else:
+        if pretrained:
+            check_file(Path(name_or_module, WEIGHTS_FILE))
         load = _load_timm if _is_timm(name_or_module) else _load_transformers
         try:
             classifier = load(name_or_module, role, pretrained, labels, image_size, model_args)

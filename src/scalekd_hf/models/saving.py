@@ -19,6 +19,7 @@ from transformers import BitImageProcessor
 from ..borrowed.timm import write_config
 from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS
+from ..manifest import check_file
 from .students import Student
 
 
@@ -171,10 +172,11 @@ def save_tensors(state_dict: dict[str, Tensor], file: str | Path) -> None:
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    check_file(folder / name)
     try:
         return load_file(folder / name)
     except (OSError, SafetensorError) as error:
-        raise ValueError(broken_file(folder, name, error)) from error
+        raise ValueError(broken_file(folder, f"{name} is missing or damaged ({error})")) from error
 
 
 def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], folder: Path) -> None:
@@ -191,10 +193,15 @@ def _unsuitable(module: nn.Module, folder: Path, reason: Any) -> str:
     )
 
 
-def broken_file(folder: Path, name: str, error: Any) -> str:
-    """What to say of a file of a checkpoint, or of a student's folder, that is missing or damaged."""
+def broken_file(folder: Path, what: str) -> str:
+    """What to say of a checkpoint, or of a student's folder, of which a file is missing or damaged.
+
+    Args:
+        folder: of the checkpoint.
+        what: is wrong with which file, in words.
+    """
     others = sorted(path.name for path in folder.parent.glob("checkpoint-*") if path != folder)
     remedy = (
         f"Other checkpoints beside it: {', '.join(others)}." if others else "There is no other checkpoint beside it."
     )
-    return f"The checkpoint {str(folder)!r} cannot be used: {name} is missing or damaged ({error}). {remedy}"
+    return f"The checkpoint {str(folder)!r} cannot be used: {what}. {remedy}"

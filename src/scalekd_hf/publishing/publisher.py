@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from ..manifest import digest
 from .curves import draw_curves
 from .hub import PushError, create_repository, failures_in_log, push_command, remote_card, upload
 from .model_card import MARK, CardFacts, make_card
@@ -27,8 +29,10 @@ from .provenance import Source, model_source
 __all__ = ["RESULTS_FILE", "Publisher"]
 
 RESULTS_FILE = "results.json"  # metrics by the name of a model
-WEIGHTS = ("config.json", "preprocessor_config.json", "model.safetensors")
-ABOUT = ("README.md", "training_config.yaml", RESULTS_FILE, "curves.png")
+RECORD_FILE = "training_config.yaml"  # its first line tells of which weights; written when all the others are there
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS = ("config.json", "preprocessor_config.json", WEIGHTS_FILE)
+ABOUT = ("README.md", RECORD_FILE, RESULTS_FILE, "curves.png")
 STAGING = "_publishing"  # `_` as in the parent: what is on its way to the Hub
 
 logger = logging.getLogger(__name__)
@@ -86,7 +90,7 @@ class Publisher:
     # The card
 
     def describe(self, facts: CardFacts, history: list[dict[str, Any]]) -> None:
-        """Write README.md, training_config.yaml, results.json and curves.png into the folder.
+        """Write curves.png, README.md, results.json and, last, training_config.yaml into the folder, each whole or not at all.
 
         A README.md that somebody has changed (whose first comment is gone) stays as it is.
 
@@ -94,23 +98,28 @@ class Publisher:
             facts: of the run; `results` are added to those in the folder.
             history: what was logged, for the curves.
         """
-        results = self._add_results(facts.results)
-        facts = replace(facts, results=results, curves=draw_curves(history, self.folder / "curves.png"))
-        models = {"student": facts.student.name, "teacher": facts.teacher.name if facts.teacher else None}
-        settings = yaml.safe_dump({**models, **self.arguments, **facts.configuration}, sort_keys=False)
-        (self.folder / "training_config.yaml").write_text(settings)
-        card = self.folder / "README.md"
+        file, card = self.folder / RESULTS_FILE, self.folder / "README.md"
+        results = (json.loads(file.read_text()) if file.exists() else {}) | facts.results
+        curves = draw_curves(history, self.folder / "_curves.png")
+        if curves:
+            (self.folder / "_curves.png").replace(self.folder / "curves.png")
         if card.exists() and MARK not in card.read_text():
             logger.warning("%r was changed by somebody: it stays as it is.", str(card))
-            return
-        make_card(facts).save(card)
-
-    def _add_results(self, results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-        file = self.folder / RESULTS_FILE
-        results = (json.loads(file.read_text()) if file.exists() else {}) | results
+        else:
+            _write(card, str(make_card(replace(facts, results=results, curves=curves))))
         if results:
-            file.write_text(json.dumps(results, indent=2) + "\n")
-        return results
+            _write(file, json.dumps(results, indent=2) + "\n")
+        models = {"student": facts.student.name, "teacher": facts.teacher.name if facts.teacher else None}
+        settings = yaml.safe_dump({**models, **self.arguments, **facts.configuration}, sort_keys=False)
+        _write(self.folder / RECORD_FILE, _weights_line(self.folder) + settings)
+
+    def is_described(self) -> bool | None:
+        """Whether what describes the student is of the very weights in the folder; None where it does not say of which."""
+        if not (self.folder / "README.md").exists():
+            return False
+        record = self.folder / RECORD_FILE
+        line = record.read_text(encoding="utf-8").partition("\n")[0] if record.exists() else ""
+        return f"{line}\n" == _weights_line(self.folder) if line.startswith("#") else None
 
     # Pushing
 
@@ -192,6 +201,18 @@ class Publisher:
 
 def _existing(folder: Path, names: Iterable[str]) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _weights_line(folder: Path) -> str:
+    """A comment that names the student's weights as the Hub does; "" without any."""
+    file = folder / WEIGHTS_FILE
+    return f"# {WEIGHTS_FILE}: sha256 {digest(file, hashlib.sha256())}\n" if file.exists() else ""
+
+
+def _write(file: Path, text: str) -> None:
+    unfinished = file.with_name(f"_{file.name}")
+    unfinished.write_text(text, encoding="utf-8", newline="\n")
+    unfinished.replace(file)
 
 
 def _link(files: list[Path], folder: Path) -> list[Path]:

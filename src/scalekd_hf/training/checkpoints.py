@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
 
 from ..data.stream import ImageStream
 from ..models.saving import broken_file, load_strictly, load_student_weights, read_tensors, save_tensors
@@ -107,7 +107,7 @@ class Checkpoints:
         if is_changed and epochs is not None:
             self.args.max_steps = position.step + count_steps(dataset, self.args, position.images_seen)
         self.feed.start_at(position)
-        self.progress.reset(position.images_seen)
+        self.progress.reset(position.images_seen, position.log)
         self.stopwatch.reset(position.seconds)
         return position
 
@@ -142,12 +142,13 @@ class Checkpoints:
                 "run then goes on at the same number of images seen."
             )
         processes = (position.data or {}).get("processes", order["processes"])
-        check_processes(checkpoint, processes, self.args.world_size, self.is_sharded)
+        check_processes(checkpoint, processes, self.args, self.is_sharded)
         if changed:
             position.layout_start = position.images_seen
         if self.is_sharded:
             self.restore_average(checkpoint)
-        return replace(position, data=order), bool(changed)
+        is_due = position.evaluation_is_due and self.args.eval_strategy != "no"
+        return replace(position, data=order, evaluation_is_due=is_due), bool(changed)
 
     def _check_settings(self, checkpoint: Path, position: RunPosition) -> None:
         """Refuse to go on with other settings than the checkpoint's, unless that is accepted.
@@ -176,7 +177,14 @@ class Checkpoints:
         if self.averaged is not None:
             self.averaged.synchronise(accelerator)
 
-    def write_beside_student(self, folder: Path, model: ScaleKDModel, step: int, dataset: Any) -> None:
+    def position(self, trainer: Any, evaluation_is_due: bool = False) -> RunPosition:
+        """Where a trainer stands; every process must call it."""
+        order, log = self.feed.order_settings(trainer.train_dataset), self.progress.state(trainer.accelerator)
+        seconds, start = round(self.stopwatch.seconds, 1), self.feed.position.layout_start
+        where = (trainer.state.global_step, self.progress.images_seen, seconds, start, order)
+        return RunPosition(*where, self.settings, log, evaluation_is_due)
+
+    def write_beside_student(self, folder: Path, model: ScaleKDModel, position: RunPosition) -> None:
         """Write what a checkpoint holds beside the student; every process must call it."""
         heads = full_state(model.heads) if model.heads is not None else None
         trained = full_state(model.student.model) if self.averaged is not None else None
@@ -185,9 +193,7 @@ class Checkpoints:
         for tensors, name in ((trained, TRAINED_FILE), (heads, HEADS_FILE)):
             if tensors is not None:
                 save_tensors(tensors, folder / name)
-        seconds, start = round(self.stopwatch.seconds, 1), self.feed.position.layout_start
-        order = self.feed.order_settings(dataset)
-        RunPosition(step, self.progress.images_seen, seconds, start, order, self.settings).write(folder)
+        position.write(folder)
 
     def load(self, folder: Path, model: ScaleKDModel, resume: bool) -> None:
         """Load student and heads; with an average, to resume the weights that training continues from, else the average itself."""
@@ -255,29 +261,33 @@ def check_checkpoint(folder: str | Path, sharded: bool) -> None:
         try:
             json.loads((folder / name).read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(broken_file(folder, name, error)) from error
-    for file in folder.glob("rng_state*.pth"):
-        if not zipfile.is_zipfile(file):
-            raise ValueError(broken_file(folder, file.name, "not a file that torch wrote"))
-    for name in () if sharded else ("optimizer.pt", "scheduler.pt"):
+            raise ValueError(broken_file(folder, f"{name} is missing or damaged ({error})")) from error
+    states = [file.name for file in folder.glob("rng_state*.pth")]
+    for name in (*states, *(() if sharded else ("optimizer.pt", "scheduler.pt"))):
         try:
-            torch.load(folder / name, map_location="meta", weights_only=True)
+            with safe_globals():
+                torch.load(folder / name, map_location="meta", weights_only=True)
         except Exception as error:  # what torch raises depends on where the file was cut
-            raise ValueError(broken_file(folder, name, error)) from error
+            raise ValueError(broken_file(folder, f"{name} is missing or damaged ({error})")) from error
 
 
-def check_processes(folder: Path, then: int, now: int, sharded: bool) -> None:
+def check_processes(folder: Path, then: int, args: ScaleKDConfig, sharded: bool) -> None:
     """Warn of what cannot be restored of a checkpoint that other processes or another launcher wrote.
 
     Args:
         folder: the checkpoint.
-        then, now: processes that wrote it, and that go on.
-        sharded: whether these run under DeepSpeed or FSDP.
+        then: processes that wrote it.
+        args: of the run that goes on.
+        sharded: whether its processes run under DeepSpeed or FSDP.
 
     Raises:
-        ValueError: an optimiser in other parts than this launcher's.
+        ValueError: an optimiser in other parts than this launcher's, or as many processes without this one's random state.
     """
+    now = args.world_size
     in_parts, changed = optimizer_in_parts(folder), then != now
+    state = f"rng_state_{args.process_index}.pth" if now > 1 else "rng_state.pth"
+    if not changed and not (folder / state).exists():
+        raise ValueError(broken_file(folder, f"{state} is missing"))
     if sharded and (changed or not in_parts):
         raise ValueError(
             f"The optimiser in {str(folder)!r} is {f'in parts for {then} processes' if in_parts else 'whole'}: "

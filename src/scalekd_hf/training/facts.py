@@ -15,10 +15,11 @@ from ..publishing.provenance import Source, hardware, versions
 from ..publishing.publisher import Publisher
 from .config import ScaleKDConfig
 from .epochs import images_per_step
+from .position import RunPosition
 from .settings import rebuilding_settings, told_settings
 
 
-__all__ = ["PushedCheckpoints", "card_facts"]
+__all__ = ["PushedCheckpoints", "describe_run"]
 
 UNSET_IS_THE_STUDENTS = ("antialias",)  # so that False says something
 
@@ -46,15 +47,15 @@ class PushedCheckpoints(TrainerCallback):
         self.publisher.wait()
 
 
-def card_facts(
+def describe_run(
     trainer: Any,
     language: str | list[str] | None = None,
     license: str | None = None,
     tags: str | list[str] | None = None,
     model_name: str | None = None,
     dataset: str | None = None,
-) -> CardFacts:
-    """What is known of a trainer's run.
+) -> None:
+    """Write the card and what belongs to it: of a trainer's run, or of the one in its folder where it has trained nothing.
 
     Args:
         trainer: a `ScaleKDTrainer`.
@@ -63,7 +64,8 @@ def card_facts(
         dataset: id or name of the data set, where the data itself does not tell.
     """
     args, publisher, data = trainer.args, trainer.publisher, trainer.data
-    step, images_seen, seconds = trainer.state.global_step, trainer.loss_log.images_seen, trainer.stopwatch.seconds
+    state, images_seen, seconds = _come_to(trainer)
+    step = state.global_step
     student = trainer.student
     teacher = publisher.teacher_source
     known = {name: value for name, value in student.classifier.model_args.items() if name != "num_classes"}
@@ -73,15 +75,15 @@ def card_facts(
         "its arguments": f"`{json.dumps(known, default=str)}`" if known else None,
         "teacher": _described(teacher),
         "data": _described(data) or dataset,
-        "images seen": f"{images_seen:,}" if step else None,
+        "images seen": f"{images_seen:,}" if images_seen else None,
         "steps": f"{step:,}" if step else None,
         "global batch": images_per_step(args) if step else None,
         "seed": args.seed,
         "hardware": hardware(args.world_size, args.device) if step else None,
-        "hours": f"{seconds / 3600:.3g}" if step else None,
+        "hours": f"{seconds / 3600:.3g}" if seconds else None,
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
-    return CardFacts(
+    card = CardFacts(
         repo=model_name or publisher.name,
         library=student.classifier.library,
         student=publisher.student_source,
@@ -90,7 +92,7 @@ def card_facts(
         teacher=teacher,
         data=data or (Source(dataset) if dataset else None),
         student_pretrained=student.pretrained,
-        results=_own_results(trainer) | trainer.results,
+        results=_own_results(trainer, state) | trainer.results,
         facts=facts,
         settings=_changed(told_settings(args)),
         configuration=_changed(rebuilding_settings(args)),
@@ -99,11 +101,25 @@ def card_facts(
         language=language,
         tags=[tags] if isinstance(tags, str) else list(tags or []),
     )
+    publisher.describe(card, state.log_history)
 
 
-def _own_results(trainer: Any) -> dict[str, dict[str, float]]:
+def _come_to(trainer: Any) -> tuple[TrainerState, int, float]:
+    """The state of a run, the images seen and the seconds of training; 0 where that is not known any more."""
+    if trainer.state.global_step:
+        return trainer.state, trainer.loss_log.images_seen, trainer.stopwatch.seconds
+    folder, state = Path(str(trainer.args.output_dir)), trainer.state
+    try:
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        position = RunPosition.read(folder / f"checkpoint-{state.global_step}")
+    except FileNotFoundError:
+        logged = [entry.get("images_seen", 0) for entry in state.log_history]
+        return state, max(logged, default=0), 0.0
+    return state, position.images_seen, position.seconds
+
+
+def _own_results(trainer: Any, state: TrainerState) -> dict[str, dict[str, float]]:
     """The metrics of the weights that are saved, by the name of their row, if they were evaluated."""
-    state = trainer.state
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
     step = best if best is not None and not trainer.stopwatch.is_running else state.global_step
     evaluated = [entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry]

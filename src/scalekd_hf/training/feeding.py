@@ -30,7 +30,7 @@ from .metrics import CountedLoss
 from .position import RunPosition
 
 
-__all__ = ["ImageFeed", "prepare_images"]
+__all__ = ["ImageFeed", "named", "prepare_images"]
 
 BAD_IMAGES_FILE = "bad_images{}.jsonl"
 
@@ -281,6 +281,17 @@ class ImageFeed:
 def seed_of_images(args: ScaleKDConfig) -> int:
     """The seed of the order and the augmentation of the images."""
     return args.seed if args.data_seed is None else args.data_seed
+
+
+def named(own: Any, asked: Any) -> tuple[Any, str | None]:
+    """The data set to evaluate, and its name: "" for a trainer's only one, None for one that is not the trainer's.
+
+    Args:
+        own: the trainer's, or several by name.
+        asked: a data set, a name, or None for the trainer's.
+    """
+    name = asked if isinstance(asked, str) else "" if asked is None or asked is own else None
+    return (own[name] if name else own if name == "" else asked), name
 
 
 def prepare_images(

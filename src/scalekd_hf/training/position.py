@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class RunPosition:
         layout_start: the image from which on the sequence is dealt out as it is now.
         data: settings that the order of the images depends on.
         settings: see `settings_to_keep`; None in checkpoints of before November 2026.
+        log: see `LossLog.state`.
+        evaluation_is_due: the run stopped at this step before its evaluation had come to its end.
     """
 
     step: int = 0
@@ -33,6 +35,8 @@ class RunPosition:
     layout_start: int = 0
     data: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
+    log: dict[str, Any] | None = None
+    evaluation_is_due: bool = False
 
     def write(self, folder: Path) -> None:
         """Into a checkpoint."""
@@ -44,8 +48,7 @@ class RunPosition:
         """Of a checkpoint that `check_checkpoint` has passed."""
         state = json.loads((folder / RUN_STATE_FILE).read_text())
         step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-        where = (state["images_seen"], state.get("seconds", 0.0), state.get("layout_start", 0))
-        return cls(step, *where, state["data"], state.get("settings"))
+        return cls(step, **{field.name: state[field.name] for field in fields(cls) if field.name in state})
 
     def changes(self, data: dict[str, Any]) -> list[str]:
         """Which settings of the data have changed since, in words."""

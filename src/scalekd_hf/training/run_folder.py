@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from ..models.saving import STUDENT_FILE
+from ..manifest import damage, seal
+from ..models.saving import STUDENT_FILE, broken_file
 from ..publishing.publisher import RESULTS_FILE
 
 
@@ -55,19 +56,34 @@ class RunFolder:
         was stopped here by SIGTERM. None for a new run, which the folder is cleared for.
 
         Raises:
-            ValueError: the last is asked for, and there is none; or a run is not to be resumed, and not to be overwritten.
+            ValueError: the last is asked for, and none is whole; the named one is damaged; or a run is not to be resumed, and
+                not to be overwritten.
         """
         if not asked and interrupted(self.path, self.settings):
             logger.warning("The run in %r was stopped before its end: it is resumed.", str(self.path))
             asked = True
         if not asked:
             self._clear()
+        if not asked:
+            return None
         if asked is not True:
-            return asked or None
-        checkpoint = last_checkpoint(self.path)
-        if checkpoint is None:
-            raise ValueError(f"There is no checkpoint to resume from in `output_dir` {str(self.path)!r}.")
-        return checkpoint
+            if found := self._damage(Path(asked)):
+                raise ValueError(broken_file(Path(asked), found))
+            return asked
+        last_checkpoint(self.path)  # puts back what was being replaced
+        checkpoints = sorted(filter(_step, self.path.glob("checkpoint-*")), key=_step, reverse=True)
+        for checkpoint in checkpoints:
+            if not (found := self._damage(checkpoint)):
+                return str(checkpoint)
+            logger.warning("%s It is passed over for the one before.", broken_file(checkpoint, found))
+        raise ValueError(
+            f"There is no {'whole ' if checkpoints else ''}checkpoint to resume from in `output_dir` {str(self.path)!r}."
+        )
+
+    def _damage(self, checkpoint: Path) -> str:
+        """See `manifest.damage`; each node looks at its disk, and all processes hear of what one has found."""
+        found = damage(checkpoint) if self.accelerator.is_local_main_process else ""
+        return next(filter(None, gather_object([found])), "")
 
     def _clear(self) -> None:
         """Make room for a new run."""
@@ -126,48 +142,61 @@ class RunFolder:
                 lock.release()
 
     @contextmanager
-    def new_checkpoint(self, parent: Path, state: TrainerState, is_last: bool) -> Iterator[Path]:
+    def new_checkpoint(
+        self, parent: Path, state: TrainerState, is_last: bool, agree: Callable[[Exception | None], str]
+    ) -> Iterator[Path]:
         """A folder to write a checkpoint into, on every process; it takes its place in `parent` once it is whole.
 
         Args:
             parent: holds the checkpoints.
             state: of the trainer: it says which step this is, and which checkpoint is the best.
             is_last: of a run that stops: it goes on from here, even if it saves only models otherwise.
+            agree: see `Stopping.first_failure`.
 
         Raises:
-            OSError: it cannot be written. What was written of it is removed.
+            OSError: on all processes, where one cannot write. What was written of it is removed.
         """
         self._remove_unfinished(parent)
         name = f"checkpoint-{state.global_step}"
         unfinished, place = parent / UNFINISHED_FOLDER / name, parent / name
         only_model, self.args.save_only_model = self.args.save_only_model, self.args.save_only_model and not is_last
         try:
-            yield unfinished
-            if state.best_model_checkpoint == str(unfinished):
-                state.best_model_checkpoint = str(place)
+            with self._on_all_or_none(place, agree):
+                yield unfinished
+                if state.best_model_checkpoint == str(unfinished):
+                    state.best_model_checkpoint = str(place)
+                    if self.args.should_save:
+                        state.save_to_json(str(unfinished / "trainer_state.json"))
+            with self._on_all_or_none(place, agree):
                 if self.args.should_save:
-                    state.save_to_json(str(unfinished / "trainer_state.json"))
-            self.put_in_place(unfinished, place)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is one or the other
-            shutil.rmtree(unfinished.parent, ignore_errors=True)
-            raise OSError(
-                f"Writing {name!r} into {str(parent)!r} failed ({error}). What was written of it is removed; the last whole "
-                f"checkpoint is {last_checkpoint(parent) or 'none'}. Make room, and resume from it."
-            ) from error
+                    self.put_in_place(unfinished, place)
+            with self._on_all_or_none(place, agree):
+                if self.accelerator.is_local_main_process and unfinished.exists():  # a node with a disk of its own
+                    self.put_in_place(unfinished, place)
         finally:
             self.args.save_only_model = only_model
         if self.args.should_save:
             rotate_checkpoints(str(parent), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
+    @contextmanager
+    def _on_all_or_none(self, place: Path, agree: Callable[[Exception | None], str]) -> Iterator[None]:
+        """Every process has written what is written inside, or all of them hear why not."""
+        failure: Exception | None = None
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is one or the other
+            failure = error
+        if reason := agree(failure):
+            shutil.rmtree(place.parent / UNFINISHED_FOLDER, ignore_errors=True)
+            raise OSError(
+                f"Writing {place.name!r} into {str(place.parent)!r} failed ({reason}). What was written of it is removed; the last "
+                f"whole checkpoint is {last_checkpoint(place.parent) or 'none'}. Make room, and resume from it."
+            ) from failure
+
     def put_in_place(self, unfinished: Path, place: Path) -> None:
         """Move a checkpoint in place, once every process has written its part."""
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            _flush(unfinished)
-            _move(unfinished, place)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_local_main_process and unfinished.exists():  # a node with a disk of its own
-            _move(unfinished, place)
+        seal(unfinished)
+        _move(unfinished, place)
 
     def _remove_unfinished(self, parent: Path) -> None:
         """Remove what a process that died while saving has left."""
@@ -230,12 +259,10 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return found
 
 
-def _flush(folder: Path) -> None:
-    """Have the files of a folder on the disk, so that a machine that loses power does not lose them."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb+") as opened:  # Windows flushes only what may be written
-                os.fsync(opened.fileno())
+def _step(checkpoint: Path) -> int:
+    """That a checkpoint was written after, 0 of another folder."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else 0
 
 
 def _move(unfinished: Path, place: Path) -> None:

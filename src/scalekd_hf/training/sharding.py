@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ __all__ = [
     "shard_fsdp2",
     "shard_zero3",
     "whole_of_part",
+    "without_idle_engine",
 ]
 
 LISTS = (nn.ModuleList, nn.Sequential)
@@ -58,6 +61,19 @@ def check_engine(accelerator: Accelerator, args: ScaleKDConfig) -> None:
 def engine_runs(trainer: Trainer) -> bool:
     """Whether DeepSpeed or FSDP holds the parameters: from the start of training on, not in an evaluation alone."""
     return trainer.deepspeed is not None or isinstance(trainer.model, (FSDPModule, FullyShardedDataParallel))
+
+
+@contextmanager
+def without_idle_engine(trainer: Any) -> Iterator[None]:
+    """A trainer whose model was not trained evaluates it as it is inside of this context: engines want an optimiser, too."""
+    engines = trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled
+    if any(engines) and not engine_runs(trainer):
+        trainer.is_deepspeed_enabled = trainer.is_fsdp_enabled = False
+        trainer.model.to(trainer.args.device)
+    try:
+        yield
+    finally:
+        trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = engines
 
 
 def check_untrained(trainer: Trainer) -> None:

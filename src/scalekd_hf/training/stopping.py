@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from ..data.bad_images import TooManyBadImagesError
 from ..data.labels import LabelError
@@ -23,10 +24,11 @@ from ..data.sources import StreamReadError
 from .run_folder import RunFolder
 
 
-__all__ = ["STOPPING_FAILURES", "EvaluationStopped", "RunCancelled", "RunInterrupted", "Stopping"]
+__all__ = ["STOPPING_FAILURES", "EvaluationStopped", "MissedEvaluation", "RunCancelled", "RunInterrupted", "Stopping"]
 
 STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError, LabelError)  # the images have ended
 TRY_AGAIN_LATER = 75  # exit status, EX_TEMPFAIL of sysexits.h
+PATIENCE = timedelta(minutes=1)  # of a process that cannot go on, with those that may never hear of it
 SAME_KEY = 1.0  # seconds within which a launcher passes on what the terminal has sent already
 
 logger = logging.getLogger(__name__)
@@ -62,13 +64,15 @@ class Stopping(TrainerCallback):
         cancelled: one of the processes got Ctrl-C.
         stopped: the run ends, on all processes.
         saved_step: of the last checkpoint that the run can go on from.
+        evaluation_is_due: at the step where the run stops, one of its own was left out or cut short.
     """
 
     def __init__(self, epoch_end_is_repeated: Callable[[], bool]):
         self.epoch_end_is_repeated = epoch_end_is_repeated
         self.failure: Exception | None = None
         self.terminated = self.cancelled = self.stopped = False
-        self.saved_step = 0
+        self.saved_step = self._began_at = 0
+        self.evaluation_is_due = False
         self._is_training = self._is_watched = False  # training goes on; an evaluation may end it
         self._handlers: dict[int, Any] = {}
         self._pressed = -math.inf  # when Ctrl-C came first
@@ -76,7 +80,8 @@ class Stopping(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.failure, self.terminated, self.cancelled, self.stopped = None, False, False, False
-        self.saved_step = state.global_step
+        self.saved_step = self._began_at = state.global_step
+        self.evaluation_is_due = False
         if args.world_size > 1 and self._group is None:
             timeout = timedelta(seconds=args.ddp_timeout)
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
@@ -87,10 +92,12 @@ class Stopping(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:  # no other step will ask
-            self.stop_if_asked(args.world_size, control)
+            evaluates = control.should_evaluate or args.eval_strategy == IntervalStrategy.EPOCH
+            self.evaluation_is_due = self.stop_if_asked(args.world_size, control) and evaluates
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped or self.epoch_end_is_repeated():  # nothing more to do, or no time for it
+        nothing_new = state.global_step == self._began_at or self.epoch_end_is_repeated()
+        if self.stopped or nothing_new:  # nothing more to do, or no time for it
             control.should_log = control.should_evaluate = False
             control.should_save = self.stopped and state.global_step != self.saved_step
 
@@ -115,18 +122,28 @@ class Stopping(TrainerCallback):
         return self.stopped
 
     @contextmanager
-    def within_evaluation(self, accelerator: Accelerator, save: Callable[[], None]) -> Iterator[None]:
+    def within_evaluation(self, accelerator: Accelerator, save: Callable[[], None], is_own: bool) -> Iterator[None]:
         """An evaluation; in training it ends where a process must stop, the run is saved, and the reason raised.
 
         Once the run stops, evaluations that callbacks start are not cut short.
+
+        Args:
+            accelerator: of the trainer.
+            save: the run.
+            is_own: the settings ask for it at this step; one that is cut short is due.
 
         Raises:
             RunInterrupted, RunCancelled, StreamReadError, TooManyBadImagesError: in training, after `save` has run on all
                 processes.
         """
         was_watched, self._is_watched = self._is_watched, self._is_training and not self.stopped
+        is_whole = self._is_watched and not was_watched  # and not that of one data set of several
+        if is_whole:
+            self.evaluation_is_due = is_own
         try:
             yield
+            if is_whole:
+                self.evaluation_is_due = False
             return
         except (*STOPPING_FAILURES, EvaluationStopped) as error:
             if not self._is_watched or self.stopped:
@@ -157,6 +174,29 @@ class Stopping(TrainerCallback):
             torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=self._group)
             stops, self.cancelled = (bool(value) for value in wanted.tolist())
         return stops
+
+    def first_failure(self, failure: Exception | None) -> str:
+        """What has failed on one of the processes, in words, "" where nothing has; in training, where every process must ask.
+
+        A process that has failed waits for the others no longer than `PATIENCE`: they may be waiting for it elsewhere.
+        """
+        reason = f"{type(failure).__name__}: {failure}" if failure is not None else ""
+        if self._group is None:
+            return reason
+        rank = torch.distributed.get_rank()
+        failed = torch.tensor([rank + 1 if reason else 0])
+        try:
+            work = torch.distributed.all_reduce(
+                failed, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+            )
+            work.wait(*[PATIENCE] * bool(reason))
+        except RuntimeError as error:
+            return reason or f"another process has ended ({error})"
+        if not failed.item():
+            return ""
+        told = [f"process {rank}: {reason}"]
+        torch.distributed.broadcast_object_list(told, int(failed.item()) - 1, group=self._group)
+        return str(told[0])
 
     @contextmanager
     def within_training(self, folder: RunFolder) -> Iterator[None]:
@@ -202,3 +242,35 @@ class Stopping(TrainerCallback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+class MissedEvaluation(TrainerCallback):
+    """Makes up for an evaluation that a signal cut short or left out, where its run goes on.
+
+    Args:
+        evaluate: takes the checkpoint that lacks it.
+    """
+
+    def __init__(self, evaluate: Callable[[str], None]):
+        self.evaluate = evaluate
+        self.checkpoint: str | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint, self.checkpoint = self.checkpoint, None
+        if checkpoint is None:
+            return
+        partial = [
+            entry for entry in state.log_history if entry["step"] == state.global_step and _of_evaluation(entry)
+        ]
+        for entry in partial:  # of one data set of several
+            state.log_history.remove(entry)
+        self.evaluate(checkpoint)
+
+    def ends(self, state: Any, control: Any) -> bool:
+        """Whether such an evaluation was all that was left to do, or has had a callback end the run; asked before each step."""
+        control.should_training_stop = control.should_training_stop or state.global_step >= state.max_steps
+        return bool(control.should_training_stop)
+
+
+def _of_evaluation(entry: dict[str, Any]) -> bool:
+    return any(name.startswith("eval_") for name in entry)

@@ -26,8 +26,8 @@ from .checkpoints import Checkpoints
 from .config import ScaleKDConfig
 from .console import use_readable_log
 from .epochs import count_epochs, steps_per_epoch
-from .facts import PushedCheckpoints, card_facts
-from .feeding import ImageFeed, prepare_images
+from .facts import PushedCheckpoints, describe_run
+from .feeding import ImageFeed, named, prepare_images
 from .loss_log import LossLog
 from .model import ScaleKDModel, batch_of_one_explained
 from .optimization import decayed_parameters, own_schedule, scale_learning_rate
@@ -35,8 +35,8 @@ from .precision import without_bf16
 from .run_folder import RunFolder
 from .settings import run_settings
 from .setup import set_up
-from .sharding import check_engine, check_untrained, engine_runs, full_state, place_teacher
-from .stopping import Stopping
+from .sharding import check_engine, check_untrained, engine_runs, full_state, place_teacher, without_idle_engine
+from .stopping import MissedEvaluation, Stopping
 from .stopwatch import Stopwatch
 
 
@@ -100,8 +100,9 @@ class ScaleKDTrainer(Trainer):
         self.stopping = Stopping(count_epochs(self, self.epochs, self.loss_log))
         use_readable_log(self)
         pushed = PushedCheckpoints(self.publisher, self.create_model_card)
-        for callback in (self.checkpoints.schedule, pushed, self.stopping):
-            self.add_callback(callback)  # the last has the last word on what is saved
+        self.missed = MissedEvaluation(self._make_up_evaluation)
+        for callback in (self.checkpoints.schedule, pushed, self.stopping, self.missed):
+            self.add_callback(callback)  # those of the end have the last word on what is saved
         self.feed.warn_of_settings_without_effect(self.train_dataset, self.eval_dataset)
 
     @property
@@ -128,12 +129,14 @@ class ScaleKDTrainer(Trainer):
         with self.run_folder.locked():
             checkpoint = self.run_folder.begin(resume_from_checkpoint)
             position = self.checkpoints.start(checkpoint, self.train_dataset, self.epochs)
-            if checkpoint is not None and 0 < self.args.max_steps <= position.step:  # the parent would train one more
-                result = self._load_finished(checkpoint)
+            self.missed.checkpoint = checkpoint if position.evaluation_is_due else None
+            if 0 < self.args.max_steps <= position.step and not position.evaluation_is_due:
+                result = self._load_finished(str(checkpoint))  # the parent would train one more step
             else:
                 place_teacher(self.distiller.teacher, self.accelerator, self.args)
                 with self.stopwatch.running(), self.stopping.within_training(self.run_folder):
                     result = super().train(checkpoint, *args, **kwargs)
+                result = result._replace(training_loss=result.metrics["train_loss"])  # that of the whole run
                 self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)
                 self.feed.report_bad_images()
                 self.stopping.raise_reason(self.accelerator)
@@ -155,7 +158,9 @@ class ScaleKDTrainer(Trainer):
         return self.feed.training_loader(stream) if isinstance(stream, ImageStream) else super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The parent's; none where one of the processes must stop, which ends the run before this step."""
+        """The parent's; none where one of the processes must stop, or nothing is left, which ends the run before this step."""
+        if self.missed.ends(self.state, self.control):
+            return [], None
         samples: tuple[list, Any] = [], None
         # A stream may be left by one process alone; other loaders wait until all of them read.
         may_leave = self.stopping.terminated and isinstance(self.train_dataset, ImageStream)
@@ -207,18 +212,17 @@ class ScaleKDTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each loss term averaged since the last log, images per second and images seen."""
+        """Add loss and terms averaged since the last log, also over what came before a resume, images per second and images seen."""
         if "loss" in logs:
             self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)
             logs.update(self.loss_log.averages(self.accelerator))
+        if "train_loss" in logs:
+            logs["train_loss"] = self.loss_log.mean_loss(self.accelerator)
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The parent's; a raw data set is prepared first, and a stream is dealt out to processes and workers."""
-        own: Any = self.eval_dataset
-        is_own = eval_dataset is None or eval_dataset is own
-        name = eval_dataset if isinstance(eval_dataset, str) else "" if is_own else None
-        dataset = own[name] if name else own if name == "" else eval_dataset
+        dataset, name = named(self.eval_dataset, eval_dataset)
         dataset = prepare_images(dataset, "eval_dataset", self.student, self.args)
         return self.feed.evaluation_loader(dataset, super().get_test_dataloader, name)
 
@@ -229,8 +233,15 @@ class ScaleKDTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The parent's; in training, SIGTERM or images that end stop it on all processes, and the run with it."""
-        with self.stopping.within_evaluation(self.accelerator, self._save_stopped_run):
+        with self.stopping.within_evaluation(self.accelerator, self._save_stopped_run, self.control.should_evaluate):
             return super().evaluate(*args, **kwargs)
+
+    def _make_up_evaluation(self, checkpoint: str) -> None:
+        """The evaluation that a checkpoint lacks, and the checkpoint with it."""
+        self._determine_best_metric(self._evaluate(None, None), None)
+        self._load_rng_state(checkpoint)
+        self._save_checkpoint(cast(nn.Module, self.model), None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save_stopped_run(self) -> None:
         if self.stopping.saved_step != self.state.global_step:
@@ -241,7 +252,7 @@ class ScaleKDTrainer(Trainer):
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """The parent's, of the averaged student where there is one; predictions come in the order of the rows."""
         averaged = self.averaged.in_place(self.accelerator) if self.averaged is not None else contextlib.nullcontext()
-        with averaged, self._without_idle_engine(), self.loss_log.paused():
+        with averaged, without_idle_engine(self), self.loss_log.paused():
             self.feed.begin_evaluation()
             output = super().evaluation_loop(dataloader, *args, **kwargs)
             output = self.feed.end_evaluation(output, dataloader.dataset, self.accelerator)
@@ -256,18 +267,6 @@ class ScaleKDTrainer(Trainer):
         loss, logits, labels = super().prediction_step(model, self.feed.evaluation_inputs(inputs), *args, **kwargs)
         self.feed.add_evaluated(loss, labels)
         return loss, logits, labels
-
-    @contextlib.contextmanager
-    def _without_idle_engine(self) -> Iterator[None]:
-        """A model that was not trained is evaluated as it is: engines want an optimiser, too."""
-        engines = self.is_deepspeed_enabled, self.is_fsdp_enabled
-        if any(engines) and not engine_runs(self):
-            self.is_deepspeed_enabled = self.is_fsdp_enabled = False
-            cast(nn.Module, self.model).to(self.args.device)
-        try:
-            yield
-        finally:
-            self.is_deepspeed_enabled, self.is_fsdp_enabled = engines
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student as `from_pretrained` loads it, whole and in full precision; every process must call it.
@@ -288,9 +287,10 @@ class ScaleKDTrainer(Trainer):
         self.store_flos()
         self.checkpoints.synchronise_average(self.accelerator)
         parent, is_last = Path(self._get_output_dir(trial)), self.stopping.stopped
-        with self.loss_log.paused(), self.run_folder.new_checkpoint(parent, self.state, is_last) as folder:
+        position, agree = self.checkpoints.position(self, self.stopping.evaluation_is_due), self.stopping.first_failure
+        with self.loss_log.paused(), self.run_folder.new_checkpoint(parent, self.state, is_last, agree) as folder:
             super()._save_checkpoint(model, folder.parent)
-            self.checkpoints.write_beside_student(folder, self.distiller, self.state.global_step, self.train_dataset)
+            self.checkpoints.write_beside_student(folder, self.distiller, position)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(trial) if isinstance(trial, Path) else super()._get_output_dir(trial)
@@ -318,9 +318,9 @@ class ScaleKDTrainer(Trainer):
             self.hub_model_id = self.publisher.create(token, private)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write README.md, training_config.yaml, results.json and curves.png into `output_dir`; see `card_facts`."""
+        """Write README.md, training_config.yaml, results.json and curves.png into `output_dir`; see `describe_run`."""
         if self.is_world_process_zero():
-            self.publisher.describe(card_facts(self, *args, **kwargs), self.state.log_history)
+            describe_run(self, *args, **kwargs)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -333,7 +333,7 @@ class ScaleKDTrainer(Trainer):
     ) -> CommitInfo | None:
         """Save the student, describe it, and push both, see `Publisher.push`; every process must call it.
 
-        A trainer that has trained nothing, over a folder with a student, pushes what it holds. `card` is for `card_facts`.
+        A trainer that has trained nothing, over a folder with a student, pushes what it holds. `card` is for `describe_run`.
         """
         is_saved = self.state.global_step == 0 and (self.publisher.folder / STUDENT_FILE).exists()
         self.accelerator.wait_for_everyone()  # everyone has looked before the first process writes
@@ -345,6 +345,6 @@ class ScaleKDTrainer(Trainer):
         if self.hub_model_id is None or revision not in (None, self.args.hub_revision):
             self.hub_model_id = self.publisher.create(token, private, revision)
         self.publisher.repo = self.hub_model_id
-        if not is_saved:
+        if not is_saved or self.publisher.is_described() is False:  # a run that died before it wrote its card
             self.create_model_card(**card)
         return self.publisher.push(str(commit_message), blocking, token, revision)
