@@ -48,6 +48,9 @@ BORROWED = {
         "Trainer._push_from_checkpoint": "a checkpoint is pushed before it is whole",
         "Trainer._load_from_checkpoint": "a run does not go on from its weights",
         "Trainer._load_best_model": "the best model is not loaded at the end",
+        "Trainer._evaluate": "an evaluation that a signal cut short is not made up for",
+        "Trainer._determine_best_metric": "one that was made up for takes no part in choosing the best model",
+        "Trainer._load_rng_state": "after one that was made up for, random numbers are others",
     },
 }
 

@@ -67,23 +67,6 @@ def test_a_second_ctrl_c_ends_at_once_and_one_that_a_launcher_repeats_does_not(m
         stopping._cancel()
 
 
-def test_sigterm_in_an_evaluation_is_answered_before_its_next_batch(tmp_path, shards):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    trainer = trainer_for(whole, shards, **EVALUATING)
-    trainer.train()
-    strike = {"how": signal.SIGTERM, **EVALUATING}
-    for step in (3, 9):  # the second call resumes, and is struck in the last evaluation, which no step follows
-        outcome = in_child(tmp_path, lambda: train(stopped, shards, at=("evaluation", step), **strike))  # noqa: B023
-        assert outcome.status == 75 and outcome.text.count("struck") == 1, outcome.text[-3000:]
-        assert (stopped / f"checkpoint-{step}").exists()
-    resumed = trainer_for(stopped, shards, **EVALUATING)
-    resumed.train()
-    assert resumed.state.global_step == 9
-    for ended, module in ((trainer.model, resumed.model), (trainer.averaged.average, resumed.averaged.average)):
-        for name, tensor in ended.state_dict().items():
-            assert torch.equal(module.state_dict()[name], tensor), name
-
-
 @pytest.mark.parametrize("stopped_before", some_slow([4, 0], 1))
 def test_sigterm_in_the_evaluation_before_the_first_step_keeps_the_checkpoint(tmp_path, shards, stopped_before):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
