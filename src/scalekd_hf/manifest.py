@@ -26,12 +26,16 @@ def seal(folder: Path) -> None:
         folder: whole, and not yet in its place: a machine that loses power does not lose what is in a sealed one.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST_FILE)
-    with ThreadPoolExecutor(THREADS) as pool:
-        described = dict(
-            zip([file.relative_to(folder).as_posix() for file in files], pool.map(_sealed, files), strict=True)
-        )
+    with ThreadPoolExecutor(2 * THREADS) as pool:  # they are read from memory while the disk is waited for
+        flushed, described = [pool.submit(_flush, file) for file in files], list(pool.map(_size_and_digest, files))
+        for file in flushed:
+            file.result()
+    names = [file.relative_to(folder).as_posix() for file in files]
     manifest = folder / MANIFEST_FILE
-    manifest.write_text(json.dumps({"algorithm": ALGORITHM, "files": described}, indent=1), encoding="utf-8")
+    manifest.write_text(
+        json.dumps({"algorithm": ALGORITHM, "files": dict(zip(names, described, strict=True))}, indent=1),
+        encoding="utf-8",
+    )
     _flush(manifest)
 
 
@@ -92,8 +96,7 @@ def _read(folder: Path) -> dict[str, tuple[int, str]]:
     return {str(name): (int(size), str(code)) for name, (size, code) in manifest["files"].items()}
 
 
-def _sealed(file: Path) -> tuple[int, str]:
-    _flush(file)
+def _size_and_digest(file: Path) -> tuple[int, str]:
     return file.stat().st_size, digest(file, xxhash.xxh3_128())
 
 
