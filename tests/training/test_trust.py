@@ -1,5 +1,6 @@
 """Damage is found before anything of it is loaded, and what a run lacks when it is stopped is there when it has gone on."""
 
+import os
 import resource
 import shutil
 import signal
@@ -101,6 +102,20 @@ def test_the_log_of_a_resumed_run_is_that_of_the_whole_one(tmp_path, whole, shar
     assert len(told[0]) == 4 and told[0][1]["loss"] > 0
     assert told[0] == told[1] and output.training_loss == resumed.training_loss == history[-1]["train_loss"]
     assert output.training_loss == pytest.approx(sum(entry["loss"] for entry in history[:3]) / 3, rel=1e-6)
+
+
+def test_a_clock_that_was_set_back_does_not_have_the_newest_checkpoint_removed(tmp_path, whole, shards):
+    shutil.copytree(whole[0] / "checkpoint-8", before := tmp_path / "checkpoint-8")
+    os.utime(before, (time.time() + 1e5,) * 2)
+    train(tmp_path, shards, resume=True, save_total_limit=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
+
+
+@pytest.mark.parametrize("folder", ["a file", "a file/run", "n" * 300, "zero\0"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, shards, folder):
+    (tmp_path / "a file").touch()
+    with pytest.raises(ValueError, match="`output_dir` .* cannot be written"):
+        trainer_for(tmp_path / folder, shards)
 
 
 def evaluations(trainer):

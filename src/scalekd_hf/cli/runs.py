@@ -11,7 +11,7 @@ from ..publishing.publisher import RESULTS_FILE, Publisher
 from ..tools.recipe import resolved
 from ..training.config import ScaleKDConfig
 from ..training.config_checks import check_processes
-from ..training.run_folder import check_output_dir, finished, interrupted, last_checkpoint
+from ..training.run_folder import check_output_dir, check_writable, finished, interrupted, last_checkpoint
 from ..training.settings import run_settings
 from ..training.trainer import ScaleKDTrainer
 
@@ -32,6 +32,8 @@ def resume_or_refuse(*configs: ScaleKDConfig) -> None:
             alone.
     """
     check_processes(configs[0])
+    if configs[0].should_save:
+        check_writable(str(configs[0].output_dir))
     if any(interrupted(str(config.output_dir), run_settings(config)) for config in configs):
         if configs[0].process_index == 0:
             print(f"The run in {configs[0].output_dir} was stopped before its end: it is resumed.")

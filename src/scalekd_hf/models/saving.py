@@ -81,10 +81,22 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
         student: what to save.
         folder: made where it does not exist; a student in it is replaced once the new one is whole.
         state_dict: full weights by the names of `student.model`, where the module's own are sharded.
+
+    Raises:
+        OSError: it cannot be written. A student that was there before is as it was.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state_dict = student.model.state_dict() if state_dict is None else state_dict
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(student, folder, student.model.state_dict() if state_dict is None else state_dict)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The student cannot be written into {str(folder)!r} ({error}); what was there is as it was. Make room, or choose another "
+            "folder, and save it once more; after the process has ended, resume from the last checkpoint."
+        ) from error
+
+
+def _save(student: Student, folder: Path, state_dict: dict[str, Tensor]) -> None:
     for left in folder.glob(f"{UNFINISHED}*"):  # by a process that died here
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as name:

@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -100,9 +101,8 @@ class Publisher:
         """
         file, card = self.folder / RESULTS_FILE, self.folder / "README.md"
         results = (json.loads(file.read_text()) if file.exists() else {}) | facts.results
-        curves = draw_curves(history, self.folder / "_curves.png")
-        if curves:
-            (self.folder / "_curves.png").replace(self.folder / "curves.png")
+        with _whole(self.folder / "curves.png") as unfinished:
+            curves = draw_curves(history, unfinished)
         if card.exists() and MARK not in card.read_text():
             logger.warning("%r was changed by somebody: it stays as it is.", str(card))
         else:
@@ -209,10 +209,21 @@ def _weights_line(folder: Path) -> str:
     return f"# {WEIGHTS_FILE}: sha256 {digest(file, hashlib.sha256())}\n" if file.exists() else ""
 
 
-def _write(file: Path, text: str) -> None:
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """A file to write instead, which takes the place of `file` once it is whole."""
     unfinished = file.with_name(f"_{file.name}")
-    unfinished.write_text(text, encoding="utf-8", newline="\n")
-    unfinished.replace(file)
+    try:
+        yield unfinished
+        if unfinished.exists():
+            unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write(file: Path, text: str) -> None:
+    with _whole(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _link(files: list[Path], folder: Path) -> list[Path]:

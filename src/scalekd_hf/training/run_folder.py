@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,7 @@ from ..models.saving import STUDENT_FILE, broken_file
 from ..publishing.publisher import RESULTS_FILE
 
 
-__all__ = ["RunFolder", "check_output_dir", "finished", "interrupted", "last_checkpoint"]
+__all__ = ["RunFolder", "check_output_dir", "check_writable", "finished", "interrupted", "last_checkpoint"]
 
 # Names that begin with `_` are never pushed to the Hub.
 LOCK_FILE = "_lock"
@@ -102,9 +104,14 @@ class RunFolder:
         """Leave word that the same command is to resume this run."""
         if self.args.should_save:
             file, checkpoint = self.path / INTERRUPTED_FILE, last_checkpoint(self.path)
-            unfinished, step = file.with_suffix(".part"), int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-            unfinished.write_text(json.dumps({"step": step, "settings": self.settings}, indent=2))
-            unfinished.replace(file)
+            unfinished, step = file.with_suffix(".part"), _step(Path(checkpoint)) if checkpoint else 0
+            try:
+                unfinished.write_text(json.dumps({"step": step, "settings": self.settings}, indent=2))
+                unfinished.replace(file)
+            except OSError as error:
+                logger.warning(
+                    "No word is left in %r (%s): give `resume_from_checkpoint=True`.", str(self.path), error
+                )
 
     def forget_interruption(self) -> None:
         """The run has ended, or another begins."""
@@ -176,6 +183,7 @@ class RunFolder:
         finally:
             self.args.save_only_model = only_model
         if self.args.should_save:
+            _make_latest(place)
             rotate_checkpoints(str(parent), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
     @contextmanager
@@ -206,6 +214,20 @@ class RunFolder:
             for left in (parent / UNFINISHED_FOLDER, *parent.glob(f"{REPLACED}*")):
                 shutil.rmtree(left, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse an output folder that nothing can be written into, before any work is done; it is made where it does not exist.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # the latter of a name with a zero byte
+        raise ValueError(f"`output_dir` {str(folder)!r} cannot be written: {error}. Choose another folder.") from error
 
 
 def check_output_dir(folder: str | Path, overwrite: bool) -> list[Path]:
@@ -263,6 +285,13 @@ def _step(checkpoint: Path) -> int:
     """That a checkpoint was written after, 0 of another folder."""
     number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else 0
+
+
+def _make_latest(checkpoint: Path) -> None:
+    """Have no other checkpoint look younger, as where a clock was set back: the oldest are removed."""
+    others = [path.stat().st_mtime for path in checkpoint.parent.glob("checkpoint-*") if path != checkpoint]
+    if (latest := max(others, default=0.0)) >= checkpoint.stat().st_mtime:
+        os.utime(checkpoint, (latest + 1, latest + 1))
 
 
 def _move(unfinished: Path, place: Path) -> None:

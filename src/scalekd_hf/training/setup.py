@@ -28,6 +28,7 @@ from .model import ScaleKDModel, build_model
 from .optimization import timm_optimizer
 from .precision import autocast_under_engines
 from .refused import check_arguments
+from .run_folder import check_writable
 
 
 __all__ = ["Setup", "set_up"]
@@ -70,6 +71,8 @@ def set_up(
     if not isinstance(args, ScaleKDConfig):
         raise ValueError(f"`args` must be a `ScaleKDConfig`, got a `{type(args).__name__}`.")
     check_processes(args)
+    if args.should_save:
+        check_writable(str(args.output_dir))
     # The caller's may be for other runs, too; each needs a DeepSpeed plugin of its own.
     args = copy.copy(args) if args.deepspeed_plugin is None else dataclasses.replace(args)
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
