@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from helpers import settings, small_student, some_slow
-from processes import in_child, in_processes
+from processes import in_child, in_processes, run_script
 from stopped_runs import EVALUATING, result, train, trainer_for
 from transformers import TrainerCallback
 
@@ -192,3 +192,9 @@ def test_a_run_that_died_before_it_wrote_its_card_gets_it_when_it_is_resumed(tmp
     assert trainer.publisher.is_described() is True
     damaged(tmp_path / "run" / "model.safetensors", "bit")  # another student
     assert trainer.publisher.is_described() is False
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_at_random_times_end_as_if_they_had_not_been():
+    outcome = run_script("benchmarks/faults.py", "--kills", "4")
+    assert outcome.returncode == 0 and "0 lost; 0 of " in outcome.stdout, outcome.stdout + outcome.stderr
