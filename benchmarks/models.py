@@ -15,8 +15,8 @@ stages and strides that the library states, and the verdict:
 in another order: there are none. The others are not given out, or have passed a norm or a convolution more.
 
 Of teachers, a line says between which modules the last stage lies, and how far it is, applied to the teacher's own tokens, from its
-own last map, as a share of the map's largest value. With --steps a small student learns from each for two steps, and the line says how
-many of the loss terms fell.
+own last map, as a share of the map's largest value. With --steps a small student learns from each for two steps, once its BatchNorms have
+seen random images, and the line says how many of the loss terms fell.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def taught(build: Callable[[], nn.Module], largest: float, steps: bool) -> tuple
             return "left out", f"{millions:.0f} M parameters", "", ""
         torch.manual_seed(0)
         teacher = load_teacher(build())
-        fallen = falling(teacher) if steps else ""
+        fallen = falling(settled(teacher)) if steps else ""
     except ImportError as error:
         return "left out", str(error).strip().splitlines()[0], "", ""
     except Exception as error:  # the table holds whatever is refused
@@ -107,6 +107,19 @@ def taught(build: Callable[[], nn.Module], largest: float, steps: bool) -> tuple
     side = teacher.spec.size[0]
     taps = ", ".join(f"{tap.module} /{side / tap.grid[0]:.3g}" for tap in teacher.taps)
     return "exact", taps, fallen, f"{teacher.deviation:.0e}"
+
+
+@torch.no_grad()
+def settled(teacher: Teacher) -> Teacher:
+    """A teacher whose BatchNorms know images, as those of trained ones do: with fresh statistics some give out maps of zeros."""
+    norms = [module for module in teacher.model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    if norms:
+        teacher(torch.randn(8, 3, *teacher.spec.size))
+    teacher.eval()
+    return teacher
 
 
 def falling(teacher: Teacher) -> str:
