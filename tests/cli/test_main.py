@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT
+from processes import run_module
 from transformers import TrainingArguments
 
 from scalekd_hf import ScaleKDConfig
@@ -173,11 +174,11 @@ def test_all_packages_and_files_are_in_the_wheel():
     assert shipped_folder().samefile(ROOT / "recipes")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [["--cpu"], ["--config_file", "recipes/accelerate/zero2.yaml"]], ids=["ddp", "zero2"])
-def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch, kind):
+@pytest.mark.slow  # without an engine: tests/cli/test_pages.py
+def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    words = ["--num_processes", "2", "--max_steps", "2", "--baseline", "false", "--use_cpu", *kind]
+    words = ["--num_processes", "2", "--max_steps", "2", "--baseline", "false", "--use_cpu"]
+    words += ["--config_file", "recipes/accelerate/zero2.yaml"]
     result = scalekd("quickstart", *words, "--output_dir", tmp_path / "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     resolved = yaml.safe_load((tmp_path / "run" / "config_resolved.yaml").read_text())
@@ -197,8 +198,7 @@ def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch, k
 @pytest.mark.slow
 def test_the_launcher_says_how_a_process_ended_and_no_more(tmp_path, status, said, returned):
     (tmp_path / "it.py").write_text(f"import os, sys, time\nos.environ['RANK'] == '1' and {status}\ntime.sleep(60)\n")
-    words = [sys.executable, "-m", "scalekd_hf.cli.launcher", "--num_processes", "2", tmp_path / "it.py"]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    ended = run_module("scalekd_hf.cli.launcher", "--num_processes", 2, tmp_path / "it.py")
     assert ended.returncode == returned and ended.stderr.startswith(said) and ended.stderr.count("\n") == bool(said)
 
 
@@ -228,7 +228,8 @@ def test_one_process_keeps_its_threads_and_its_status(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_student_is_trained_alone_is_made_up_for_by_the_same_command(tmp_path):
+def test_ctrl_c_while_the_student_is_trained_alone_is_made_up_for_by_the_same_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = [
         sys.executable,
         "-u",
@@ -241,12 +242,12 @@ def test_ctrl_c_while_the_student_is_trained_alone_is_made_up_for_by_the_same_co
         "1",
     ]
     words += ["--disable_tqdm", "true", "--use_cpu", "true", "--output_dir", "run"]
-    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         while not started.stdout.readline().startswith("step 2/30"):
             assert started.poll() is None
         started.send_signal(signal.SIGINT)
         assert "goes on from the checkpoint" in started.communicate(timeout=60)[1] and started.returncode == 130
-    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    again = run_module(*words[words.index("scalekd_hf.cli.main") :])
     assert again.returncode == 0, again.stderr[-3000:]
     steps = re.findall(r"^step (\d+)/30 \| loss", again.stdout, re.MULTILINE)
     assert (
@@ -267,7 +268,8 @@ def test_a_plan_counts_processes_without_starting_them(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.slow
-def test_the_training_configuration_gives_the_same_student_again(tmp_path):
+def test_the_training_configuration_gives_the_same_student_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = [
         "--max_steps",
         "4",
@@ -287,11 +289,11 @@ def test_the_training_configuration_gives_the_same_student_again(tmp_path):
         "--bf16",
         "true",
     ]
-    first = scalekd("quickstart", *words, "--output_dir", "first", cwd=tmp_path)
+    first = run_module("scalekd_hf.cli.main", "quickstart", *words, "--output_dir", "first")
     assert first.returncode == 0, first.stderr[-3000:]
     file = tmp_path / "first" / "training_config.yaml"
     assert "recipes/models/quickstart_teacher" in file.read_text() and str(ROOT) not in file.read_text()
-    again = scalekd("distill", file, "--output_dir", "again", cwd=tmp_path)
+    again = run_module("scalekd_hf.cli.main", "distill", file, "--output_dir", "again")
     assert again.returncode == 0, again.stderr[-3000:]
     students = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again")]
     assert students[0] == students[1]

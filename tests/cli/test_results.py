@@ -6,7 +6,8 @@ import sys
 from contextlib import nullcontext
 
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT
+from processes import run_script
 
 
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -183,9 +184,9 @@ def test_the_command_in_the_report_names_no_place_of_this_machine():
 @pytest.mark.slow
 def test_the_whole_command_in_small_trains_nothing_twice(tmp_path):
     output, report = tmp_path / "runs", tmp_path / "report.md"
-    words = ["python", "recipes/results.py", "--dataset", "tests/assets/digits", "--output_dir", output]
+    words = ["recipes/results.py", "--dataset", "tests/assets/digits", "--output_dir", output]
     words += ["--report", report, "--tables", 1, "--students", "mixer", "--seeds", 0, "--scale", 0.03]
-    first = run(*words)
+    first = run_script(*words)
     assert first.returncode == 0, first.stdout + first.stderr[-3000:]
     text = report.read_text()
     assert "| Mixer | " in text and report.with_suffix(".png").exists()
@@ -196,12 +197,12 @@ def test_the_whole_command_in_small_trains_nothing_twice(tmp_path):
     logs = {file: file.read_text() for file in output.glob("*.log")}
     assert len(logs) == 3
 
-    second = run(*words)
+    second = run_script(*words)
     assert second.returncode == 0 and "3 runs, 3 of them there already." in second.stdout
     assert {file: file.read_text() for file in output.glob("*.log")} == logs and report.read_text() == text
 
     (output / "mixer_logits_seed0" / "results.json").unlink()
     (output / "mixer_logits_seed0" / "model.safetensors").write_text("damaged")
-    third = run(*words)
+    third = run_script(*words)
     assert third.returncode == 1 and "FAILED: mixer_logits, seed 0" in third.stdout
     assert "| – |" in report.read_text()

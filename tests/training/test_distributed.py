@@ -10,9 +10,9 @@ import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import DIGITS, ROOT, TEACHER, run, settings, small_student, some_slow, timm_swin
+from helpers import DIGITS, ROOT, TEACHER, settings, small_student, some_slow, timm_swin
 from launched_runs import LAUNCH, TERMS, WAYS, result, train, use_fsdp2
-from processes import Started, free_port, in_processes
+from processes import Started, as_main, free_port, in_processes
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -202,19 +202,26 @@ def test_an_optimiser_of_deepspeeds_own_trains_and_resumes(tmp_path):
     ids=["distill", "evaluate"],
 )
 def test_processes_that_would_each_work_alone_are_refused(tmp_path, words):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    finished = run("python", *launch, *words, "--output_dir", tmp_path / "run")
-    assert finished.returncode == 1 and "2 processes were started, but without a GPU each would" in finished.stderr
+    for outcome in in_processes(tmp_path, as_main, *words, "--output_dir", tmp_path / "run", processes=2):
+        assert outcome.status == 1 and "2 processes were started, but without a GPU each would" in outcome.text
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_the_recipe_runs_to_its_end_under_zero3(tmp_path):
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "recipes/distill.py"]
-    words += ["recipes/configs/quickstart.yaml", "--baseline", "false", "--max_steps", "4", "--use_cpu"]
+def test_the_recipe_runs_to_its_end_under_zero3(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    words = [
+        "recipes/distill.py",
+        "recipes/configs/quickstart.yaml",
+        "--baseline",
+        "false",
+        "--max_steps",
+        "4",
+        "--use_cpu",
+    ]
     words += ["--eval_strategy", "no", "--ema_decay", "0.9", "--deepspeed", "recipes/accelerate/zero3.json"]
-    finished = run("python", *words, "--output_dir", tmp_path / "run", env={**os.environ, "DS_ACCELERATOR": "cpu"})
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    for outcome in in_processes(tmp_path, as_main, *words, "--output_dir", tmp_path / "run", processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["teacher"]["top1"] >= 0.93 and "top1" in results["student distilled"]
     assert "0.249 M parameters" in (tmp_path / "run" / "README.md").read_text()

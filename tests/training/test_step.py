@@ -4,8 +4,8 @@ import traceback
 
 import pytest
 import torch
-from helpers import images, run, settings, small_student, some_slow, timm_swin, timm_vit, transformers_swin
-from processes import in_child
+from helpers import images, settings, small_student, some_slow, timm_swin, timm_vit, transformers_swin
+from processes import in_child, run_script
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification, TrainerCallback
@@ -164,7 +164,7 @@ def _compile_and_count(teacher, name):
 @pytest.mark.slow
 def test_every_lever_computes_the_same_both_ways():
     words = ["--student", "timm/resnet18", "--teacher", "timm/vit_tiny_patch16_224", "--image_size", 64, "--batch", 2]
-    result = run("python", "benchmarks/levers.py", *words, "--rounds", 1, "--device", "cpu")
+    result = run_script("benchmarks/levers.py", *words, "--rounds", 1, "--device", "cpu")
     assert result.returncode == 0, result.stderr[-3000:]
     measured = [line.split()[0] for line in result.stdout.splitlines() if line.count("x") >= 1 and "%" in line]
     assert {"tail", "attention", "queries", "targets", "optimizer", "checkpointing"} <= set(measured)
