@@ -195,7 +195,7 @@ def tests(session: Session, part: str, seconds: float, *words: str) -> None:
     from xml.etree import ElementTree
 
     report = session.work / f"{part}.xml"
-    workers = 2 if session.rehearse else min(8, os.cpu_count() or 1)
+    workers = 0 if session.rehearse else min(8, os.cpu_count() or 1)  # of tiny models: importing takes longer
     pytest = ("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "-n", workers, f"--junitxml={report}")
     session.run(part, "tests", seconds, *pytest, *words)
     if not report.exists():

@@ -10,6 +10,7 @@ import yaml
 from accelerate import DistributedType
 from accelerate.state import PartialState
 from helpers import DIGITS, ROOT, settings, small_student, timm_swin
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from scalekd_hf import ScaleKDTrainer
@@ -109,3 +110,25 @@ def part_of(teacher):
 
 def result(folder):
     return json.loads((folder / "result.json").read_text())
+
+
+def assert_without_teacher(checkpoint, way):
+    """No file of a checkpoint of two processes under DeepSpeed has the teacher, nor has the optimiser anything of it."""
+    (folder,) = checkpoint.glob("global_step*")
+    for file in folder.glob("*model_states.pt"):
+        names = torch.load(file, weights_only=False)["module"]
+        assert names and all(name.startswith(("student.", "heads.")) for name in names)
+    trained = sum(tensor.numel() for tensor in weights_of(small_student().model, checkpoint))
+    states = [torch.load(file, weights_only=False) for file in folder.glob("*optim_states.pt")]
+    masters = [state["optimizer_state_dict"] for state in states]
+    kind = "fp32_flat_groups" if way == "zero3" else "single_partition_of_fp32_groups"
+    held = sum(group.numel() for master in masters for group in master[kind])
+    assert len(states) == 2 and trained <= held < trained + 200  # and a little padding
+
+
+def weights_of(student, checkpoint):
+    """The parameters of a student, and of the heads in a checkpoint."""
+    buffers = {"running_mean", "running_var", "num_batches_tracked"}
+    heads = load_file(checkpoint / "mimicking_heads.safetensors")
+    kept = [tensor for name, tensor in heads.items() if name.rsplit(".", 1)[-1] not in buffers]
+    return [*student.parameters(), *kept]
