@@ -260,10 +260,10 @@ def test_a_plan_counts_processes_without_starting_them(tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     for words in (["--num_processes", "8"], ["--config_file=recipes/accelerate/fsdp2.yaml"]):
         with pytest.raises(SystemExit, match="^0$"):
-            main(["plan", "swin_l_to_resnet50", *words])
+            main(["plan", "quickstart", *words])
         assert re.search(r"processes +8$", capsys.readouterr().out, re.MULTILINE)
     with pytest.raises(SystemExit, match="^2$"):
-        main(["plan", "swin_l_to_resnet50", "--config_file", "nowhere.yaml"])
+        main(["plan", "quickstart", "--config_file", "nowhere.yaml"])
     assert "`--config_file` is 'nowhere.yaml', which is no file" in capsys.readouterr().err
 
 
