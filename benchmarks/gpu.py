@@ -216,9 +216,10 @@ def tests(session: Session, part: str, seconds: float, *words: str) -> None:
 
 def step_words(session: Session, teacher: str, options: str = "", folder: Path | None = None) -> list[object]:
     """A call of benchmarks/step.py; without options, one that compiles what will be timed."""
-    modes = "--layout channels-last --compile default" + (" reduce-overhead" if teacher == "Swin-S" else "")
-    options_or_modes = options or modes
-    words = [*options_or_modes.split(), "--precision", "bf16", "--output", folder or session.work / f"warm {teacher}"]
+    modes = "default reduce-overhead" if teacher == "Swin-S" else "default"
+    modes *= not session.rehearse  # whose backend keeps no code on the disk
+    given = options or f"--layout channels-last --compile {modes}"
+    words = [*given.split(), "--precision", "bf16", "--output", folder or session.work / f"warm {teacher}"]
     if session.rehearse:
         return ["benchmarks/step.py", *SMALL, "--image_size", 64, *words, "--device", "cpu", "--rounds", 1]
     return ["benchmarks/step.py", "--teacher", SWIN[teacher], "--batch", 128, *words, "--rounds", 10 if options else 1]

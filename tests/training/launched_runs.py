@@ -64,12 +64,12 @@ def use_fsdp2():
     setup.check_processes = lambda args: None  # refuses FSDP on the CPU
 
 
-def tapped_student():
+def tapped_student(**changes):
     """Tapped where no ReLU has its input on the other side of 0 in two processes than in one."""
-    return small_student(taps=("stages.1", "stages.3.downsample.0"))
+    return small_student(taps=("stages.1", "stages.3.downsample.0"), **changes)
 
 
-def train(folder, way, batch=4, resume=None, streaming=False, student=tapped_student, **changes):
+def train(folder, way, batch=4, resume=None, streaming=False, student=tapped_student, teacher=timm_swin, **changes):
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     if way == "fsdp2":
@@ -79,7 +79,7 @@ def train(folder, way, batch=4, resume=None, streaming=False, student=tapped_stu
     options = {"per_device_train_batch_size": batch, "max_steps": 5, "optim": "sgd", "learning_rate": 0.02}
     options |= {"save_strategy": "steps", "save_steps": 2, **WAYS[way], **changes}
     torch.manual_seed(0)
-    trainer = ScaleKDTrainer(student(), timm_swin(), settings(folder, **options), data)
+    trainer = ScaleKDTrainer(student(), teacher(), settings(folder, **options), data)
     logits = set()
     trainer.distiller.student.register_forward_hook(lambda module, args, output: logits.add(str(output[2].dtype)))
     trainer.train(resume_from_checkpoint=resume)

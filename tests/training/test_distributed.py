@@ -10,8 +10,8 @@ import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import DIGITS, ROOT, TEACHER, settings, small_student, some_slow, timm_swin
-from launched_runs import LAUNCH, TERMS, WAYS, assert_without_teacher, result, train, use_fsdp2
+from helpers import DIGITS, ROOT, TEACHER, settings, small_student, some_slow, timm_swin, timm_vit
+from launched_runs import LAUNCH, TERMS, WAYS, assert_without_teacher, result, tapped_student, train, use_fsdp2
 from processes import Started, as_main, free_port, in_processes
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -92,6 +92,8 @@ def test_a_checkpoint_of_two_processes_starts_one_and_says_what_stays_behind(tmp
 @pytest.mark.parametrize("bf16", [False, True])
 def test_everything_together_under_ddp_equals_one_plain_process(tmp_path, bf16):
     plain = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "ema_decay": 0.9}
+    # What is compiled costs as its blocks are many.
+    plain |= {"student": lambda: tapped_student(depths=(1, 1, 1, 1)), "teacher": lambda: timm_vit(depth=2)}
     all_on = {
         "gradient_checkpointing": True,
         "torch_compile": True,
