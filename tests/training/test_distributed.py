@@ -93,7 +93,7 @@ def test_a_checkpoint_of_two_processes_starts_one_and_says_what_stays_behind(tmp
 def test_everything_together_under_ddp_equals_one_plain_process(tmp_path, bf16):
     plain = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "ema_decay": 0.9}
     # What is compiled costs as its blocks are many.
-    plain |= {"student": lambda: tapped_student(depths=(1, 1, 1, 1)), "teacher": lambda: timm_vit(depth=2)}
+    plain |= {"student": lambda: tapped_student(depths=(1, 1, 1, 1)), "teacher": lambda: timm_vit(depth=3)}
     all_on = {
         "gradient_checkpointing": True,
         "torch_compile": True,
