@@ -81,7 +81,8 @@ def train(folder, way, batch=4, resume=None, streaming=False, student=tapped_stu
     torch.manual_seed(0)
     trainer = ScaleKDTrainer(student(), teacher(), settings(folder, **options), data)
     logits = set()
-    trainer.distiller.student.register_forward_hook(lambda module, args, output: logits.add(str(output[2].dtype)))
+    if "torch_compile" not in options:  # which would compile all again for what the hook has added
+        trainer.distiller.student.register_forward_hook(lambda module, args, output: logits.add(str(output[2].dtype)))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -207,7 +207,7 @@ def test_an_optimiser_of_deepspeeds_own_trains_and_resumes(tmp_path):
 )
 def test_processes_that_would_each_work_alone_are_refused(tmp_path, words):
     for outcome in in_processes(tmp_path, as_main, *words, "--output_dir", tmp_path / "run", processes=2):
-        assert outcome.status == 1 and "2 processes were started, but without a GPU each would" in outcome.text
+        assert outcome.status == 2 and "2 processes were started, but without a GPU each would" in outcome.text
     assert not (tmp_path / "run").exists()
 
 
