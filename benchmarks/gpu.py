@@ -279,7 +279,7 @@ def results(session: Session, seconds: float) -> None:
     folder = session.work / "results"
     words = ["--dataset", session.args.data, "--output_dir", folder, "--report", session.work / "results.md"]
     words += ["--tables", 1, "--students", "resnet18", "--seeds", 0, "--train_split", "train", "--scale", 5]
-    session.run("results", "CIFAR-10", 20 if session.rehearse else seconds, "recipes/results.py", *words)
+    session.run("results", "CIFAR-10", 15 if session.rehearse else seconds, "recipes/results.py", *words)
     if (report := session.work / "results.md").exists():
         session.part("results")["report"] = report.read_text()
 
