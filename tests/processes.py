@@ -58,19 +58,38 @@ def in_child(folder, function, *arguments):
 
 def run_script(script, *words):
     """Run a script of the repository as a command would, in this folder; returns the finished process with its text."""
+    return _finished(as_main, script, *words)
+
+
+def run_module(name, *words):
+    """Run a module as `python -m` would, in this folder; returns the finished process with its text."""
+    return _finished(_as_module, name, *words)
+
+
+def _finished(function, *words):
+    words = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as folder:
-        started = Started(folder, _as_main, script, [str(word) for word in words], Path(folder, "errors.txt"))
-        (outcome,) = started.wait()
-        errors = Path(folder, "errors.txt").read_text()
-    return subprocess.CompletedProcess([script, *words], outcome.status, outcome.text, errors)
+        errors = Path(folder, "errors.txt")
+        (outcome,) = in_processes(folder, _with_errors_apart, errors, function, *words)
+        return subprocess.CompletedProcess(words, outcome.status, outcome.text, errors.read_text())
 
 
-def _as_main(script, words, errors):
-    output = os.open(errors, os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 2)
-    sys.argv = [script, *words]
+def _with_errors_apart(file, function, *words):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
+    function(*words)
+
+
+def as_main(script, *words):
+    """Be a script of the repository with these words, in a process of its own."""
+    sys.argv = [script, *map(str, words)]
     sys.path.insert(0, str((ROOT / script).parent))
     runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def _as_module(name, *words):
+    sys.argv = [name, *words]
+    sys.modules.pop(name, None)  # of which runpy would warn
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _child(rank, processes, port, file, function, arguments):

@@ -85,8 +85,10 @@ def test_recipe_as_a_command_of_two_processes(tmp_path):
     """The file is called as the package `evaluate` is, which it hides from scripts beside it."""
     words = [TEACHER, "--eval_files", DIGITS / "test-*.parquet", "--use_cpu", "--output_dir"]
     launch = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, RECIPE]
-    for name, command in (("one", ["python", RECIPE]), ("two", launch)):
-        finished = run(*command, *words, tmp_path / name)
+    for name in ("one", "two"):
+        finished = (
+            run(*launch, *words, tmp_path / name) if name == "two" else run_script(RECIPE, *words, tmp_path / name)
+        )
         assert finished.returncode == 0, finished.stdout + finished.stderr
         assert finished.stdout.count("images/s of the forward pass alone") == 1
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text())[0] for name in ("one", "two"))

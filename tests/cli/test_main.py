@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT
+from processes import in_processes, run_module
 from transformers import TrainingArguments
 
 from scalekd_hf import ScaleKDConfig
@@ -173,20 +174,21 @@ def test_all_packages_and_files_are_in_the_wheel():
     assert shipped_folder().samefile(ROOT / "recipes")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [["--cpu"], ["--config_file", "recipes/accelerate/zero2.yaml"]], ids=["ddp", "zero2"])
-def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch, kind):
+@pytest.mark.slow  # without an engine: tests/cli/test_pages.py
+def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    words = ["--num_processes", "2", "--max_steps", "2", "--baseline", "false", "--use_cpu", *kind]
-    result = scalekd("quickstart", *words, "--output_dir", tmp_path / "run", cwd=tmp_path)
+    launcher = ["--num_processes", "2", "--config_file", "recipes/accelerate/zero2.yaml"]
+    words = ["quickstart", "--max_steps", "2", "--baseline", "false", "--use_cpu"]
+    result = scalekd(*words, *launcher, "--output_dir", tmp_path / "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     resolved = yaml.safe_load((tmp_path / "run" / "config_resolved.yaml").read_text())
     assert os.path.isabs(resolved["teacher"]) and resolved["max_steps"] == 2
     assert "student distilled" in result.stdout
     assert "2 CPU processes" in (tmp_path / "run" / "README.md").read_text()
-    refused = scalekd("quickstart", *words, "--penultimate_num_heads", "7", "--output_dir", "other", cwd=tmp_path)
-    lines = [line for line in refused.stderr.splitlines() if line and "real_accelerator" not in line]
-    assert refused.returncode == 2 and len(lines) == 2 and all("7 heads" in line for line in lines), refused.stderr
+    words += ["--penultimate_num_heads", "7", "--output_dir", str(tmp_path / "other")]
+    for refused in in_processes(tmp_path, main, words, processes=2):  # the launcher adds nothing: see below
+        said = [line for line in refused.text.splitlines() if line and not line.startswith("The student with its")]
+        assert refused.status == 2 and len(said) == 1 and "7 heads" in said[0], refused.text
 
 
 @pytest.mark.parametrize(
@@ -197,8 +199,7 @@ def test_two_processes_start_by_options_of_the_launcher(tmp_path, monkeypatch, k
 @pytest.mark.slow
 def test_the_launcher_says_how_a_process_ended_and_no_more(tmp_path, status, said, returned):
     (tmp_path / "it.py").write_text(f"import os, sys, time\nos.environ['RANK'] == '1' and {status}\ntime.sleep(60)\n")
-    words = [sys.executable, "-m", "scalekd_hf.cli.launcher", "--num_processes", "2", tmp_path / "it.py"]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    ended = run_module("scalekd_hf.cli.launcher", "--num_processes", 2, tmp_path / "it.py")
     assert ended.returncode == returned and ended.stderr.startswith(said) and ended.stderr.count("\n") == bool(said)
 
 
@@ -228,7 +229,8 @@ def test_one_process_keeps_its_threads_and_its_status(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_student_is_trained_alone_is_made_up_for_by_the_same_command(tmp_path):
+def test_ctrl_c_while_the_student_is_trained_alone_is_made_up_for_by_the_same_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = [
         sys.executable,
         "-u",
@@ -241,12 +243,12 @@ def test_ctrl_c_while_the_student_is_trained_alone_is_made_up_for_by_the_same_co
         "1",
     ]
     words += ["--disable_tqdm", "true", "--use_cpu", "true", "--output_dir", "run"]
-    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         while not started.stdout.readline().startswith("step 2/30"):
             assert started.poll() is None
         started.send_signal(signal.SIGINT)
         assert "goes on from the checkpoint" in started.communicate(timeout=60)[1] and started.returncode == 130
-    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    again = run_module(*words[words.index("scalekd_hf.cli.main") :])
     assert again.returncode == 0, again.stderr[-3000:]
     steps = re.findall(r"^step (\d+)/30 \| loss", again.stdout, re.MULTILINE)
     assert (
@@ -259,15 +261,16 @@ def test_a_plan_counts_processes_without_starting_them(tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     for words in (["--num_processes", "8"], ["--config_file=recipes/accelerate/fsdp2.yaml"]):
         with pytest.raises(SystemExit, match="^0$"):
-            main(["plan", "swin_l_to_resnet50", *words])
+            main(["plan", "quickstart", *words])
         assert re.search(r"processes +8$", capsys.readouterr().out, re.MULTILINE)
     with pytest.raises(SystemExit, match="^2$"):
-        main(["plan", "swin_l_to_resnet50", "--config_file", "nowhere.yaml"])
+        main(["plan", "quickstart", "--config_file", "nowhere.yaml"])
     assert "`--config_file` is 'nowhere.yaml', which is no file" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_training_configuration_gives_the_same_student_again(tmp_path):
+def test_the_training_configuration_gives_the_same_student_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = [
         "--max_steps",
         "4",
@@ -287,11 +290,11 @@ def test_the_training_configuration_gives_the_same_student_again(tmp_path):
         "--bf16",
         "true",
     ]
-    first = scalekd("quickstart", *words, "--output_dir", "first", cwd=tmp_path)
+    first = run_module("scalekd_hf.cli.main", "quickstart", *words, "--output_dir", "first")
     assert first.returncode == 0, first.stderr[-3000:]
     file = tmp_path / "first" / "training_config.yaml"
     assert "recipes/models/quickstart_teacher" in file.read_text() and str(ROOT) not in file.read_text()
-    again = scalekd("distill", file, "--output_dir", "again", cwd=tmp_path)
+    again = run_module("scalekd_hf.cli.main", "distill", file, "--output_dir", "again")
     assert again.returncode == 0, again.stderr[-3000:]
     students = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again")]
     assert students[0] == students[1]

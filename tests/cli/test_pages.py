@@ -15,7 +15,7 @@ from datasets import load_dataset
 from helpers import DIGITS, ROOT, TEACHER, small_student
 from hub_server import WRITE
 from PIL import Image
-from test_main import scalekd
+from processes import run_module
 from torch.utils.data import DataLoader
 
 from scalekd_hf import load_student
@@ -34,6 +34,7 @@ RUN = {  # blocks that are run elsewhere, by page and place in it
     ("docs/own_photos.md", 0): "the folder that the test makes",
     ("docs/results.md", 0): "tests/cli/test_results.py",
 }
+SCALEKD = "scalekd_hf.cli.main"
 RESNET18 = '"timm/resnet18", num_classes=10, image_size=32, channels=(8, 16, 24, 32)'
 
 
@@ -136,7 +137,7 @@ def test_the_readmes_python_trains_and_loads(tmp_path, monkeypatch):
 @runs("README.md", 0, 3)
 def test_the_readmes_commands(here, my_pair, capsys):
     install, quickstart = blocks("README.md")[0].strip().split(" && ")
-    assert install == "pip install -e ."
+    assert (install, quickstart) == ("pip install -e .", "scalekd quickstart")
     for words in (shlex.split(quickstart)[1:] + ["--max_steps", "2"], *commands(blocks("README.md")[3])):
         main([*words, "--use_cpu", "true", "--overwrite_output_dir", "true"])
     assert capsys.readouterr().out.count("student distilled") == 2
@@ -149,8 +150,10 @@ def test_the_readmes_commands(here, my_pair, capsys):
 
 @pytest.mark.slow
 @runs("README.md", 4)
+@runs("docs/index.md", 3)
 @runs("docs/recipes.md", 0, 1)
 def test_plans_on_the_pages(capsys):
+    assert commands(blocks("docs/index.md")[3]) == commands(blocks("README.md")[4])
     words = [*commands(blocks("README.md")[4]), *(w for b in blocks("docs/recipes.md") for w in commands(b))]
     assert len(words) == 4 and [w[0] for w in words] == ["plan", "plan", "distill", "plan"]
     for command in words:
@@ -159,22 +162,19 @@ def test_plans_on_the_pages(capsys):
         assert "projectors" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-@runs("docs/index.md", 0, 2, 3)
-def test_first_steps(here, my_pair, capsys):
+@runs("docs/index.md", 0, 2)
+def test_first_steps(capsys):
     page = blocks("docs/index.md")
-    assert commands(page[0]) == [["quickstart"]] and page[0].startswith("pip install -e .\n")
-    main([*commands(page[0])[0], "--max_steps", "2", "--use_cpu", "true"])  # the whole: benchmarks/quickstart.py
+    assert page[0].split("\n")[:2] == blocks("README.md")[0].strip().split(" && ")  # run above
     for words in commands(page[2]):
         main(words)
     assert "swin_l_to_resnet50" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="^0$"):
-        main(commands(page[3])[0])
 
 
 @pytest.mark.slow
 @runs("docs/own_photos.md", 1, 2, 3, 4, 5, 6)
-def test_the_page_on_own_photos_from_teacher_to_export(photos):
+def test_the_page_on_own_photos_from_teacher_to_export(photos, monkeypatch):
+    monkeypatch.chdir(photos)
     small = {"teacher": {"model": "timm/swin_tiny_patch4_window7_224"}, "pair": {"student_pretrained": False}}
     swin = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}
     small["teacher"] |= {"model_args": {**swin, "patch_size": 2}, "pretrained": False, "num_train_epochs": 1}
@@ -189,7 +189,7 @@ def test_the_page_on_own_photos_from_teacher_to_export(photos):
     assert [words[0] for words in typed] == ["train-teacher", "plan", "distill", "evaluate", "export"]
     said = {}
     for words in typed:
-        result = scalekd(*words, cwd=photos)
+        result = run_module(SCALEKD, *words)
         assert result.returncode == 0, (words, result.stderr[-3000:])
         said[words[0]] = result.stdout
     results = json.loads((photos / "student" / "results.json").read_text())
@@ -233,7 +233,7 @@ def test_evaluations_and_exports_on_the_pages(here, capsys):
     main(folder)
     known = {"timm/resnet50.a1_in1k": "outputs/my_pair", "--benchmark": "--eval_files", "--bf16": "--use_cpu"}
     known |= {"imagenet-1k": "data/val-*.parquet", "8": "2"}
-    result = scalekd(*replaced(many, known), "--cpu", "--output_dir", "many", cwd=here)
+    result = run_module(SCALEKD, *replaced(many, known), "--cpu", "--output_dir", "many")
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads((here / place / "evaluation.json").read_text()) for place in ("evaluation/my_pair", "many")]
     assert [row["images"] for row in rows[0]] == [360, 360] and rows[0][1]["top1"] == rows[1][0]["top1"]
@@ -306,9 +306,10 @@ def test_the_command_for_many_gpus_starts_as_many_processes(here):
     (words,) = commands(blocks("docs/distributed.md")[0])
     place = words.index("--config_file")  # of FSDP2, which the Trainer runs on GPUs alone
     del words[place : place + 2]
-    result = scalekd(*replaced(words, {"20": "2", "10": "2"}), "--cpu", "--use_cpu", cwd=here)
+    result = run_module(SCALEKD, *replaced(words, {"20": "2", "10": "2"}), "--cpu", "--use_cpu")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "student distilled" in result.stdout
+    assert "2 CPU processes" in (here / "outputs/quickstart/README.md").read_text()
 
 
 def test_no_block_of_the_pages_is_left_out():

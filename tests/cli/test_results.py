@@ -5,8 +5,10 @@ import shlex
 import sys
 from contextlib import nullcontext
 
+import datasets
 import pytest
-from helpers import ROOT, run
+from helpers import DIGITS, ROOT
+from processes import run_script
 
 
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -182,10 +184,15 @@ def test_the_command_in_the_report_names_no_place_of_this_machine():
 
 @pytest.mark.slow
 def test_the_whole_command_in_small_trains_nothing_twice(tmp_path):
-    output, report = tmp_path / "runs", tmp_path / "report.md"
-    words = ["python", "recipes/results.py", "--dataset", "tests/assets/digits", "--output_dir", output]
+    output, report, data = tmp_path / "runs", tmp_path / "report.md", tmp_path / "digits"
+    data.mkdir()
+    for file in DIGITS.glob("train-*.parquet"):
+        (data / file.name).symlink_to(file)
+    test = datasets.Dataset.from_parquet(str(next(DIGITS.glob("test-00000-*.parquet"))))
+    test.select(range(60)).to_parquet(data / "test-00000-of-00001.parquet")  # which each run has to see often
+    words = ["recipes/results.py", "--dataset", data, "--output_dir", output]
     words += ["--report", report, "--tables", 1, "--students", "mixer", "--seeds", 0, "--scale", 0.03]
-    first = run(*words)
+    first = run_script(*words)
     assert first.returncode == 0, first.stdout + first.stderr[-3000:]
     text = report.read_text()
     assert "| Mixer | " in text and report.with_suffix(".png").exists()
@@ -196,12 +203,12 @@ def test_the_whole_command_in_small_trains_nothing_twice(tmp_path):
     logs = {file: file.read_text() for file in output.glob("*.log")}
     assert len(logs) == 3
 
-    second = run(*words)
+    second = run_script(*words)
     assert second.returncode == 0 and "3 runs, 3 of them there already." in second.stdout
     assert {file: file.read_text() for file in output.glob("*.log")} == logs and report.read_text() == text
 
     (output / "mixer_logits_seed0" / "results.json").unlink()
     (output / "mixer_logits_seed0" / "model.safetensors").write_text("damaged")
-    third = run(*words)
+    third = run_script(*words)
     assert third.returncode == 1 and "FAILED: mixer_logits, seed 0" in third.stdout
     assert "| – |" in report.read_text()

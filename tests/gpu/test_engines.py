@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from helpers import images, run, settings, small_student, timm_swin
-from processes import free_port
+from processes import as_main, free_port, in_processes
 from safetensors.torch import load_file
 from torch.export.passes import move_to_device_pass
 
@@ -16,6 +16,19 @@ from scalekd_hf.training.model import build_model
 
 
 pytestmark = pytest.mark.gpu
+
+
+def train(device, *words):
+    """One process on a card; two on a CPU, where Accelerate takes one for no group."""
+    words = ["tests/scripts/engine_run.py", *words]
+    if device.type == "cpu":
+        for outcome in in_processes(words[2], as_main, *words, processes=2):
+            assert outcome.status == 0, outcome.text[-3000:]
+        return
+    group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    environment = os.environ | {name: str(value) for name, value in {**group, "MASTER_PORT": free_port()}.items()}
+    finished = run("python", *words, env=environment)
+    assert finished.returncode == 0, finished.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +43,14 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("way", ["fsdp2", "zero2", "zero3"] if torch.cuda.is_available() else ["fsdp2"])
 def test_an_engine_trains_as_no_engine_does_and_resumes(tmp_path, device, plain, way):
     pytest.importorskip("deepspeed")
-    launch = ["python", "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--local-addr=127.0.0.1"]
-    environment = None
-    if device.type == "cuda":  # on a CPU, Accelerate takes one process for no group
-        launch = ["python"]
-        group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-        environment = os.environ | {name: str(value) for name, value in {**group, "MASTER_PORT": free_port()}.items()}
-    finished = run(*launch, "tests/scripts/engine_run.py", way, tmp_path, env=environment)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    train(device, way, tmp_path)
     engine = json.loads((tmp_path / way / "result.json").read_text())
     assert engine["kind"] == ("DistributedType.FSDP" if way == "fsdp2" else "DistributedType.DEEPSPEED")
     assert engine["logits"] == ["torch.bfloat16"]
     for first, second in zip(plain, engine["history"], strict=True):
         assert second["loss"] == pytest.approx(first["loss"], rel=5e-3)  # in bf16
     before = load_file(tmp_path / way / "model.safetensors")
-    finished = run(*launch, "tests/scripts/engine_run.py", way, tmp_path, "checkpoint-4", env=environment)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    train(device, way, tmp_path, "checkpoint-4")
     after = load_file(tmp_path / way / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], rtol=1e-4, atol=1e-6) for name in before)

@@ -3,7 +3,8 @@
 import pytest
 import timm
 import torch
-from helpers import build, images, run, some_slow
+from helpers import build, images, some_slow
+from processes import run_script
 from transformers import FocalNetConfig, HieraConfig, ResNetConfig, SwinConfig, ViTConfig
 
 from scalekd_hf import load_student
@@ -186,7 +187,7 @@ REFUSED |= {f"PerceiverForImageClassification{kind}" for kind in ("Learned", "Fo
 
 @pytest.mark.slow
 def test_families_with_a_small_model_are_tapped_where_their_library_says():
-    found = run("python", "benchmarks/models.py", "--largest", 3, timeout=900)
+    found = run_script("benchmarks/models.py", "--largest", 3)
     assert found.returncode == 0, found.stderr
     rows = [line.split() for line in found.stdout.splitlines()[1:-1]]
     verdicts = {verdict: {row[0] for row in rows if row[1] == verdict} for verdict in ("agrees", "differs", "refused")}
@@ -196,7 +197,7 @@ def test_families_with_a_small_model_are_tapped_where_their_library_says():
 
 @pytest.mark.slow
 def test_families_with_a_small_model_have_an_exact_last_stage():
-    found = run("python", "benchmarks/models.py", "--role", "teacher", "--largest", 3, timeout=900)
+    found = run_script("benchmarks/models.py", "--role", "teacher", "--largest", 3)
     assert found.returncode == 0, found.stderr
     rows = [line.split() for line in found.stdout.splitlines()[1:-1]]
     exact = [float(row[2]) for row in rows if row[1] == "exact"]

@@ -148,8 +148,11 @@ def test_a_hub_that_fails_twice_gets_it_all(tmp_path, digits, hub, monkeypatch):
     assert "model.safetensors" in hub.files("me/student")
 
 
-@pytest.mark.slow  # the client itself tries for half a minute
-def test_a_hub_that_dies_in_the_middle_loses_nothing_and_the_command_pushes_it_later(tmp_path, digits, hub, caplog):
+@pytest.mark.slow
+def test_a_hub_that_dies_in_the_middle_loses_nothing_and_the_command_pushes_it_later(
+    tmp_path, digits, hub, caplog, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)  # the client's own tries
     trainer = trainer_for(tmp_path, digits)
     trainer.train()
     hub.dying = 1000

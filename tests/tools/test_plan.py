@@ -84,16 +84,14 @@ def test_every_recipe_is_planned_with_the_published_sizes(name):
     }
     parts = dict(plan.gflops_per_image)
     assert parts.pop("total") == pytest.approx(sum(parts.values()))
-
-
-@pytest.mark.slow
-def test_the_work_of_a_step_is_that_of_its_parts():
-    plan = scalekd_hf.plan(RECIPES["swin_s_to_resnet50_traditional"])
-    parts = plan.gflops_per_image
-    assert parts["teacher forward"] == pytest.approx(17.5, abs=0.1)
-    assert parts["student"] == pytest.approx(24, abs=0.5)
-    assert plan.models["student"]["penultimate_tap"] == "layer3"
-    assert plan.memory_gib["total"] > plan.memory_gib["activations"] > 0
+    if name in ("swin_l_to_mobilenetv1", "swin_l_to_convnext_t", "swin_l_to_resnet50"):
+        # Training costs three times the forward, also with depthwise convolutions.
+        assert parts["student"] == pytest.approx(3 * plan.models["student"]["gflops"], rel=0.03)
+    if name == "swin_s_to_resnet50_traditional":
+        assert parts["teacher forward"] == pytest.approx(17.5, abs=0.1)
+        assert parts["student"] == pytest.approx(24, abs=0.5)
+        assert plan.models["student"]["penultimate_tap"] == "layer3"
+        assert plan.memory_gib["total"] > plan.memory_gib["activations"] > 0
 
 
 def quickstart(**changes):
@@ -119,12 +117,6 @@ def quickstart(**changes):
 def test_what_would_fail_is_said(changes, message):
     plan = scalekd_hf.plan(quickstart(**changes))
     assert plan.error is not None and re.search(message, plan.error), plan.error
-
-
-@pytest.mark.parametrize("name", some_slow(["swin_l_to_mobilenetv1", "swin_l_to_convnext_t", "swin_l_to_resnet50"], 1))
-def test_training_a_student_costs_three_times_its_forward_also_with_depthwise_convolutions(name):
-    plan = scalekd_hf.plan(RECIPES[name])
-    assert plan.gflops_per_image["student"] == pytest.approx(3 * plan.models["student"]["gflops"], rel=0.03)
 
 
 def test_images_that_the_run_will_count_are_no_failure():

@@ -10,6 +10,7 @@ import yaml
 from accelerate import DistributedType
 from accelerate.state import PartialState
 from helpers import DIGITS, ROOT, settings, small_student, timm_swin
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from scalekd_hf import ScaleKDTrainer
@@ -63,12 +64,12 @@ def use_fsdp2():
     setup.check_processes = lambda args: None  # refuses FSDP on the CPU
 
 
-def tapped_student():
+def tapped_student(**changes):
     """Tapped where no ReLU has its input on the other side of 0 in two processes than in one."""
-    return small_student(taps=("stages.1", "stages.3.downsample.0"))
+    return small_student(taps=("stages.1", "stages.3.downsample.0"), **changes)
 
 
-def train(folder, way, batch=4, resume=None, streaming=False, student=tapped_student, **changes):
+def train(folder, way, batch=4, resume=None, streaming=False, student=tapped_student, teacher=timm_swin, **changes):
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     if way == "fsdp2":
@@ -78,9 +79,10 @@ def train(folder, way, batch=4, resume=None, streaming=False, student=tapped_stu
     options = {"per_device_train_batch_size": batch, "max_steps": 5, "optim": "sgd", "learning_rate": 0.02}
     options |= {"save_strategy": "steps", "save_steps": 2, **WAYS[way], **changes}
     torch.manual_seed(0)
-    trainer = ScaleKDTrainer(student(), timm_swin(), settings(folder, **options), data)
+    trainer = ScaleKDTrainer(student(), teacher(), settings(folder, **options), data)
     logits = set()
-    trainer.distiller.student.register_forward_hook(lambda module, args, output: logits.add(str(output[2].dtype)))
+    if "torch_compile" not in options:  # which would compile all again for what the hook has added
+        trainer.distiller.student.register_forward_hook(lambda module, args, output: logits.add(str(output[2].dtype)))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -109,3 +111,25 @@ def part_of(teacher):
 
 def result(folder):
     return json.loads((folder / "result.json").read_text())
+
+
+def assert_without_teacher(checkpoint, way):
+    """No file of a checkpoint of two processes under DeepSpeed has the teacher, nor has the optimiser anything of it."""
+    (folder,) = checkpoint.glob("global_step*")
+    for file in folder.glob("*model_states.pt"):
+        names = torch.load(file, weights_only=False)["module"]
+        assert names and all(name.startswith(("student.", "heads.")) for name in names)
+    trained = sum(tensor.numel() for tensor in weights_of(small_student().model, checkpoint))
+    states = [torch.load(file, weights_only=False) for file in folder.glob("*optim_states.pt")]
+    masters = [state["optimizer_state_dict"] for state in states]
+    kind = "fp32_flat_groups" if way == "zero3" else "single_partition_of_fp32_groups"
+    held = sum(group.numel() for master in masters for group in master[kind])
+    assert len(states) == 2 and trained <= held < trained + 200  # and a little padding
+
+
+def weights_of(student, checkpoint):
+    """The parameters of a student, and of the heads in a checkpoint."""
+    buffers = {"running_mean", "running_var", "num_batches_tracked"}
+    heads = load_file(checkpoint / "mimicking_heads.safetensors")
+    kept = [tensor for name, tensor in heads.items() if name.rsplit(".", 1)[-1] not in buffers]
+    return [*student.parameters(), *kept]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, large_weights
 from helpers import settings, small_student, timm_swin
-from launched_runs import TERMS, result, train, zero
+from launched_runs import TERMS, assert_without_teacher, result, train, zero
 from processes import in_processes
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -109,19 +109,29 @@ def test_fsdp2_equals_one_process_and_saves_the_whole_student(tmp_path, teacher_
         assert max((mine[name] - theirs[name]).abs().max() for name in mine) < (0.02 if bf16 else 1e-4)
 
 
+@pytest.fixture(scope="module")
+def in_bf16(tmp_path_factory):
+    """The losses of two processes in bf16 without an engine."""
+    folder = tmp_path_factory.mktemp("in_bf16")
+    for outcome in in_processes(folder, lambda: train(folder, "ddp", bf16=True), processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    return result(folder)["history"]
+
+
+def assert_same_losses(one, other):
+    for first, second in zip(one, other, strict=True):
+        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["zero2", "zero3"])
-def test_bf16_under_an_engine_is_that_of_ddp_and_the_student_is_saved_in_full_precision(tmp_path, way):
+def test_bf16_under_an_engine_is_that_of_ddp_and_the_student_is_saved_in_full_precision(tmp_path, in_bf16, way):
     config = zero(way)
     config["zero_optimization"]["memory_efficient_linear"] = False  # it rounds before it adds a bias
-    for name, options in (("ddp", {}), (way, {"deepspeed": config})):
-        run_it = lambda: train(tmp_path / name, name, bf16=True, **options)  # noqa: B023, E731
-        for outcome in in_processes(tmp_path, run_it, processes=2):
-            assert outcome.status == 0, outcome.text[-3000:]
-    ddp, engine = (result(tmp_path / name)["history"] for name in ("ddp", way))
-    for first, second in zip(ddp, engine, strict=True):
-        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
-    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / way / "model.safetensors").values())
+    for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, bf16=True, deepspeed=config), processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    assert_same_losses(in_bf16, result(tmp_path)["history"])
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "model.safetensors").values())
 
 
 @pytest.mark.slow
@@ -141,7 +151,7 @@ def test_bf16_is_not_turned_off_by_an_engine_as_it_is_on_a_gpu(tmp_path, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["zero2", "zero3"])
-def test_bf16_as_accelerate_launches_deepspeed_is_that_of_ddp(tmp_path, way):
+def test_bf16_as_accelerate_launches_deepspeed_is_that_of_ddp(tmp_path, in_bf16, way):
     config = zero(way)
     config["zero_optimization"]["memory_efficient_linear"] = False
     (tmp_path / "engine.json").write_text(json.dumps(config))
@@ -149,14 +159,12 @@ def test_bf16_as_accelerate_launches_deepspeed_is_that_of_ddp(tmp_path, way):
     def launched():
         names = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "engine.json")}
         os.environ.update(names)
-        train(tmp_path / way, "ddp", bf16=True)
+        train(tmp_path, "ddp", bf16=True)
 
-    for name, run_it in (("ddp", lambda: train(tmp_path / "ddp", "ddp", bf16=True)), (way, launched)):
-        for outcome in in_processes(tmp_path / name, run_it, processes=2):
-            assert outcome.status == 0, outcome.text[-3000:]
-    assert result(tmp_path / way)["kind"] == "DistributedType.DEEPSPEED"
-    for first, second in zip(*(result(tmp_path / name)["history"] for name in ("ddp", way)), strict=True):
-        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+    for outcome in in_processes(tmp_path, launched, processes=2):
+        assert outcome.status == 0, outcome.text[-3000:]
+    assert result(tmp_path)["kind"] == "DistributedType.DEEPSPEED"
+    assert_same_losses(in_bf16, result(tmp_path)["history"])
 
 
 def shares_of_families():
@@ -190,32 +198,8 @@ def test_teachers_of_all_families_can_be_kept_in_parts_and_compute_the_same(tmp_
 def test_a_teacher_in_parts_under_an_engine_equals_one_process(tmp_path, alone, way):
     for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, shard_teacher=True), processes=2):
         assert outcome.status == 0, outcome.text[-3000:]
-    for first, second in zip(result(alone)["history"], result(tmp_path)["history"], strict=True):
-        assert [second[name] for name in TERMS] == pytest.approx([first[name] for name in TERMS], rel=1e-5)
+    assert_same_losses(result(alone)["history"], result(tmp_path)["history"])
+    if way == "zero3":
+        assert_without_teacher(tmp_path / "checkpoint-4", way)
     # FSDP2 leaves what is in no block whole.
     assert result(tmp_path)["teacher_parts"] == pytest.approx(0.5, abs=0.01 if way == "zero3" else 0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("way", "parts"), [("zero2", False), ("zero3", False), ("zero3", True)])
-def test_the_teacher_is_in_no_file_of_an_engines_checkpoint(tmp_path, way, parts):
-    for outcome in in_processes(tmp_path, lambda: train(tmp_path, way, shard_teacher=parts), processes=2):
-        assert outcome.status == 0, outcome.text[-3000:]
-    (folder,) = (tmp_path / "checkpoint-4").glob("global_step*")
-    for file in folder.glob("*model_states.pt"):
-        names = torch.load(file, weights_only=False)["module"]
-        assert names and all(name.startswith(("student.", "heads.")) for name in names)
-    trained = sum(t.numel() for t in weights_of(small_student().model, tmp_path / "checkpoint-4"))
-    states = [torch.load(file, weights_only=False) for file in folder.glob("*optim_states.pt")]
-    masters = [state["optimizer_state_dict"] for state in states]
-    kind = "fp32_flat_groups" if way == "zero3" else "single_partition_of_fp32_groups"
-    held = sum(group.numel() for master in masters for group in master[kind])
-    assert len(states) == 2 and trained <= held < trained + 200  # and a little padding
-
-
-def weights_of(student, checkpoint):
-    """The parameters of a student, and of the heads in a checkpoint."""
-    buffers = {"running_mean", "running_var", "num_batches_tracked"}
-    heads = load_file(checkpoint / "mimicking_heads.safetensors")
-    kept = [tensor for name, tensor in heads.items() if name.rsplit(".", 1)[-1] not in buffers]
-    return [*student.parameters(), *kept]

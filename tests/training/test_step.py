@@ -4,8 +4,8 @@ import traceback
 
 import pytest
 import torch
-from helpers import images, run, settings, small_student, some_slow, timm_swin, timm_vit, transformers_swin
-from processes import in_child
+from helpers import images, settings, small_student, some_slow, timm_swin, timm_vit, transformers_swin
+from processes import in_child, run_script
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification, TrainerCallback
@@ -139,19 +139,25 @@ def test_channels_last_changes_the_order_in_memory_and_no_result(tmp_path, digit
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("student", "teacher"), [("convnext", timm_swin), ("resnet", timm_vit), ("resnet", transformers_swin)]
+    ("student", "teacher", "depth"),
+    [
+        ("convnext", timm_swin, {"depths": (1, 2, 1)}),  # the second block of two has its windows shifted
+        ("resnet", timm_vit, {"depth": 3}),
+        ("resnet", transformers_swin, {"depths": [1, 2, 1]}),
+    ],
 )
-def test_a_step_compiles_as_one_graph_without_breaks_once(tmp_path, teacher, student):
-    outcome = in_child(tmp_path, _compile_and_count, teacher, student)
+def test_a_step_compiles_as_one_graph_without_breaks_once(tmp_path, teacher, student, depth):
+    outcome = in_child(tmp_path, _compile_and_count, teacher, student, depth)
     assert outcome.status == 0, outcome.text[-3000:]
 
 
-def _compile_and_count(teacher, name):
+def _compile_and_count(teacher, name, depth):
     from torch._dynamo.utils import counters
 
-    options = {"channels": (8, 16, 24, 32), "image_size": 64, "num_classes": 10}
-    student = small_student() if name == "convnext" else load_student("timm/resnet18", **options)
-    model = build_model(student, load_teacher(teacher()), settings("unused")).train()
+    options = {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "image_size": 64, "num_classes": 10}
+    convnext = name == "convnext"
+    student = small_student(depths=(1, 1, 1, 1)) if convnext else load_student("timm/resnet18", **options)
+    model = build_model(student, load_teacher(teacher(**depth)), settings("unused")).train()
     counters.clear()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # a break is an error
     pixels, labels = images(4, student.spec.size[0]), torch.arange(4)
@@ -164,7 +170,7 @@ def _compile_and_count(teacher, name):
 @pytest.mark.slow
 def test_every_lever_computes_the_same_both_ways():
     words = ["--student", "timm/resnet18", "--teacher", "timm/vit_tiny_patch16_224", "--image_size", 64, "--batch", 2]
-    result = run("python", "benchmarks/levers.py", *words, "--rounds", 1, "--device", "cpu")
+    result = run_script("benchmarks/levers.py", *words, "--rounds", 1, "--device", "cpu")
     assert result.returncode == 0, result.stderr[-3000:]
     measured = [line.split()[0] for line in result.stdout.splitlines() if line.count("x") >= 1 and "%" in line]
     assert {"tail", "attention", "queries", "targets", "optimizer", "checkpointing"} <= set(measured)

@@ -8,8 +8,8 @@ import time
 import datasets
 import pytest
 import torch
-from helpers import RangeServer, run, settings, small_student, some_slow
-from processes import Started, in_child, in_processes
+from helpers import RangeServer, settings, small_student, some_slow
+from processes import Started, as_main, in_child, in_processes
 from stopped_runs import EVALUATING, Trainer, result, train, trainer_for
 from transformers import TrainerCallback
 
@@ -238,6 +238,7 @@ def test_torchrun_passes_sigterm_on_and_the_same_command_resumes(tmp_path):
     text = started.stdout.read()
     assert started.wait() != 0 and list((tmp_path / "run").glob("checkpoint-*")), text[-3000:]
     assert (tmp_path / "run" / "_interrupted.json").exists()
-    finished = run(*words)
-    assert finished.returncode == 0 and "it is resumed" in finished.stdout, finished.stderr[-3000:]
+    resumed = in_processes(tmp_path, as_main, *words[words.index("recipes/distill.py") :], processes=2)
+    assert [outcome.status for outcome in resumed] == [0, 0], resumed[0].text[-3000:]
+    assert "it is resumed" in resumed[0].text
     assert (tmp_path / "run" / "model.safetensors").exists()
