@@ -7,6 +7,7 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -197,4 +198,6 @@ def broken_file(folder: Path, name: str, error: Any) -> str:
     remedy = (
         f"Other checkpoints beside it: {', '.join(others)}." if others else "There is no other checkpoint beside it."
     )
+    if isinstance(error, UnpicklingError):  # torch would advise to run what is in it
+        error = "it is damaged, or holds more than tensors and numbers, which could run code and is not loaded"
     return f"The checkpoint {str(folder)!r} cannot be used: {name} is missing or damaged ({error}). {remedy}"

@@ -30,6 +30,7 @@ from .epochs import count_steps
 from .feeding import ImageFeed
 from .loss_log import LossLog
 from .model import ScaleKDModel, attention_heads
+from .pickles import check_pickles
 from .position import RUN_STATE_FILE, RunPosition
 from .settings import FIXED, models_to_keep, settings_to_keep
 from .sharding import full_state
@@ -248,7 +249,7 @@ def check_checkpoint(folder: str | Path, sharded: bool) -> None:
         sharded: its optimiser is not in files of the Trainer's.
 
     Raises:
-        ValueError: a folder without readable trainer state, optimiser or scheduler.
+        ValueError: a folder without readable trainer state, optimiser or scheduler, or with what could run code.
     """
     folder = Path(folder)
     for name in ("trainer_state.json", RUN_STATE_FILE):
@@ -259,6 +260,7 @@ def check_checkpoint(folder: str | Path, sharded: bool) -> None:
     for file in folder.glob("rng_state*.pth"):
         if not zipfile.is_zipfile(file):
             raise ValueError(broken_file(folder, file.name, "not a file that torch wrote"))
+    check_pickles(folder)
     for name in () if sharded else ("optimizer.pt", "scheduler.pt"):
         try:
             torch.load(folder / name, map_location="meta", weights_only=True)
