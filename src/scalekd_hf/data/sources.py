@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
@@ -211,6 +212,10 @@ def retrying(read: Callable[[], Any], what: str) -> Any:
 
 def _wait_or_raise(error: Exception, failures: int, what: str) -> None:
     """Wait before another try; raise an error that another try would not mend, or after too many."""
+    if isinstance(error, UnpicklingError):  # of a file `.pth` in an archive
+        raise StreamReadError(
+            f"{what.capitalize()} holds a pickle of more than tensors, which could run code: it is not read."
+        ) from error
     if not is_of_network(error):
         raise error
     if failures >= len(RETRY_DELAYS) or isinstance(error, LASTING_ERRORS):

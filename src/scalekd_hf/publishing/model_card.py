@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .provenance import Source, citations
@@ -190,7 +191,7 @@ def update_evaluation(model: str, rows: Iterable[dict[str, Any]], token: str | N
         The file, or the repository.
 
     Raises:
-        ValueError: a folder without a card.
+        ValueError: a folder without a card, or a card that cannot be read.
     """
     file = Path(model, "README.md")
     local = Path(model).is_dir()
@@ -198,7 +199,12 @@ def update_evaluation(model: str, rows: Iterable[dict[str, Any]], token: str | N
         raise ValueError(
             f"`model` {model!r} has no README.md to put an evaluation in. Publish it first, or write one."
         )
-    card = ModelCard.load(file if local else model, token=token)
+    try:
+        card = ModelCard.load(file if local else model, token=token)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The card of `model` {model!r} cannot be read: {error}. Mend the metadata at its beginning."
+        ) from error
     name = card.data.get("model_name") or (Path(model).resolve().name if local else model.split("/")[-1])
     kept = {_key(result): result for result in card.data.eval_results or []}
     kept |= {_key(result): result for row in rows for result in _eval_results(row)}
