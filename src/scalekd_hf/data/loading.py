@@ -15,6 +15,7 @@ import huggingface_hub
 import pyarrow.parquet
 
 from ..network import lost_connection
+from ..texts import redacted, without_secrets
 from .folders import ALL, FOLDERS, read_folder, split_of
 from .holdout import held_out_share, hold_out
 from .labels import some
@@ -172,7 +173,7 @@ def load_split(
             raise ValueError(f"No file matches {pattern!r}, seen from {str(Path.cwd())!r}.")
         suffix = Path(files[0]).suffix
         if suffix not in FORMATS:
-            raise ValueError(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}.")
+            raise ValueError(redacted(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}."))
         check_same_names([file for file in files if "://" not in file])
         try:
             escaped = [
@@ -183,7 +184,9 @@ def load_split(
             lost = lost_connection(error)
             told = _told(error) if lost is None else f"{type(lost).__name__}, {lost}"
             remedy = _archives_remedy(error) if lost is None else AGAIN
-            raise ValueError(f"{pattern!r} cannot be loaded: {told}. {remedy}".rstrip()) from error
+            raise ValueError(
+                redacted(f"{pattern!r} cannot be loaded: {told}. {remedy}").rstrip()
+            ) from without_secrets(error)
     source = {"path": arguments.dataset, "name": arguments.dataset_config, "revision": arguments.revision}
     try:
         folder = Path(str(arguments.dataset))
@@ -200,7 +203,7 @@ def load_split(
         raise ValueError(
             f"`dataset` {arguments.dataset!r} (configuration {arguments.dataset_config!r}, revision {arguments.revision!r}, "
             f"split {split!r}) cannot be loaded: {_told(error)}. {_remedy(arguments, split, error)}"
-        ) from error
+        ) from without_secrets(error)
 
 
 def _told(error: BaseException) -> str:
@@ -209,7 +212,7 @@ def _told(error: BaseException) -> str:
     if isinstance(error, UnpicklingError):  # torch would advise to run what is in it
         return "a file in it is a pickle of more than tensors, which could run code and is not loaded"
     kind = "" if isinstance(error, (OSError, RuntimeError, ValueError)) else f"{type(error).__name__}, "
-    return f"{kind}{str(error) or repr(error)}".rstrip(".")
+    return redacted(f"{kind}{str(error) or repr(error)}").rstrip(".")
 
 
 def _innermost(error: BaseException) -> BaseException:

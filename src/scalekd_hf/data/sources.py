@@ -36,6 +36,7 @@ from ..borrowed.datasets import (
     token_of,
 )
 from ..network import is_of_network
+from ..texts import redacted, without_secrets
 from .labels import some
 
 
@@ -219,11 +220,11 @@ def _wait_or_raise(error: Exception, failures: int, what: str) -> None:
     if not is_of_network(error):
         raise error
     if failures >= len(RETRY_DELAYS) or isinstance(error, LASTING_ERRORS):
-        raise StreamReadError(
-            f"Reading {what} failed {failures + 1} times, at last with {type(error).__name__}: {error}"
-        ) from error
+        told = redacted(f"Reading {what} failed {failures + 1} times, at last with {type(error).__name__}: {error}")
+        raise StreamReadError(told) from without_secrets(error)
     delay = RETRY_DELAYS[failures]
-    logger.warning("Reading %s failed (%s: %s); once more in %g s.", what, type(error).__name__, error, delay)
+    told = redacted(f"Reading {what} failed ({type(error).__name__}: {error})")
+    logger.warning("%s; once more in %g s.", told, delay)
     time.sleep(delay)
 
 

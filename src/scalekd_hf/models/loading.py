@@ -33,6 +33,7 @@ from ..borrowed.timm import construction_arguments, listed_weights
 from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS, ImageSpec
 from ..network import lost_connection
+from ..texts import redacted, without_secrets
 from . import mixers  # noqa: F401  registers a mixer by its name
 from .dry_run import SIZE_OPTIONS
 from .vision_side import classifies, vision_side
@@ -123,9 +124,9 @@ def load_classifier(
             if (lost := lost_connection(error)) is None:
                 raise
             raise ValueError(
-                f"`{role}` {name_or_module!r} was not downloaded whole: {type(lost).__name__}, {lost}. The same command goes on with "
+                f"`{role}` {name_or_module!r} was not downloaded whole: {type(lost).__name__}, {redacted(lost)}. The same command goes on with "
                 f"the download; without a network, give `{role}` the folder of a model that you have."
-            ) from error
+            ) from without_secrets(error)
     _check_channels(role, *_channels(classifier))
     classifier.spec = classifier.spec.updated(mean=mean, std=std, crop_pct=crop_pct)
     if labels is not None and classifier.num_labels == len(labels):

@@ -65,7 +65,7 @@ class Source:
         if not self.license or PERMISSIVE.search(self.license.lower()):
             return None
         return (
-            f"{self.name} is under the license `{self.license}`, which may restrict the use of what is derived from it, "
+            f"The license of {self.name} is `{self.license}`, which may restrict the use of what is derived from it, "
             "and a distilled student may count as that. Read it before you use or share this model."
         )
 

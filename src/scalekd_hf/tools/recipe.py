@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from ..data.labels import read_class_names
 from ..data.loading import DataArguments
+from ..texts import redacted
 from ..training.config import ScaleKDConfig
 from .words import check_known, check_words, read_config, shipped_folder, take_configs
 
@@ -224,18 +225,23 @@ def given_arguments(arguments: Any) -> dict[str, Any]:
         value = getattr(arguments, field_.name)
         if value not in (None, {}, field_.default):
             is_shipped = isinstance(value, str) and value.startswith(folder)
-            found[field_.name] = f"recipes{value[len(folder) :]}" if is_shipped else value
+            found[field_.name] = f"recipes{value[len(folder) :]}" if is_shipped else _without_secrets(value)
     return found
 
 
 def resolved(arguments: Any, config: ScaleKDConfig) -> dict[str, Any]:
-    """Every setting of a run, as YAML holds them and `parse_config` reads them again; tokens are left out."""
+    """Every setting of a run, as YAML holds them and `parse_config` reads them again; tokens are left out, also of URLs."""
     settings = {**{f.name: getattr(arguments, f.name) for f in fields(arguments)}, **config.to_dict()}
     known = {f.name for cls in (type(arguments), ScaleKDConfig) for f in fields(cls) if f.init}
     kept = {key: value for key, value in settings.items() if key in known and value not in (None, [], {})}
     kept = {key: value for key, value in kept.items() if not key.endswith("_token")}
     held: dict[str, Any] = yaml.safe_load(yaml.safe_dump(kept))
-    return held
+    return {key: _without_secrets(value) for key, value in held.items()}
+
+
+def _without_secrets(value: Any) -> Any:
+    """A setting, without what opens or signs a URL."""
+    return redacted(value) if isinstance(value, str) and "://" in value else value
 
 
 def write_config(arguments: Any, config: ScaleKDConfig, file: str | Path) -> None:
