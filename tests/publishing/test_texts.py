@@ -184,7 +184,7 @@ def test_nothing_that_a_card_names_is_taken_for_the_card(tmp_path_factory, name,
         begins, should = (re.match(r"\W{0,2}", begin)[0] for begin in (line, expected))
         assert begins == should or (expected[:1] == "`" and line[0] in '`"') or expected[:1] in ("#", "|"), line
     assert re.findall(r"<[!/\w][^>]*", read.text) == re.findall(r"<[!/\w][^>]*", plain_text)
-    outside = re.sub(r"```python.*?\n```|`[^`\n]+`", "", read.text, flags=re.DOTALL)  # of code
+    outside = re.sub(r"```python.*?\n```|(?<!\\)(?:\\\\)*`[^`\n]+`", "", read.text, flags=re.DOTALL)  # of code
     assert len(re.findall(r"(?<!\\)\]\(", outside)) == len(re.findall(r"\]\(", plain_text))
     code = read.text.split("```python\n")[1].split("\n```")[0]
     compile(code, "card", "exec")

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,6 +29,7 @@ from datasets.fingerprint import Hasher
 from ..borrowed.datasets import (
     arrow_files,
     columns_of_files,
+    files_beneath,
     files_of,
     has_rows_in_shard_order,
     open_file,
@@ -37,6 +39,7 @@ from ..borrowed.datasets import (
 )
 from ..network import is_of_network
 from ..texts import redacted, without_secrets
+from . import content
 from .labels import some
 
 
@@ -59,7 +62,7 @@ class Table:
     """Rows of a map-style data set."""
 
     def __init__(self, rows: datasets.Dataset, columns: list[str]):
-        self.rows = rows.select_columns(columns)
+        self.rows, self.columns = rows.select_columns(columns), columns
         self._order: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0))
 
     def __len__(self) -> int:
@@ -67,6 +70,11 @@ class Table:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.rows[number]
+
+    @cached_property
+    def content(self) -> str | None:
+        """What the rows are, in short; None where that is not known."""
+        return content.of_rows(self.rows, self.columns[0])
 
     def place(self, number: int) -> dict[str, int]:
         """Nothing more is to be said of a row than its number."""
@@ -97,6 +105,11 @@ class Shards:
 
     def __len__(self) -> int:
         return self.offsets[-1]
+
+    @cached_property
+    def content(self) -> str | None:
+        """What the files are, in short; None where they are not known."""
+        return content.of_stream(self.stream) if files_beneath(self.stream) else None
 
     def place(self, number: int) -> dict[str, int]:
         """Shard, and row in it, of a row number."""
