@@ -121,10 +121,9 @@ def test_what_data_hold_is_the_same_anywhere_and_another_where_a_file_has_change
 
 
 def test_what_a_user_has_made_of_a_stream_is_known_by_its_files(tmp_path):
-    kind, folders = KINDS[0], (tmp_path / "here", tmp_path / "there")
-    streams = [data_of(kind, written(kind, folder)) for folder in folders]
-    kind.write(folders[1], 1, range(90, 98))
-    streams.append(data_of(kind, folders[1]))
+    kind, folders = KINDS[0], [written(KINDS[0], tmp_path / name) for name in ("here", "there", "other")]
+    kind.write(folders[2], 1, range(90, 98))
+    streams = [data_of(kind, folder) for folder in folders]
     made = [
         lambda s: s.map(lambda row: row),
         lambda s: s.filter(lambda row: row["label"] < 2).take(9),

@@ -61,7 +61,7 @@ def _gist(values: Any) -> Iterator[bytes]:
     elif pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
         yield from _gist(pyarrow.compute.binary_length(values))
     elif pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-        names = pyarrow.compute.replace_substring_regex(values, r"^.*[/\\]([^/\\]*[/\\][^/\\]*)$", r"\1")
+        names = pyarrow.compute.replace_substring_regex(values, r"(?s)^.*[/\\]", "")  # of files, wherever they lie
         yield "".join(f"{name}\0" for name in names.to_pylist()).encode("utf-8", "surrogatepass")
     elif pyarrow.types.is_integer(kind):
         yield values.cast(pyarrow.int64()).fill_null(-1).to_numpy(zero_copy_only=False).tobytes()
