@@ -20,7 +20,6 @@ import torch
 from helpers import DIGITS, ROOT, place
 from hub_server import HubServer
 from huggingface_hub import constants
-from hypothesis import HealthCheck, Phase, settings
 
 
 datasets.disable_progress_bars()
@@ -28,20 +27,6 @@ os.chdir(ROOT)  # recipes name their data from there
 
 
 torch.set_num_threads(1)
-
-
-def examples(count):
-    """So many of a property's examples, always the same; SCALEKD_EXAMPLES asks for more, and others each time."""
-    asked = int(os.environ.get("SCALEKD_EXAMPLES", 0))
-    slow = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much)
-    return settings(
-        max_examples=asked or count,
-        derandomize=not asked,
-        deadline=None,
-        database=None,
-        phases=(Phase.explicit, Phase.generate),  # the first that fails is told, and none is made smaller
-        suppress_health_check=slow,
-    )
 
 
 def pytest_collection_finish(session):

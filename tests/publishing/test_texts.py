@@ -4,8 +4,7 @@ import logging
 import re
 
 import pytest
-from conftest import examples
-from helpers import settings, small_student, some_slow, timm_swin
+from helpers import examples, settings, small_student, some_slow, timm_swin
 from huggingface_hub import ModelCard, constants
 from hypothesis import example, given
 from hypothesis import strategies as st
