@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -211,10 +212,18 @@ def as_words(settings: dict[str, Any]) -> list[str]:
             continue
         if value is False and key.endswith("_strategy"):
             value = "no"  # YAML reads a bare no as false
-        is_json = isinstance(value, dict) or (isinstance(value, list) and key == "class_names")
-        values = [json.dumps(value)] if is_json else value if isinstance(value, list) else [value]
-        words += [f"--{key}", *(str(item) for item in values)]
+        if isinstance(value, dict) or (isinstance(value, list) and key == "class_names"):
+            value = json.dumps(value)
+        if isinstance(value, list):
+            words += [f"--{key}", *map(_word, value)]
+        else:
+            words.append(f"--{key}={value}")  # which may begin with a dash
     return words
+
+
+def _word(value: Any) -> str:
+    """One of several values; argparse takes a negative number with an exponent for an option."""
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) and value < 0 else str(value)
 
 
 def given_arguments(arguments: Any) -> dict[str, Any]:
@@ -232,6 +241,7 @@ def given_arguments(arguments: Any) -> dict[str, Any]:
 def resolved(arguments: Any, config: ScaleKDConfig) -> dict[str, Any]:
     """Every setting of a run, as YAML holds them and `parse_config` reads them again; tokens are left out, also of URLs."""
     settings = {**{f.name: getattr(arguments, f.name) for f in fields(arguments)}, **config.to_dict()}
+    settings["report_to"] = settings["report_to"] or "none"  # none given is the default
     known = {f.name for cls in (type(arguments), ScaleKDConfig) for f in fields(cls) if f.init}
     kept = {key: value for key, value in settings.items() if key in known and value not in (None, [], {})}
     kept = {key: value for key, value in kept.items() if not key.endswith("_token")}
