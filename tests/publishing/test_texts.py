@@ -146,7 +146,7 @@ def facts_of(name, other):
         Source(name),
         10**6,
         10,
-        teacher=Source(other, other, other, other, name),
+        teacher=Source(other, other, other, other, "vit"),
         data=Source(name, name, other),
         split=other,
         student_pretrained=True,
