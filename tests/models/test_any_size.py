@@ -24,7 +24,7 @@ KINDS = {  # a teacher of images whose sides are so many patches
 }
 
 
-@examples(12)
+@examples(8)
 @given(st.sampled_from(sorted(KINDS)), st.integers(5, 14), st.integers(5, 14), st.integers(1, 5))
 @example("swin", 13, 9, 1)
 @example("vit", 5, 7, 1)

@@ -160,7 +160,7 @@ def facts_of(name, other):
     )
 
 
-@examples(25)
+@examples(15)
 @given(names, names)
 @example(*HOSTILE[:2])
 @example(*HOSTILE[2:4])

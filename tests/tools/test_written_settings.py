@@ -56,7 +56,7 @@ SETTINGS = {
 }
 
 
-@examples(25)
+@examples(12)
 @given(st.fixed_dictionaries({}, optional=SETTINGS))
 @example({"report_to": "none", "image_column": "-x", "pixel_range": [-1e-7, 1]})
 def test_what_is_written_is_read_as_it_was(tmp_path_factory, changes):

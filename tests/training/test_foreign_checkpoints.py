@@ -28,8 +28,7 @@ def checkpoint(tmp_path_factory, shards):
 FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(("name", "legacy"), [*((name, False) for name in FILES), ("optimizer.pt", True)])
 def test_no_pickle_of_a_checkpoint_is_executed(tmp_path, shards, checkpoint, name, legacy):
     mark, theirs = tmp_path / "mark", tmp_path / "run" / "checkpoint-2"
     assert works(mark)
