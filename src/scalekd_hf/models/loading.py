@@ -245,7 +245,7 @@ def _load_timm(
             f" Did you mean {', '.join(f'timm/{match}' for match in close)}?" if "nknown model" in str(error) else ""
         )
         raise ValueError(
-            f"`{role}` {name!r} could not be built by timm with {model_args or 'no arguments'}: {error}.{hint}"
+            f"`{role}` {name!r} could not be built by timm with {model_args or 'no arguments'}: {redacted(error)}.{hint}"
         ) from error
     if without_head:
         module.reset_classifier(0)
@@ -337,7 +337,7 @@ def _load_transformers(
     except WeightsError as error:
         raise ValueError(f"`{role}` {name!r}: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = redacted(str(error).strip().splitlines()[0])
         raise ValueError(
             f"`{role}` {name!r} is neither a local folder, nor `timm/<name>`, nor an image classifier on the Hub that "
             f"transformers can load: {reason} "

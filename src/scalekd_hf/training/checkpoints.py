@@ -102,8 +102,8 @@ class Checkpoints:
         self.schedule.file = Path(str(checkpoint), "scheduler.pt") if in_parts else None
         if self.averaged is not None:
             self.averaged.restart(self.args.device)
+        order = self.feed.order_settings(dataset)  # as the data are now, for the checkpoints to come
         if checkpoint is not None:
-            order = self.feed.order_settings(dataset)
             position, is_changed = self._read(Path(checkpoint), order, isinstance(dataset, ImageStream))
         if is_changed and epochs is not None:
             self.args.max_steps = position.step + count_steps(dataset, self.args, position.images_seen)
