@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hypothesis import HealthCheck, Phase
+from hypothesis import settings as of_examples
 from safetensors import safe_open
 from transformers import AutoModelForImageClassification, SwinConfig, ViTConfig
 
@@ -148,6 +150,20 @@ def some_slow(names, count):
         else pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=pytest.mark.slow)
         for index, name in enumerate(names)
     ]
+
+
+def examples(count):
+    """So many of a property's examples, always the same; SCALEKD_EXAMPLES asks for more, and others each time."""
+    asked = int(os.environ.get("SCALEKD_EXAMPLES", 0))
+    slow = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much)
+    return of_examples(
+        max_examples=asked or count,
+        derandomize=not asked,
+        deadline=None,
+        database=None,
+        phases=(Phase.explicit, Phase.generate),  # the first that fails is told, and none is made smaller
+        suppress_health_check=slow,
+    )
 
 
 def images(count=2, size=32):

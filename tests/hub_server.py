@@ -21,12 +21,15 @@ class HubServer:
         failing: how many of the next requests that send something are answered with 503.
         hidden: a file that the Hub fails to give out.
         cut: a file of which each answer ends in the middle.
+        accepts: another token that may write.
+        tells: errors repeat what was sent to prove who asks.
         dying: after so many bytes of large files the server goes away in the middle of one.
     """
 
     def __init__(self, port):
         self.port, self.repos, self.blobs = port, {}, {}
-        self.hidden = self.cut = None
+        self.hidden = self.cut = self.accepts = None
+        self.tells = False
         self.requests, self.failing, self.dying, self.authorizations = [], 0, None, []
 
     @property
@@ -86,7 +89,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         if method in ("POST", "PUT") and self.hub.failing:
             self.hub.failing -= 1
-            return self.answer(503, {"error": "busy"})
+            return self.answer(503, {"error": f"busy{self.told()}"})
         for pattern, function in ROUTES:
             if found := re.fullmatch(pattern, f"{method} {path}"):
                 return function(self, body, *found.groups())
@@ -110,16 +113,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
+    def told(self):
+        return f"; you have sent {self.headers.get('Authorization', '')}" if self.hub.tells else ""
+
     def may(self, write, repo=None):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if write:
-            return token == WRITE
+            return token in (WRITE, self.hub.accepts)
         return not self.hub.repos[repo]["private"] or token in (WRITE, READ)
 
     def create(self, body):
         asked = json.loads(body)
         if not self.may(write=True):
-            return self.answer(401, {"error": "Invalid username or password."})
+            return self.answer(401, {"error": f"Invalid username or password.{self.told()}"})
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if name in self.hub.repos:
             return self.answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})

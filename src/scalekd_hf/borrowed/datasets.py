@@ -17,6 +17,7 @@ from datasets.utils.file_utils import xopen
 __all__ = [
     "arrow_files",
     "columns_of_files",
+    "files_beneath",
     "files_of",
     "has_rows_in_shard_order",
     "open_file",
@@ -82,6 +83,18 @@ def unshuffled(stream: datasets.IterableDataset) -> datasets.IterableDataset:
 def files_of(stream: datasets.IterableDataset) -> dict[str, Any]:
     """What a stream that passes rows on as they are reads, by the names of its builder's arguments, such as `files`."""
     return getattr(_innermost(stream), "kwargs", {})
+
+
+def files_beneath(stream: datasets.IterableDataset) -> list[str]:
+    """The files that a stream reads, whatever is made of its rows since; none where it is made in other ways."""
+    waiting, found = [parts_of(stream)], []
+    while waiting:
+        examples = waiting.pop()
+        lists = (values for _, values in sorted(getattr(examples, "kwargs", {}).items()) if isinstance(values, list))
+        found += [value for values in lists for value in values if isinstance(value, str)]
+        inner = [examples.ex_iterable] if hasattr(examples, "ex_iterable") else getattr(examples, "ex_iterables", [])
+        waiting.extend(reversed(inner))
+    return found
 
 
 def parquet_row_groups(stream: datasets.IterableDataset) -> list[tuple[str, tuple[int, ...] | None]] | None:

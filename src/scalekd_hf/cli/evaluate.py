@@ -14,6 +14,7 @@ from typing import Any
 from ..models.students import Student
 from ..publishing.model_card import update_evaluation
 from ..publishing.provenance import data_source, model_source, versions
+from ..texts import code, inline, one_line, redacted
 from ..tools.evaluation import EvaluateArguments, evaluate_model, load_data, load_model, measure_model
 from ..tools.probing import evaluate_features, features_of, load_known_images
 from ..tools.recipe import parse_config
@@ -51,7 +52,7 @@ def command(words: Sequence[str], processes: int) -> str:
     nodes = ["--nnodes", str(processes // here)] if processes > here else []
     launcher = ["python"] if processes == 1 else ["torchrun", *nodes, "--nproc_per_node", str(here)]
     line = shlex.join([*launcher, "recipes/evaluate.py", *words])
-    return re.sub(r"(--[\w-]*token[ =])\S+", r"\1...", line)
+    return redacted(re.sub(r"(--[\w-]*token[ =])\S+", r"\1...", line))
 
 
 def describe(arguments: EvaluateArguments, config: ScaleKDConfig, student: Student, dataset: Any) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def describe(arguments: EvaluateArguments, config: ScaleKDConfig, student: Stude
     place = Path(arguments.dataset or str(Path(str(arguments.eval_files)).parent))
     local = hub is None and (arguments.dataset is None or place.is_dir())
     source = hub.name if hub else place.resolve().name if local else arguments.dataset
-    return {
+    found = {
         "model": arguments.model,
         "model_revision": model_source(student).revision,
         "dataset": arguments.benchmark or source,
@@ -79,6 +80,7 @@ def describe(arguments: EvaluateArguments, config: ScaleKDConfig, student: Stude
         },
         "versions": versions(),
     }
+    return {key: redacted(value) if isinstance(value, str) else value for key, value in found.items()}
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -147,6 +149,7 @@ def _legend(rows: list[dict[str, Any]]) -> str:
 def table_of(rows: list[dict[str, Any]]) -> str:
     """Evaluations as a table for the screen; NLL in nats, images per second of the forward pass alone."""
     lines = _lines(rows)
+    lines = [[one_line(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [
         [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
@@ -157,6 +160,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
     headings, *cells = _lines(rows)
+    cells = [[inline(cell) for cell in line] for line in cells]
     lines = ["| " + " | ".join(line) + " |" for line in (headings, ["---"] * len(headings), *cells)]
     lines.insert(0, "# Evaluation\n")
     lines.append(f"\n{_legend(rows)}.\n")
@@ -164,10 +168,11 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         settings = row["settings"]
         height, width = settings["image_size"]
         lines.append(
-            f"- {row['model']} on {row['dataset']} (from {row['source']}, revision {row['revision'] or 'unknown'}): {height}x{width} "
+            f"- {inline(row['model'])} on {inline(row['dataset'])} (from {inline(row['source'])}, revision "
+            f"{inline(row['revision'] or 'unknown')}): {height}x{width} "
             f"px, crop {settings['crop_pct']:g}, {row['dtype']}, {settings['processes']} process(es); speed with batches of "
             f"{row['batch_size']} on {row['device']}; {_probed(row)}"
-            f"{', '.join(f'{name} {version}' for name, version in row['versions'].items())}.\n  `{row['command']}`"
+            f"{', '.join(f'{name} {version}' for name, version in row['versions'].items())}.\n  {code(row['command'])}"
         )
     return "\n".join(lines) + "\n"
 
@@ -176,7 +181,7 @@ def _probed(row: dict[str, Any]) -> str:
     if "features" not in row:
         return ""
     return (
-        f"features: {row['features']}, {row['train_images']:,} labelled images known ({row['known']}), weight decay "
+        f"features: {row['features']}, {row['train_images']:,} labelled images known ({inline(row['known'])}), weight decay "
         f"{row['weight_decay']:g}; "
     )
 

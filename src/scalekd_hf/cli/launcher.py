@@ -63,9 +63,12 @@ def with_installed_files(config_file: str, processes: int | None, folder: str) -
     """A launch file whose engine's file is found from anywhere: a copy in `folder` where it names one of the installation.
 
     Raises:
-        ValueError: a file for one process beside a word for several, which Accelerate would not heed.
+        ValueError: a file that cannot be read, or one for one process beside a word for several, which Accelerate would not heed.
     """
-    settings: dict[str, Any] = yaml.safe_load(Path(config_file).read_text()) or {}
+    try:
+        settings: dict[str, Any] = yaml.safe_load(Path(config_file).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`--config_file` {config_file!r} cannot be read: {error}") from error
     if (processes or 1) > 1 and str(settings.get("distributed_type", "NO")) in ("NO", "False"):
         raise ValueError(
             f"`num_processes` is {processes}, but {config_file!r} is for one process (`distributed_type`: NO). Leave one of "

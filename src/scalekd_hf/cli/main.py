@@ -84,7 +84,10 @@ def main(words: Sequence[str] | None = None) -> None:
         if show_traceback or time.monotonic() - start > AT_ONCE:
             traceback.print_exc()
         else:
-            print(f"scalekd{where}: {' '.join(str(error).split())} (`--traceback` shows where.)", file=sys.stderr)
+            from ..texts import one_line, redacted  # later: it imports the Hub's client
+
+            told = one_line(redacted(" ".join(str(error).split())))
+            print(f"scalekd{where}: {told} (`--traceback` shows where.)", file=sys.stderr)
         raise SystemExit(STATUS) from None
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..texts import one_line, redacted
 from .decoding import BadImageError
 
 
@@ -37,15 +38,15 @@ class TooManyBadImagesError(ValueError):
 def describe(error: BadImageError, number: int, place: dict[str, int], value: Any) -> dict[str, Any]:
     """What is known of an image that could not be decoded: its row, its shard where there are shards, its file and why."""
     path = value.get("path") if isinstance(value, dict) else value
-    file = {"file": str(path)} if isinstance(path, (str, Path)) else {}
-    return {"row": number, **place, **file, "kind": error.kind, "reason": str(error)}
+    file = {"file": redacted(path)} if isinstance(path, (str, Path)) else {}
+    return {"row": number, **place, **file, "kind": error.kind, "reason": redacted(error)}
 
 
 def where(entry: dict[str, Any]) -> str:
     """How an image is found again, in words: by its file, or by its row, and where there are shards by the row in its own."""
-    file = entry.get("file", "")
-    if "://" in file or (file and Path(file).is_file()):
-        return str(file)
+    file = one_line(entry.get("file", ""))
+    if "://" in file or (file and Path(entry["file"]).is_file()):
+        return file
     shard = f" (row {entry['shard_row']} of shard {entry['shard']})" if "shard" in entry else ""
     return f"row {entry['row']}{shard}{f', {file}' if file else ''}"
 
@@ -84,7 +85,7 @@ class BadImages:
                 with self.file.open("a") as opened:
                     opened.write(json.dumps({"data": data, **entry}) + "\n")
                 if len(self._listed) <= SHOWN:
-                    logger.warning("Left out of the %s data: %s. %s", data, where(entry), entry["reason"])
+                    logger.warning("Left out of the %s data: %s. %s", data, where(entry), one_line(entry["reason"]))
 
     def restart(self) -> None:
         """A new pass over the data begins."""

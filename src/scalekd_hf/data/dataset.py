@@ -160,6 +160,8 @@ class Pairs(Table):
         self.pairs, self.columns = pairs, columns
         self._order = ((-1, -1), np.empty(0))
 
+    content = None
+
     def __len__(self) -> int:
         return len(self.pairs)
 

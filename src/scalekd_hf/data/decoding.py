@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
-from .formats import package_for_bytes
+from .formats import PROGRAM, package_for_bytes
 
 
 __all__ = ["BadImageError", "is_reducible", "open_image", "pillow_errors", "to_rgb"]
@@ -72,6 +72,8 @@ def open_image(value: Any, pixel_range: tuple[float, float] | None = None) -> Im
         BadImageError: the value is no image, or has pixels out of their range.
     """
     image = _opened(value, pixel_range)
+    if image.format == PROGRAM:
+        raise _bad("unreadable", "it is PostScript, a program, which is not run")
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut off at 255
         with pillow_errors():
             if _is_rotated(image):

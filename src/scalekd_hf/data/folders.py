@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
+from ..texts import one_line
 from .formats import image_endings, package_for_ending
 
 
@@ -175,7 +176,7 @@ def _by_split(
 def _say(folder: ImageFolder) -> None:
     """Say how a folder is read, and what is odd about it."""
     root, classes = str(folder.root), folder.classes
-    logger.warning("%s: %s.", folder.root.name, folder.describe())
+    logger.warning("%s: %s.", one_line(folder.root.name), folder.describe())
     if len(classes) == 1:
         logger.warning("%r has a single class, %r: there is nothing to tell apart.", root, classes[0])
     if all(name.isdecimal() for name in classes) and classes != sorted(classes, key=int):
@@ -263,4 +264,4 @@ def _two_readings(root: Path, names: list[str], is_split: dict[str, bool]) -> st
 
 
 def _first(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return ", ".join(map(one_line, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from PIL import Image, features
 
 
-__all__ = ["image_endings", "package_for_bytes", "package_for_ending"]
+__all__ = ["PROGRAM", "image_endings", "package_for_bytes", "package_for_ending"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ PACKAGES = {
     "JXL": ("pillow-jxl-plugin", (".jxl",)),
     "AVIF": ("pillow-avif-plugin", (".avif", ".avifs")),
 }
+PROGRAM = "EPS"  # the one format that Pillow gives to another program, Ghostscript, to be run
 JXL_STARTS = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")
 
 
@@ -48,7 +49,11 @@ def _register() -> None:
 
 def _is_known(kind: str) -> bool:
     """Whether images of a format can be decoded; Pillow may have been built without AVIF, and have its name all the same."""
-    return kind in Image.OPEN and (kind != "AVIF" or "pillow_avif" in sys.modules or bool(features.check("avif")))
+    return (
+        kind in Image.OPEN
+        and kind != PROGRAM
+        and (kind != "AVIF" or "pillow_avif" in sys.modules or bool(features.check("avif")))
+    )
 
 
 @cache

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
@@ -14,6 +15,7 @@ import huggingface_hub
 import pyarrow.parquet
 
 from ..network import lost_connection
+from ..texts import redacted, without_secrets
 from .folders import ALL, FOLDERS, read_folder, split_of
 from .holdout import held_out_share, hold_out
 from .labels import some
@@ -171,19 +173,20 @@ def load_split(
             raise ValueError(f"No file matches {pattern!r}, seen from {str(Path.cwd())!r}.")
         suffix = Path(files[0]).suffix
         if suffix not in FORMATS:
-            raise ValueError(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}.")
+            raise ValueError(redacted(f"{files[0]!r} is not of a known kind; known: {', '.join(FORMATS)}."))
+        check_same_names([file for file in files if "://" not in file])
         try:
-            check_same_names([file for file in files if "://" not in file])
             escaped = [
                 file if "://" in file else glob.escape(file) for file in files
             ]  # `datasets` takes them for patterns
             return datasets.load_dataset(FORMATS[suffix], data_files=escaped, split="train", **options)
-        except Exception as error:
-            if (lost := lost_connection(error)) is not None:
-                raise ValueError(f"{pattern!r} cannot be loaded: {type(lost).__name__}, {lost}. {AGAIN}") from error
-            if remedy := _archives_remedy(error):
-                raise ValueError(f"{pattern!r} cannot be loaded: {str(error).rstrip('.')}. {remedy}") from error
-            raise
+        except Exception as error:  # those of network clients and of the decoders of archives are of all kinds
+            lost = lost_connection(error)
+            told = _told(error) if lost is None else f"{type(lost).__name__}, {lost}"
+            remedy = _archives_remedy(error) if lost is None else AGAIN
+            raise ValueError(
+                redacted(f"{pattern!r} cannot be loaded: {told}. {remedy}").rstrip()
+            ) from without_secrets(error)
     source = {"path": arguments.dataset, "name": arguments.dataset_config, "revision": arguments.revision}
     try:
         folder = Path(str(arguments.dataset))
@@ -197,12 +200,25 @@ def load_split(
             check_same_names([str(file) for files in by_split.values() for file in files])
         return datasets.load_dataset(**source, split=split, **options)
     except Exception as error:  # those of network clients are of all kinds
-        if not isinstance(error, (OSError, ValueError)) and lost_connection(error) is None:
-            raise
         raise ValueError(
             f"`dataset` {arguments.dataset!r} (configuration {arguments.dataset_config!r}, revision {arguments.revision!r}, "
-            f"split {split!r}) cannot be loaded: {str(error).rstrip('.')}. {_remedy(arguments, split, error)}"
-        ) from error
+            f"split {split!r}) cannot be loaded: {_told(error)}. {_remedy(arguments, split, error)}"
+        ) from without_secrets(error)
+
+
+def _told(error: BaseException) -> str:
+    """An error of another library as a sentence without its end."""
+    error = _innermost(error)
+    if isinstance(error, UnpicklingError):  # torch would advise to run what is in it
+        return "a file in it is a pickle of more than tensors, which could run code and is not loaded"
+    kind = "" if isinstance(error, (OSError, RuntimeError, ValueError)) else f"{type(error).__name__}, "
+    return redacted(f"{kind}{str(error) or repr(error)}").rstrip(".")
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What `datasets` met, where it says only that it met something."""
+    hidden = isinstance(error, datasets.exceptions.DatasetGenerationError)
+    return error.__cause__ if hidden and error.__cause__ is not None else error
 
 
 def _remedy(arguments: DataArguments, split: str, error: Exception) -> str:
@@ -214,6 +230,8 @@ def _remedy(arguments: DataArguments, split: str, error: Exception) -> str:
         return AGAIN
     if remedy := _archives_remedy(error):
         return remedy
+    if "scripts are no longer supported" in str(error):
+        return "Code that comes with a data set is never run: ask its author for Parquet files, or name those as `train_files`."
     if not isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return ""
     page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{dataset}"
@@ -223,8 +241,11 @@ def _remedy(arguments: DataArguments, split: str, error: Exception) -> str:
     return f"Check the name on {page}. If it is private or gated, log in {account}."
 
 
-def _archives_remedy(error: Exception) -> str:
+def _archives_remedy(error: BaseException) -> str:
     """What to do about archives that `datasets` cannot read as WebDataset; nothing for other errors."""
+    error = _innermost(error)
+    if isinstance(error, UnpicklingError) or "allow_pickle" in str(error):
+        return "Leave such files out of the archives: images and labels are all that is read."
     if "invalid literal for int" in str(error):
         return "A file `.cls` holds the index of a class. Call those with names `.txt`, and set `label_column` to txt."
     if "share the same prefix or the same types" in str(error):
@@ -257,12 +278,21 @@ def check_same_names(files: list[str]) -> None:
 
 
 def _features(file: str) -> datasets.Features:
-    """The columns of a Parquet or Arrow file, as `datasets` knows them; none of others."""
+    """The columns of a Parquet or Arrow file, as `datasets` knows them; none of others.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
+    try:
+        return datasets.Features.from_arrow_schema(_schema(file))
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise ValueError(f"{file!r} cannot be read: {error}. Fetch it again, or leave it out.") from error
+
+
+def _schema(file: str) -> Any:
     if file.endswith(".parquet"):
-        schema = pyarrow.parquet.read_schema(file)
-    elif file.endswith(".arrow"):
+        return pyarrow.parquet.read_schema(file)
+    if file.endswith(".arrow"):
         with pyarrow.memory_map(file) as mapped:
-            schema = arrow_reader(mapped).schema
-    else:
-        return datasets.Features()
-    return datasets.Features.from_arrow_schema(schema)
+            return arrow_reader(mapped).schema
+    return pyarrow.schema([])

@@ -15,7 +15,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
@@ -27,6 +29,7 @@ from datasets.fingerprint import Hasher
 from ..borrowed.datasets import (
     arrow_files,
     columns_of_files,
+    files_beneath,
     files_of,
     has_rows_in_shard_order,
     open_file,
@@ -35,6 +38,8 @@ from ..borrowed.datasets import (
     token_of,
 )
 from ..network import is_of_network
+from ..texts import redacted, without_secrets
+from . import content
 from .labels import some
 
 
@@ -57,7 +62,7 @@ class Table:
     """Rows of a map-style data set."""
 
     def __init__(self, rows: datasets.Dataset, columns: list[str]):
-        self.rows = rows.select_columns(columns)
+        self.rows, self.columns = rows.select_columns(columns), columns
         self._order: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0))
 
     def __len__(self) -> int:
@@ -65,6 +70,11 @@ class Table:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.rows[number]
+
+    @cached_property
+    def content(self) -> str | None:
+        """What the rows are, in short; None where that is not known."""
+        return content.of_rows(self.rows, self.columns[0])
 
     def place(self, number: int) -> dict[str, int]:
         """Nothing more is to be said of a row than its number."""
@@ -95,6 +105,11 @@ class Shards:
 
     def __len__(self) -> int:
         return self.offsets[-1]
+
+    @cached_property
+    def content(self) -> str | None:
+        """What the files are, in short; None where they are not known."""
+        return content.of_stream(self.stream) if files_beneath(self.stream) else None
 
     def place(self, number: int) -> dict[str, int]:
         """Shard, and row in it, of a row number."""
@@ -211,14 +226,18 @@ def retrying(read: Callable[[], Any], what: str) -> Any:
 
 def _wait_or_raise(error: Exception, failures: int, what: str) -> None:
     """Wait before another try; raise an error that another try would not mend, or after too many."""
+    if isinstance(error, UnpicklingError):  # of a file `.pth` in an archive
+        raise StreamReadError(
+            f"{what.capitalize()} holds a pickle of more than tensors, which could run code: it is not read."
+        ) from error
     if not is_of_network(error):
         raise error
     if failures >= len(RETRY_DELAYS) or isinstance(error, LASTING_ERRORS):
-        raise StreamReadError(
-            f"Reading {what} failed {failures + 1} times, at last with {type(error).__name__}: {error}"
-        ) from error
+        told = redacted(f"Reading {what} failed {failures + 1} times, at last with {type(error).__name__}: {error}")
+        raise StreamReadError(told) from without_secrets(error)
     delay = RETRY_DELAYS[failures]
-    logger.warning("Reading %s failed (%s: %s); once more in %g s.", what, type(error).__name__, error, delay)
+    told = redacted(f"Reading {what} failed ({type(error).__name__}: {error})")
+    logger.warning("%s; once more in %g s.", told, delay)
     time.sleep(delay)
 
 

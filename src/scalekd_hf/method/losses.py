@@ -136,7 +136,8 @@ def task_loss(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label
 
     Args:
         logits: (B, K).
-        labels: (B,) class indices or (B, K) soft labels; -100, or a row of it, where an image does not count.
+        labels: (B,) class indices or (B, K) soft labels; -100, or a row of it, where an image does not count. Where none does, the
+            loss is 0.
         kind: "cross_entropy", or "binary_cross_entropy" over sigmoids: a sum over classes and a mean
             over images, as the published ResNet-50 runs use it.
         label_smoothing: in [0, 1), the share of the target spread evenly over the classes.
@@ -145,20 +146,20 @@ def task_loss(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label
         raise ValueError(f"`task_loss` must be one of {TASK_LOSSES}, got {kind!r}.")
     context, (logits,) = _at_least_float32(logits)
     with context:
-        if kind == "cross_entropy" and labels.ndim == 1:
-            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         counts = counted_in_loss(labels, kind)
-        if kind == "cross_entropy":
-            soft = labels.clamp(min=0)
-            return F.cross_entropy(
-                logits, soft, label_smoothing=label_smoothing, reduction="sum"
-            ) / counts.sum().clamp(min=1)
-        num_classes = logits.shape[-1]
+        if kind == "cross_entropy" and labels.ndim == 1:
+            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            return torch.where(counts.any(), loss, 0.0)  # torch divides by their number
+        num_classes, images = logits.shape[-1], counts.sum().clamp(min=1)
         target = labels.clamp(min=0)
         target = (F.one_hot(target, num_classes) if labels.ndim == 1 else target).to(logits.dtype)
+        if kind == "cross_entropy":
+            if label_smoothing:
+                target = (target * (1 - label_smoothing) + label_smoothing / num_classes) * counts[:, None]
+            return F.cross_entropy(logits, target, reduction="sum") / images
         target = target * (1 - label_smoothing) + label_smoothing / num_classes
         losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
-        return (losses * counts).sum() / counts.sum()
+        return (losses * counts).sum() / images
 
 
 def counted_in_loss(labels: Tensor, kind: str = "cross_entropy") -> Tensor:

@@ -34,10 +34,18 @@ from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS, ImageSpec
 from ..manifest import check_file
 from ..network import lost_connection
+from ..texts import redacted, without_secrets
 from . import mixers  # noqa: F401  registers a mixer by its name
 from .dry_run import SIZE_OPTIONS
 from .vision_side import classifies, vision_side
-from .weights import WeightsError, pretrained_weights, saved_backbone, take_off_untrained_head, trained_weights
+from .weights import (
+    WeightsError,
+    pretrained_weights,
+    runs_code,
+    saved_backbone,
+    take_off_untrained_head,
+    trained_weights,
+)
 
 
 __all__ = ["Classifier", "check_patches", "load_classifier", "patch_size"]
@@ -98,8 +106,8 @@ def load_classifier(
         **model_args: passed to `timm.create_model` or to the transformers configuration; `num_classes=0` builds a backbone.
 
     Raises:
-        ValueError: a name that cannot be found, a download that broke off, a damaged checkpoint, a module that is neither timm's nor transformers',
-            or a model of other images than RGB.
+        ValueError: a name that cannot be found, what would have to be executed, a download that broke off, a damaged checkpoint, a
+            module that is neither timm's nor transformers', or a model of other images than RGB.
     """
     for name in CHANNELS:
         _check_channels(role, name, model_args.get(name))
@@ -115,12 +123,14 @@ def load_classifier(
         try:
             classifier = load(name_or_module, role, pretrained, labels, image_size, model_args)
         except Exception as error:  # those of network clients are of all kinds
+            if (reason := runs_code(error)) is not None:
+                raise ValueError(f"`{role}` {name_or_module!r} {reason}") from error
             if (lost := lost_connection(error)) is None:
                 raise
             raise ValueError(
-                f"`{role}` {name_or_module!r} was not downloaded whole: {type(lost).__name__}, {lost}. The same command goes on with "
+                f"`{role}` {name_or_module!r} was not downloaded whole: {type(lost).__name__}, {redacted(lost)}. The same command goes on with "
                 f"the download; without a network, give `{role}` the folder of a model that you have."
-            ) from error
+            ) from without_secrets(error)
     _check_channels(role, *_channels(classifier))
     classifier.spec = classifier.spec.updated(mean=mean, std=std, crop_pct=crop_pct)
     if labels is not None and classifier.num_labels == len(labels):
@@ -239,7 +249,7 @@ def _load_timm(
             f" Did you mean {', '.join(f'timm/{match}' for match in close)}?" if "nknown model" in str(error) else ""
         )
         raise ValueError(
-            f"`{role}` {name!r} could not be built by timm with {model_args or 'no arguments'}: {error}.{hint}"
+            f"`{role}` {name!r} could not be built by timm with {model_args or 'no arguments'}: {redacted(error)}.{hint}"
         ) from error
     if without_head:
         module.reset_classifier(0)
@@ -310,7 +320,8 @@ def _load_transformers(
     if image_size is not None:
         changes["image_size"] = image_size
     try:
-        config = AutoConfig.from_pretrained(name, **changes)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **changes)
+        vars(config).pop("auto_map", None)  # a student that is saved with it would offer that code to others
         if isinstance(config, TimmWrapperConfig):  # a Hub id of a timm model, without timm's prefix
             return _load_timm(f"hf-hub:{name}", role, pretrained, labels, image_size, model_args)
         headless = num_classes == 0 or type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -323,14 +334,14 @@ def _load_transformers(
             config.architectures = [kinds[0].__name__]
         auto = AutoModel if headless else AutoModelForImageClassification
         if not pretrained:
-            module = auto.from_config(config)
+            module = auto.from_config(config, trust_remote_code=False)
         else:
             load = trained_weights if role == "teacher" else pretrained_weights
             module = load(auto, name, config)
     except WeightsError as error:
         raise ValueError(f"`{role}` {name!r}: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = redacted(str(error).strip().splitlines()[0])
         raise ValueError(
             f"`{role}` {name!r} is neither a local folder, nor `timm/<name>`, nor an image classifier on the Hub that "
             f"transformers can load: {reason} "
@@ -357,7 +368,7 @@ def _config_spec(config: Any) -> ImageSpec:
 def _processor_spec(name: str, default: ImageSpec) -> ImageSpec:
     """The preprocessing that was published with a transformers model, where there is one."""
     try:
-        processor = AutoImageProcessor.from_pretrained(name).to_dict()
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False).to_dict()
     except (OSError, ValueError) as error:
         if Path(name, "preprocessor_config.json").exists():
             raise ValueError(f"{name!r} has a preprocessor_config.json that cannot be read: {error}") from error

@@ -7,6 +7,7 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -25,6 +26,7 @@ from .students import Student
 
 __all__ = [
     "STUDENT_FILE",
+    "broken_checkpoint",
     "broken_file",
     "check_rebuildable",
     "load_strictly",
@@ -188,7 +190,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(folder / name)
     except (OSError, SafetensorError) as error:
-        raise ValueError(broken_file(folder, f"{name} is missing or damaged ({error})")) from error
+        raise ValueError(broken_file(folder, name, error)) from error
 
 
 def load_strictly(module: nn.Module, state_dict: dict[str, Tensor], folder: Path) -> None:
@@ -205,13 +207,15 @@ def _unsuitable(module: nn.Module, folder: Path, reason: Any) -> str:
     )
 
 
-def broken_file(folder: Path, what: str) -> str:
-    """What to say of a checkpoint, or of a student's folder, of which a file is missing or damaged.
+def broken_file(folder: Path, name: str, error: Any) -> str:
+    """What to say of a file of a checkpoint, or of a student's folder, that is missing or damaged."""
+    if isinstance(error, UnpicklingError):  # torch would advise to run what is in it
+        error = "it is damaged, or holds more than tensors and numbers, which could run code and is not loaded"
+    return broken_checkpoint(folder, f"{name} is missing or damaged ({error})")
 
-    Args:
-        folder: of the checkpoint.
-        what: is wrong with which file, in words.
-    """
+
+def broken_checkpoint(folder: Path, what: str) -> str:
+    """What to say of a checkpoint of which something is wrong: `what`, in words."""
     others = sorted(path.name for path in folder.parent.glob("checkpoint-*") if path != folder)
     remedy = (
         f"Other checkpoints beside it: {', '.join(others)}." if others else "There is no other checkpoint beside it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import nn
 from transformers import AutoModel
 
 
-__all__ = ["WeightsError", "pretrained_weights", "saved_backbone", "take_off_untrained_head", "trained_weights"]
+__all__ = [
+    "WeightsError",
+    "pretrained_weights",
+    "runs_code",
+    "saved_backbone",
+    "take_off_untrained_head",
+    "trained_weights",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +31,23 @@ UNTRAINED = (
 
 class WeightsError(ValueError):
     """A checkpoint that is not of the model that is to be built."""
+
+
+def runs_code(error: BaseException | None) -> str | None:
+    """What is wrong with a model that could be loaded only by running what it brings, in words; None for other errors."""
+    while error is not None:
+        if "trust_remote_code" in str(error):
+            return (
+                "asks for code of its own (`auto_map` in its configuration, or `trust_remote_code`), which is never run here. Choose a model "
+                "that timm or transformers knows."
+            )
+        if isinstance(error, UnpicklingError):
+            return (
+                "has weights in a file of pickle that holds more than tensors, or is damaged. What else it holds could run code: it is "
+                "not loaded. Choose a model whose weights are in safetensors."
+            )
+        error = error.__cause__
+    return None
 
 
 def take_off_untrained_head(module: Any, name: str, missing: list[str]) -> None:
@@ -84,7 +109,12 @@ def trained_weights(auto: Any, name: str, config: Any) -> nn.Module:
 def _loaded(auto: Any, name: str, config: Any) -> tuple[nn.Module, list[str], list[str]]:
     """A model, its weights that have other shapes in the checkpoint, and those that the checkpoint lacks."""
     module, info = auto.from_pretrained(
-        name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        name,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     changed = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
     return module, sorted(changed), sorted(set(info["missing_keys"]) - set(changed))

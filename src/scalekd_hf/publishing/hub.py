@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..texts import redacted, without_secrets
+
 
 __all__ = ["PushError", "create_repository", "failures_in_log", "push_command", "remote_card", "upload"]
 
@@ -57,8 +59,10 @@ def create_repository(name: str, token: str | None, private: bool | None, revisi
             raise ValueError(
                 f"`push_to_hub` is on, but the Hub refuses to write to {name!r} ({_text(error, token)}). Log in with an "
                 "account that may: `hf auth login`, or a token with write access in HF_TOKEN."
-            ) from error
-        raise PushError(f"The repository {name!r} could not be made: {_text(error, token)}") from error
+            ) from without_secrets(error, token)
+        raise PushError(f"The repository {name!r} could not be made: {_text(error, token)}") from without_secrets(
+            error, token
+        )
     return repo
 
 
@@ -85,7 +89,7 @@ def upload(
             token,
         )
     except Exception as error:
-        raise PushError(f"Pushing to {repo!r} failed: {_text(error, token)}") from error
+        raise PushError(f"Pushing to {repo!r} failed: {_text(error, token)}") from without_secrets(error, token)
 
 
 def push_command(repo: str, folder: str | Path, names: Iterable[str], private: Any, revision: str | None) -> str:
@@ -118,7 +122,10 @@ def remote_card(repo: str, token: str | None, revision: str | None) -> str | Non
     try:
         return _retrying(f"Reading the card of {repo!r}", read, token)
     except Exception as error:
-        raise PushError(f"Pushing to {repo!r} failed, its card cannot be read: {_text(error, token)}") from error
+        told = _text(error, token)
+        raise PushError(f"Pushing to {repo!r} failed, its card cannot be read: {told}") from without_secrets(
+            error, token
+        )
 
 
 def _retrying(what: str, action: Callable[[], T], token: str | None) -> T:
@@ -142,5 +149,4 @@ def _status(error: Exception) -> int | None:
 
 
 def _text(error: Exception, token: str | None) -> str:
-    text = " ".join(str(error).split()) or repr(error)
-    return text.replace(token, "(token)") if token else text
+    return redacted(" ".join(str(error).split()) or repr(error), token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..texts import code, inline, one_line
 from .provenance import Source, citations
 
 
@@ -96,24 +99,30 @@ def make_card(facts: CardFacts) -> ModelCard:
     own = facts.results.get(DISTILLED if facts.teacher else ALONE, {})
     alone = facts.results.get(ALONE, {})
     gain = f"{100 * (own['top1'] - alone['top1']):+.2f}" if facts.teacher and own and "top1" in alone else None
+    repo = json.dumps(one_line(facts.repo), ensure_ascii=False)[1:-1].replace(
+        "<", r"\u003c"
+    )  # in the quotes of Python
+    restriction = facts.teacher.restriction if facts.teacher else None
     return ModelCard.from_template(
         _metadata(facts, own),
         template_str=(files("scalekd_hf.publishing") / "templates" / "model_card.md").read_text(),
-        model_name=facts.repo.split("/")[-1],
-        student_name=facts.student.name,
+        model_name=inline(facts.repo.split("/")[-1]),
+        student_name=code(facts.student.name),
         parameters=f"{facts.parameters / 1e6:.3g} M",
         num_labels=facts.num_labels,
         teacher=facts.teacher,
+        teacher_name=code(facts.teacher.name) if facts.teacher else None,
         load_example=(LOAD if facts.num_labels else LOAD_BACKBONE)[facts.library].format(
-            repo=facts.repo, timm=f"{'hf-hub' if '/' in facts.repo else 'local-dir'}:{facts.repo}"
+            repo=repo, timm=f"{'hf-hub' if '/' in facts.repo else 'local-dir'}:{repo}"
         ),
         rows=table("", {name: row for name, row in facts.results.items() if set(ACCURACIES) & set(row)}),
         gain=gain,
-        baseline_args=" and ".join(f"`{name}` {value}" for name, value in facts.baseline_args.items()),
+        baseline_args=" and ".join(f"{code(name)} {inline(value)}" for name, value in facts.baseline_args.items()),
         curves=facts.curves,
-        facts=[(name, value) for name, value in facts.facts.items() if value not in (None, "")],
-        settings=list(facts.settings.items()),
-        restriction=facts.teacher.restriction if facts.teacher else None,
+        facts=[(inline(name), inline(value)) for name, value in facts.facts.items() if value not in (None, "")],
+        settings=[(code(name), code(value)) for name, value in facts.settings.items()],
+        lighter_stems="stem" in facts.settings,
+        restriction=inline(restriction) if restriction else None,
         citations=citations(facts.teacher.architecture if facts.teacher else None),
     )
 
@@ -139,19 +148,26 @@ def _metadata(facts: CardFacts, own: dict[str, float]) -> ModelCardData:
     return ModelCardData(
         library_name=facts.library,
         pipeline_tag=task,
-        tags=[task, "knowledge-distillation", "scalekd", *facts.tags],
-        **{name: value for name, value in known.items() if value},
+        tags=[task, "knowledge-distillation", "scalekd", *_plain(facts.tags)],
+        **{name: _plain(value) for name, value in known.items() if value},
     )
+
+
+def _plain(value: Any) -> Any:
+    """A value of the metadata, its texts in one line each."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return one_line(value) if isinstance(value, str) else value
 
 
 def _eval_results(row: dict[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type=row["dataset"],
-            dataset_name=row["dataset"],
-            dataset_split=row.get("split"),
-            dataset_revision=row.get("revision"),
+            dataset_type=_plain(row["dataset"]),
+            dataset_name=_plain(row["dataset"]),
+            dataset_split=_plain(row.get("split")),
+            dataset_revision=_plain(row.get("revision")),
             metric_type="accuracy" if key in ACCURACIES else key,
             metric_name=HEADERS[key],
             metric_value=round(row[key], 6),
@@ -168,7 +184,7 @@ def table(corner: str, rows: dict[str, dict[str, Any]]) -> str:
         return ""
     lines = [f"| {corner} | {' | '.join(HEADERS[key] for key in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | {' | '.join(_cell(key, row.get(key)) for key in columns)} |")
+        lines.append(f"| {inline(name)} | {' | '.join(_cell(key, row.get(key)) for key in columns)} |")
     return "\n".join(lines)
 
 
@@ -190,7 +206,7 @@ def update_evaluation(model: str, rows: Iterable[dict[str, Any]], token: str | N
         The file, or the repository.
 
     Raises:
-        ValueError: a folder without a card.
+        ValueError: a folder without a card, or a card that cannot be read.
     """
     file = Path(model, "README.md")
     local = Path(model).is_dir()
@@ -198,7 +214,12 @@ def update_evaluation(model: str, rows: Iterable[dict[str, Any]], token: str | N
         raise ValueError(
             f"`model` {model!r} has no README.md to put an evaluation in. Publish it first, or write one."
         )
-    card = ModelCard.load(file if local else model, token=token)
+    try:
+        card = ModelCard.load(file if local else model, token=token)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The card of `model` {model!r} cannot be read: {error}. Mend the metadata at its beginning."
+        ) from error
     name = card.data.get("model_name") or (Path(model).resolve().name if local else model.split("/")[-1])
     kept = {_key(result): result for result in card.data.eval_results or []}
     kept |= {_key(result): result for row in rows for result in _eval_results(row)}

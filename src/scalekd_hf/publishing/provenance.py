@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import torch
+import yaml
 from huggingface_hub import HfApi, metadata_load, try_to_load_from_cache
 
 from ..borrowed.datasets import files_of
@@ -64,7 +65,7 @@ class Source:
         if not self.license or PERMISSIVE.search(self.license.lower()):
             return None
         return (
-            f"{self.name} is under the license `{self.license}`, which may restrict the use of what is derived from it, "
+            f"The license of {self.name} is `{self.license}`, which may restrict the use of what is derived from it, "
             "and a distilled student may count as that. Read it before you use or share this model."
         )
 
@@ -140,7 +141,7 @@ def _cached_revision(hub_id: str | None) -> str | None:
 def _card_license(file: Path) -> str | None:
     try:
         license: str | None = (metadata_load(file) or {}).get("license")
-    except (OSError, ValueError):
+    except (OSError, ValueError, yaml.YAMLError):
         return None
     return license
 

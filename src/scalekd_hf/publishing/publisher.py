@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..manifest import digest
+from ..texts import redacted, without_secrets
 from .curves import draw_curves
 from .hub import PushError, create_repository, failures_in_log, push_command, remote_card, upload
 from .model_card import MARK, CardFacts, make_card
@@ -164,7 +165,7 @@ class Publisher:
             if not self._in_progress.done():
                 logger.info("A push is still going on; waiting for its end.")
             if error := self._in_progress.exception():
-                logger.error("A push has failed: %s", error)
+                logger.error("A push has failed: %s", redacted(error, self.args.hub_token))
             self._in_progress = None
 
     def _push_in_background(self, jobs: list[tuple], later: Path, staging: Path | None, **how: Any) -> None:
@@ -196,7 +197,7 @@ class Publisher:
             command = push_command(repo, later, names, self.args.hub_private_repo, revision)
             raise PushError(
                 f"{error} Nothing is lost; {str(later)!r} is whole. Push it later with: {command}"
-            ) from error
+            ) from without_secrets(error, token)
 
 
 def _existing(folder: Path, names: Iterable[str]) -> list[Path]:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from transformers import HfArgumentParser
 
 from ..data.labels import read_class_names
 from ..data.loading import DataArguments
+from ..texts import redacted
 from ..training.config import ScaleKDConfig
 from .words import check_known, check_words, read_config, shipped_folder, take_configs
 
@@ -210,10 +212,18 @@ def as_words(settings: dict[str, Any]) -> list[str]:
             continue
         if value is False and key.endswith("_strategy"):
             value = "no"  # YAML reads a bare no as false
-        is_json = isinstance(value, dict) or (isinstance(value, list) and key == "class_names")
-        values = [json.dumps(value)] if is_json else value if isinstance(value, list) else [value]
-        words += [f"--{key}", *(str(item) for item in values)]
+        if isinstance(value, dict) or (isinstance(value, list) and key == "class_names"):
+            value = json.dumps(value)
+        if isinstance(value, list):
+            words += [f"--{key}", *map(_word, value)]
+        else:
+            words.append(f"--{key}={value}")  # which may begin with a dash
     return words
+
+
+def _word(value: Any) -> str:
+    """One of several values; argparse takes a negative number with an exponent for an option."""
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) and value < 0 else str(value)
 
 
 def given_arguments(arguments: Any) -> dict[str, Any]:
@@ -224,18 +234,24 @@ def given_arguments(arguments: Any) -> dict[str, Any]:
         value = getattr(arguments, field_.name)
         if value not in (None, {}, field_.default):
             is_shipped = isinstance(value, str) and value.startswith(folder)
-            found[field_.name] = f"recipes{value[len(folder) :]}" if is_shipped else value
+            found[field_.name] = f"recipes{value[len(folder) :]}" if is_shipped else _without_secrets(value)
     return found
 
 
 def resolved(arguments: Any, config: ScaleKDConfig) -> dict[str, Any]:
-    """Every setting of a run, as YAML holds them and `parse_config` reads them again; tokens are left out."""
+    """Every setting of a run, as YAML holds them and `parse_config` reads them again; tokens are left out, also of URLs."""
     settings = {**{f.name: getattr(arguments, f.name) for f in fields(arguments)}, **config.to_dict()}
+    settings["report_to"] = settings["report_to"] or "none"  # none given is the default
     known = {f.name for cls in (type(arguments), ScaleKDConfig) for f in fields(cls) if f.init}
     kept = {key: value for key, value in settings.items() if key in known and value not in (None, [], {})}
     kept = {key: value for key, value in kept.items() if not key.endswith("_token")}
     held: dict[str, Any] = yaml.safe_load(yaml.safe_dump(kept))
-    return held
+    return {key: _without_secrets(value) for key, value in held.items()}
+
+
+def _without_secrets(value: Any) -> Any:
+    """A setting, without what opens or signs a URL."""
+    return redacted(value) if isinstance(value, str) and "://" in value else value
 
 
 def write_config(arguments: Any, config: ScaleKDConfig, file: str | Path) -> None:

@@ -21,7 +21,14 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from ..data.stream import ImageStream
-from ..models.saving import broken_file, load_strictly, load_student_weights, read_tensors, save_tensors
+from ..models.saving import (
+    broken_checkpoint,
+    broken_file,
+    load_strictly,
+    load_student_weights,
+    read_tensors,
+    save_tensors,
+)
 from ..models.students import Student
 from ..models.taps import find_taps
 from .averaging import TRAINED_FILE, AveragedStudent
@@ -30,6 +37,7 @@ from .epochs import count_steps
 from .feeding import ImageFeed
 from .loss_log import LossLog
 from .model import ScaleKDModel, attention_heads
+from .pickles import check_pickles
 from .position import RUN_STATE_FILE, RunPosition
 from .settings import FIXED, models_to_keep, settings_to_keep
 from .sharding import full_state
@@ -101,8 +109,8 @@ class Checkpoints:
         self.schedule.file = Path(str(checkpoint), "scheduler.pt") if in_parts else None
         if self.averaged is not None:
             self.averaged.restart(self.args.device)
+        order = self.feed.order_settings(dataset)  # as the data are now, for the checkpoints to come
         if checkpoint is not None:
-            order = self.feed.order_settings(dataset)
             position, is_changed = self._read(Path(checkpoint), order, isinstance(dataset, ImageStream))
         if is_changed and epochs is not None:
             self.args.max_steps = position.step + count_steps(dataset, self.args, position.images_seen)
@@ -254,21 +262,22 @@ def check_checkpoint(folder: str | Path, sharded: bool) -> None:
         sharded: its optimiser is not in files of the Trainer's.
 
     Raises:
-        ValueError: a folder without readable trainer state, optimiser or scheduler.
+        ValueError: a folder without readable trainer state, optimiser or scheduler, or with what could run code.
     """
     folder = Path(folder)
     for name in ("trainer_state.json", RUN_STATE_FILE):
         try:
             json.loads((folder / name).read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(broken_file(folder, f"{name} is missing or damaged ({error})")) from error
+            raise ValueError(broken_file(folder, name, error)) from error
+    check_pickles(folder)
     states = [file.name for file in folder.glob("rng_state*.pth")]
     for name in (*states, *(() if sharded else ("optimizer.pt", "scheduler.pt"))):
         try:
             with safe_globals():
                 torch.load(folder / name, map_location="meta", weights_only=True)
         except Exception as error:  # what torch raises depends on where the file was cut
-            raise ValueError(broken_file(folder, f"{name} is missing or damaged ({error})")) from error
+            raise ValueError(broken_file(folder, name, error)) from error
 
 
 def check_processes(folder: Path, then: int, args: ScaleKDConfig, sharded: bool) -> None:
@@ -287,7 +296,7 @@ def check_processes(folder: Path, then: int, args: ScaleKDConfig, sharded: bool)
     in_parts, changed = optimizer_in_parts(folder), then != now
     state = f"rng_state_{args.process_index}.pth" if now > 1 else "rng_state.pth"
     if not changed and not (folder / state).exists():
-        raise ValueError(broken_file(folder, f"{state} is missing"))
+        raise ValueError(broken_checkpoint(folder, f"{state} is missing"))
     if sharded and (changed or not in_parts):
         raise ValueError(
             f"The optimiser in {str(folder)!r} is {f'in parts for {then} processes' if in_parts else 'whole'}: "

@@ -266,6 +266,7 @@ class ImageFeed:
         batch, accumulated = self._batch_size, self.args.gradient_accumulation_steps
         if isinstance(dataset, ImageStream):
             settings["images"] = len(dataset.source)
+            settings |= {"content": dataset.source.content} if dataset.source.content else {}
             if isinstance(dataset.source, Table):  # any reader can fetch any row
                 step = batch * accumulated * self.args.world_size
                 return settings | {"images per step": step, "processes": self.args.world_size}

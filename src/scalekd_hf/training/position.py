@@ -12,6 +12,7 @@ from typing import Any
 __all__ = ["RUN_STATE_FILE", "RunPosition"]
 
 RUN_STATE_FILE = "scalekd_state.json"
+LATER = ("content",)  # what checkpoints of before do not tell
 
 
 @dataclass
@@ -51,8 +52,9 @@ class RunPosition:
         return cls(step, **{field.name: state[field.name] for field in fields(cls) if field.name in state})
 
     def changes(self, data: dict[str, Any]) -> list[str]:
-        """Which settings of the data have changed since, in words."""
-        return _changes(self.data or {}, data, data)
+        """Which settings of the data have changed since, in words; what the data hold only where both tell it."""
+        then = self.data or {}
+        return _changes(then, data, [name for name in data if name in then or name not in LATER])
 
     def changed_settings(self, settings: dict[str, Any]) -> list[str]:
         """Which others have changed since, in words; one that the checkpoint does not know has not."""

@@ -22,7 +22,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ..manifest import damage, seal
-from ..models.saving import STUDENT_FILE, broken_file
+from ..models.saving import STUDENT_FILE, broken_checkpoint
 from ..publishing.publisher import RESULTS_FILE
 
 
@@ -70,14 +70,14 @@ class RunFolder:
             return None
         if asked is not True:
             if found := self._damage(Path(asked)):
-                raise ValueError(broken_file(Path(asked), found))
+                raise ValueError(broken_checkpoint(Path(asked), found))
             return asked
         last_checkpoint(self.path)  # puts back what was being replaced
         checkpoints = sorted(filter(_step, self.path.glob("checkpoint-*")), key=_step, reverse=True)
         for checkpoint in checkpoints:
             if not (found := self._damage(checkpoint)):
                 return str(checkpoint)
-            logger.warning("%s It is passed over for the one before.", broken_file(checkpoint, found))
+            logger.warning("%s It is passed over for the one before.", broken_checkpoint(checkpoint, found))
         raise ValueError(
             f"There is no {'whole ' if checkpoints else ''}checkpoint to resume from in `output_dir` {str(self.path)!r}."
         )
