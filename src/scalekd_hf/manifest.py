@@ -93,6 +93,8 @@ def _read(folder: Path) -> dict[str, tuple[int, str]]:
     manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     if manifest["algorithm"] != ALGORITHM:
         raise ValueError(f"digests of the kind {manifest['algorithm']!r}; this version knows {ALGORITHM!r}")
+    if outside := [name for name in manifest["files"] if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"it names files of other folders: {outside[0]!r}")
     return {str(name): (int(size), str(code)) for name, (size, code) in manifest["files"].items()}
 
 

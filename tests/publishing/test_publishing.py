@@ -18,6 +18,7 @@ from safetensors.torch import load, load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, pipeline
 
 from scalekd_hf import ScaleKDTrainer, load_student, load_teacher
+from scalekd_hf.manifest import seal
 from scalekd_hf.publishing.hub import PushError, create_repository
 from scalekd_hf.publishing.model_card import update_evaluation
 
@@ -309,6 +310,7 @@ def test_hours_of_a_finished_run_are_those_of_its_training(tmp_path, digits):
     trainer_for(tmp_path, digits, **options).train()
     file = tmp_path / "run" / "checkpoint-2" / "scalekd_state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 7200.0}))
+    seal(file.parent)
     again = trainer_for(tmp_path, digits, **options)
     again.train(resume_from_checkpoint=True)
     again.create_model_card()

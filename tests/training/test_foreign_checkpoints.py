@@ -1,6 +1,7 @@
 """A stranger's checkpoint: nothing in it is executed when a run is to go on from it."""
 
 import io
+import json
 import pickle
 import shutil
 
@@ -12,6 +13,7 @@ from stopped_runs import trainer_for
 
 from scalekd_hf.cli.evaluate import parse as parse_evaluation
 from scalekd_hf.cli.launcher import with_installed_files
+from scalekd_hf.manifest import MANIFEST_FILE, damage
 from scalekd_hf.publishing.model_card import update_evaluation
 from scalekd_hf.publishing.provenance import model_source
 from scalekd_hf.tools.words import read_config
@@ -22,6 +24,7 @@ from scalekd_hf.training.pickles import check_pickles
 def checkpoint(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("run")
     trainer_for(folder, shards, max_steps=2, save_steps=2).train()
+    (folder / "checkpoint-2" / MANIFEST_FILE).unlink()  # a stranger's fits what they have put in
     return folder / "checkpoint-2"
 
 
@@ -89,6 +92,13 @@ def test_what_engines_would_execute_is_refused_before_they_see_it(tmp_path, shar
         with pytest.raises(ValueError, match=r"optimizer_0/.metadata is missing or damaged"):
             check_pickles(theirs)
     assert not mark.exists()
+
+
+def test_a_manifest_names_files_of_its_folder_alone(tmp_path):
+    for name in ("../secret", "/dev/zero", "a/../../b"):
+        files = json.dumps({"algorithm": "xxh3_128", "files": {name: [0, ""]}})
+        (tmp_path / MANIFEST_FILE).write_text(files)
+        assert f"{MANIFEST_FILE} is damaged" in damage(tmp_path)
 
 
 def test_no_tag_of_yaml_is_constructed(tmp_path):

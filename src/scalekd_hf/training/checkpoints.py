@@ -22,7 +22,6 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..data.stream import ImageStream
 from ..models.saving import (
-    broken_checkpoint,
     broken_file,
     load_strictly,
     load_student_weights,
@@ -271,13 +270,16 @@ def check_checkpoint(folder: str | Path, sharded: bool) -> None:
         except (OSError, ValueError) as error:
             raise ValueError(broken_file(folder, name, error)) from error
     check_pickles(folder)
-    states = [file.name for file in folder.glob("rng_state*.pth")]
-    for name in (*states, *(() if sharded else ("optimizer.pt", "scheduler.pt"))):
-        try:
-            with safe_globals():
-                torch.load(folder / name, map_location="meta", weights_only=True)
-        except Exception as error:  # what torch raises depends on where the file was cut
-            raise ValueError(broken_file(folder, name, error)) from error
+    for name in () if sharded else ("optimizer.pt", "scheduler.pt"):
+        _check_pickle(folder, name)
+
+
+def _check_pickle(folder: Path, name: str) -> None:
+    try:
+        with safe_globals():
+            torch.load(folder / name, map_location="meta", weights_only=True)
+    except Exception as error:  # what torch raises depends on where the file was cut
+        raise ValueError(broken_file(folder, name, error)) from error
 
 
 def check_processes(folder: Path, then: int, args: ScaleKDConfig, sharded: bool) -> None:
@@ -295,8 +297,8 @@ def check_processes(folder: Path, then: int, args: ScaleKDConfig, sharded: bool)
     now = args.world_size
     in_parts, changed = optimizer_in_parts(folder), then != now
     state = f"rng_state_{args.process_index}.pth" if now > 1 else "rng_state.pth"
-    if not changed and not (folder / state).exists():
-        raise ValueError(broken_checkpoint(folder, f"{state} is missing"))
+    if not changed:
+        _check_pickle(folder, state)
     if sharded and (changed or not in_parts):
         raise ValueError(
             f"The optimiser in {str(folder)!r} is {f'in parts for {then} processes' if in_parts else 'whole'}: "
