@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small models: threads that wait for each 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
+import hypothesis
 import pytest
 import torch
 from helpers import DIGITS, ROOT, place
@@ -24,6 +25,17 @@ from huggingface_hub import constants
 
 datasets.disable_progress_bars()
 os.chdir(ROOT)  # recipes name their data from there
+
+for name, examples in (("few", 300), ("many", 5000)):  # pytest --hypothesis-profile=many
+    hypothesis.settings.register_profile(
+        name,
+        max_examples=examples,
+        derandomize=name == "few",
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+hypothesis.settings.load_profile("few")
 
 
 torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..images import PLAIN_FILTERS
-from .decoding import is_reducible, pillow_errors, to_rgb
+from .decoding import BAND, is_reducible, pillow_errors, to_rgb
 
 
 __all__ = ["Augmentation"]
@@ -65,7 +65,12 @@ class Augmentation:
         random_erasing: float = 0.0,
         antialias: bool = True,
     ):
-        self.size, self.interpolation, self.crop_scale, self.hflip = tuple(size), interpolation, crop_scale, hflip
+        self.size, self.interpolation, self.crop_scale, self.hflip = (
+            (size[0], size[1]),
+            interpolation,
+            crop_scale,
+            hflip,
+        )
         self.random_erasing, self.resample = random_erasing, str_to_pil_interp(interpolation)
         self.antialias = antialias
         self.rand_augment: RandAugment | None = None
@@ -95,13 +100,25 @@ class Augmentation:
         image = to_rgb(image, reduction if self.antialias else 1.0)  # decoding at less smooths
         rows, columns = _span(top, height, full_height, image.height), _span(left, width, full_width, image.width)
         with pillow_errors():
-            return self._resize(image.crop((columns[0], rows[0], columns[1], rows[1])))
+            return self._resize(image, (columns[0], rows[0], columns[1], rows[1]))
 
-    def _resize(self, image: Image.Image) -> Tensor:
+    def _resize(self, image: Image.Image, box: tuple[int, int, int, int]) -> Tensor:
+        """The part of an image in a box (left, top, right, bottom), resized."""
         if self.interpolation not in PLAIN_FILTERS:
-            return _to_tensor(image.resize((self.size[1], self.size[0]), self.resample))
+            return _to_tensor(image.crop(box).resize((self.size[1], self.size[0]), self.resample))
+        left, top, right, bottom = box
+        rows = max(1, BAND // (right - left)) if self.antialias else bottom - top
+        if rows >= bottom - top:
+            return self._interpolate(image.crop(box), self.size)
+        # torch resizes along rows first, and so a large image is narrowed band by band, to the same pixels.
+        starts = range(top, bottom, rows)
+        bands = (image.crop((left, start, right, min(start + rows, bottom))) for start in starts)
+        narrow = torch.cat([self._interpolate(band, (band.height, self.size[1])) for band in bands], 1)
+        return functional.interpolate(narrow[None], self.size, mode=self.interpolation, antialias=True)[0]
+
+    def _interpolate(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return functional.interpolate(pixels[None], self.size, mode=self.interpolation, antialias=self.antialias)[0]
+        return functional.interpolate(pixels[None], size, mode=self.interpolation, antialias=self.antialias)[0]
 
     def _erase(self, pixels: Tensor) -> Tensor:
         """Replace a rectangle by noise, with probability, area and aspect as in timm's `RandomErasing`."""
