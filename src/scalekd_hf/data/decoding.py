@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL.JpegImagePlugin import get_sampling
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from .formats import FORMATS, JXL_STARTS, foreign_format, jxl_size, package_for_bytes, readable_formats
 
 
-__all__ = ["BadImageError", "is_reducible", "open_image", "pillow_errors", "to_rgb"]
+__all__ = ["BadImageError", "is_reducible", "jpeg_pixels", "open_image", "pillow_errors", "to_rgb"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ BAND = 2**20  # pixels that are converted at a time
 # Bytes a pixel that decoders take beside the image: those that decode it as a whole, as measured.
 DECODERS = {"WEBP": 12, "JPEG2000": 15, "AVIF": 6, "HEIF": 6, "JXL": 12}
 PROGRESSIVE = 6  # coefficients of all scans, at whatever resolution
+SUBSAMPLINGS = (0, 1, 2)  # by Pillow's numbers: 4:4:4, 4:2:2 and 4:2:0, on which all versions of libjpeg-turbo agree
 REMEDIES = {
     "empty": "Leave out the row, or store the image again.",
     "missing": "Check the path, or store the images in the data set itself.",
@@ -301,6 +306,44 @@ def _is_draftable(image: Image.Image) -> bool:
 def is_reducible(image: Image.Image) -> bool:
     """Whether `to_rgb` can decode the image at less than its resolution: a JPEG, not yet decoded, not rotated."""
     return _is_draftable(image) and not _is_rotated(image)
+
+
+def jpeg_pixels(image: Image.Image) -> Tensor | None:
+    """Decode a JPEG that `open_image` opened by torchvision, which is faster, to the pixels of `to_rgb`.
+
+    Returns:
+        uint8 (3, height, width); None for other images, for large ones, for damaged ones that Pillow is to judge, and
+        where the two decoders differ.
+    """
+    if not (image.format == "JPEG" and image.mode == "RGB" and _is_draftable(image)):
+        return None
+    stream = getattr(image, "fp", None)
+    small = image.width * image.height <= 4 * BAND
+    if not (small and type(stream) is io.BytesIO and get_sampling(image) in SUBSAMPLINGS and _decoders_agree()):
+        return None
+    return _by_torchvision(stream.getvalue())
+
+
+def _by_torchvision(content: bytes) -> Tensor | None:
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+
+
+@cache
+def _decoders_agree() -> bool:
+    """Whether torchvision can decode JPEGs here, to Pillow's pixels: both have libjpeg-turbo in their wheels."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8))
+    for sampling in SUBSAMPLINGS:
+        for progressive in (False, True):
+            file = io.BytesIO()
+            noise.save(file, "JPEG", quality=90, subsampling=sampling, progressive=progressive)
+            pixels = _by_torchvision(file.getvalue())
+            if pixels is None or not np.array_equal(pixels.permute(1, 2, 0), np.asarray(Image.open(file))):
+                logger.info("JPEGs are decoded by Pillow alone: torchvision does not, or to other pixels.")
+                return False
+    return True
 
 
 def _is_rotated(image: Image.Image) -> bool:
