@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +21,7 @@ from PIL import Image
 from scalekd_hf.data import decoding
 from scalekd_hf.data.augmentation import Augmentation
 from scalekd_hf.data.dataset import check_dataset
-from scalekd_hf.data.decoding import BadImageError, open_image, to_rgb
+from scalekd_hf.data.decoding import BadImageError, jpeg_pixels, open_image, to_rgb
 from scalekd_hf.data.folders import read_folder
 from scalekd_hf.data.formats import FORMATS, image_endings, jxl_size, readable_formats
 from scalekd_hf.data.preparation import Preparation
@@ -48,6 +49,7 @@ FOREIGN = {
     "PSD": b"8BPS" + bytes(40),
 }
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, of what is damaged
+needs_simplejpeg = pytest.mark.skipif(decoding.simplejpeg is None, reason="simplejpeg is not installed")
 PIXEL_LIMIT = 2_000_000  # in `MAX_IMAGE_PIXELS`: 16 MB for an image
 TAKEN = 48  # MB at most that an image of it takes, with what Python and its decoder need
 
@@ -89,10 +91,18 @@ def samples():
     return [*found, encoded(picture("P"), "PNG", transparency=bytes(range(256))), *FOREIGN.values()]
 
 
+@cache
+def jpegs():
+    """JPEGs that simplejpeg decodes in training: of all subsamplings, in one scan or several, with restarts or without."""
+    ways = [{"subsampling": kind, "progressive": several} for kind in (0, 1, 2) for several in (False, True)]
+    ways += [{"restart_marker_blocks": 2}, {"quality": 100, "optimize": True}]
+    return [encoded(picture("RGB", size), "JPEG", **way) for way in ways for size in ((61, 45), (7, 90))]
+
+
 @st.composite
-def damaged(draw):
-    """A file of a known format with bytes overwritten, left out, put in, or cut off."""
-    content = bytearray(draw(st.sampled_from(samples())))
+def damaged(draw, files):
+    """A file with bytes overwritten, left out, put in, or cut off."""
+    content = bytearray(draw(st.sampled_from(files())))
     for _ in range(draw(st.integers(1, 4))):
         span = min(len(content), 2 ** draw(st.integers(3, 14)))  # headers more often than the rest
         place = draw(st.integers(0, span))
@@ -168,9 +178,45 @@ def test_random_bytes_are_decoded_or_counted(content):
     check(content)
 
 
-@given(damaged())
+@given(damaged(samples))
 def test_damaged_files_are_decoded_or_counted(content):
     check(content)
+
+
+@needs_simplejpeg
+@given(damaged(jpegs))
+def test_both_decoders_of_jpegs_give_the_same_pixels(content):
+    try:
+        pixels = jpeg_pixels(open_image(content))
+    except BadImageError:
+        return
+    if pixels is not None:
+        assert np.array_equal(pixels.permute(1, 2, 0), to_rgb(open_image(content)))
+
+
+@needs_simplejpeg
+def test_a_sound_jpeg_is_decoded_by_simplejpeg_where_the_decoders_agree(monkeypatch, caplog):
+    for content in jpegs():
+        pixels = jpeg_pixels(open_image(content))
+        assert pixels is not None and np.array_equal(pixels.permute(1, 2, 0), to_rgb(open_image(content)))
+        random.seed(1)
+        fast = AUGMENT(open_image(content))
+        random.seed(1)
+        assert torch.equal(fast, AUGMENT(to_rgb(open_image(content))))
+    for other in (
+        encoded(picture("L"), "JPEG"),
+        encoded(picture("CMYK"), "JPEG"),
+        encoded(picture("RGB"), "PNG"),
+        picture("RGB"),
+    ):
+        assert jpeg_pixels(open_image(other)) is None
+    plain = decoding.simplejpeg.decode_jpeg
+    monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", lambda data, mode: plain(data, mode, fastdct=True))
+    decoding._decoders_agree.cache_clear()
+    assert (
+        jpeg_pixels(open_image(jpegs()[0])) is None and "simplejpeg decodes to other pixels than Pillow" in caplog.text
+    )
+    decoding._decoders_agree.cache_clear()
 
 
 # What is not even tried

@@ -239,7 +239,8 @@ def _rotate(pixels: Tensor, degrees: float, fillcolor: tuple[int, ...], resample
     torch.add(x * (sine * 2 / height), y * (cosine * 2 / height), out=grid[0, ..., 1])
     mode = "bilinear" if resample == Image.Resampling.BILINEAR else "bicubic"
     rotated = functional.grid_sample(pixels[None].float(), grid, mode, padding_mode="border", align_corners=False)[0]
-    return _filled(rotated, (np.abs(grid[0].numpy()) < 1).all(2), fillcolor)
+    across, down = np.abs(grid[0, ..., 0].numpy()), np.abs(grid[0, ..., 1].numpy())
+    return _filled(rotated, (across < 1) & (down < 1), fillcolor)
 
 
 def _shear_x(pixels: Tensor, factor: float, **options: Any) -> Tensor:

@@ -25,10 +25,14 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import get_sampling
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from .formats import FORMATS, JXL_STARTS, foreign_format, jxl_size, package_for_bytes, readable_formats
 
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 __all__ = ["BadImageError", "is_reducible", "jpeg_pixels", "open_image", "pillow_errors", "to_rgb"]
 
@@ -309,39 +313,40 @@ def is_reducible(image: Image.Image) -> bool:
 
 
 def jpeg_pixels(image: Image.Image) -> Tensor | None:
-    """Decode a JPEG that `open_image` opened by torchvision, which is faster, to the pixels of `to_rgb`.
+    """Decode a JPEG that `open_image` opened by simplejpeg, which is faster, to the pixels of `to_rgb`.
 
     Returns:
         uint8 (3, height, width); None for other images, for large ones, for damaged ones that Pillow is to judge, and
-        where the two decoders differ.
+        where simplejpeg is not installed or would give other pixels.
     """
     if not (image.format == "JPEG" and image.mode == "RGB" and _is_draftable(image)):
         return None
-    stream = getattr(image, "fp", None)
-    small = image.width * image.height <= 4 * BAND
+    stream, small = getattr(image, "fp", None), image.width * image.height <= 4 * BAND
     if not (small and type(stream) is io.BytesIO and get_sampling(image) in SUBSAMPLINGS and _decoders_agree()):
         return None
-    return _by_torchvision(stream.getvalue())
+    return _by_simplejpeg(stream.getvalue())
 
 
-def _by_torchvision(content: bytes) -> Tensor | None:
+def _by_simplejpeg(content: bytes) -> Tensor | None:
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError:
+        return torch.from_numpy(simplejpeg.decode_jpeg(content, "RGB")).permute(2, 0, 1)
+    except ValueError:  # of anything that libjpeg-turbo warns of
         return None
 
 
 @cache
 def _decoders_agree() -> bool:
-    """Whether torchvision can decode JPEGs here, to Pillow's pixels: both have libjpeg-turbo in their wheels."""
+    """Whether simplejpeg is there and gives Pillow's pixels: both have libjpeg-turbo in their wheels."""
+    if simplejpeg is None:
+        return False
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8))
     for sampling in SUBSAMPLINGS:
         for progressive in (False, True):
             file = io.BytesIO()
             noise.save(file, "JPEG", quality=90, subsampling=sampling, progressive=progressive)
-            pixels = _by_torchvision(file.getvalue())
+            pixels = _by_simplejpeg(file.getvalue())
             if pixels is None or not np.array_equal(pixels.permute(1, 2, 0), np.asarray(Image.open(file))):
-                logger.info("JPEGs are decoded by Pillow alone: torchvision does not, or to other pixels.")
+                logger.warning("simplejpeg decodes to other pixels than Pillow here: it is not used.")
                 return False
     return True
 
