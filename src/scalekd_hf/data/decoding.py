@@ -194,9 +194,8 @@ def _memory(image: Image.Image, scale: int = 1) -> float:
     pixels = image.width * image.height
     size = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
     converted = 0 if image.mode == "RGB" else 8 if "transparency" in image.info else 4
-    may_turn = (
-        image.format != "PNG" or "exif" in image.info
-    )  # of a PNG without, it is decoded to look behind its pixels
+    # A PNG without EXIF data before its pixels would be decoded to look behind them.
+    may_turn = image.format != "PNG" or "exif" in image.info
     turned = size if may_turn and _is_rotated(image) else 0
     decoder = PROGRESSIVE if image.info.get("progressive") else DECODERS.get(image.format or "", 0)
     return pixels * decoder + pixels / scale**2 * (size + converted + turned)
