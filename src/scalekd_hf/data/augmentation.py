@@ -98,10 +98,12 @@ class Augmentation:
         full_width, full_height = image.size
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, self.crop_scale, RATIO)
         reduction = min(height / self.size[0], width / self.size[1]) if self.antialias else 1.0
-        if reduction < 2 and self.interpolation in PLAIN_FILTERS and (pixels := jpeg_pixels(image)) is not None:
-            return self._interpolate(pixels[:, top : top + height, left : left + width], self.size)
-        image = to_rgb(image, reduction)  # decoding at less smooths
+        pixels = jpeg_pixels(image) if reduction < 2 and self.interpolation in PLAIN_FILTERS else None
+        if pixels is None:
+            image = to_rgb(image, reduction)  # decoding at less smooths
         rows, columns = _span(top, height, full_height, image.height), _span(left, width, full_width, image.width)
+        if pixels is not None:
+            return self._interpolate(pixels[:, slice(*rows), slice(*columns)], self.size)
         with pillow_errors():
             return self._resize(image, (columns[0], rows[0], columns[1], rows[1]))
 

@@ -250,13 +250,14 @@ def _eight_bits(
     scaled, rows = np.empty(shape, np.uint8), max(1, BAND // math.prod(shape[1:]))
     for top in range(0, shape[0], rows):
         pixels = band(top, min(top + rows, shape[0]))
-        if kind.kind != "b" and (pixels.min() < low or pixels.max() > high):
-            least, most = f"{pixels.min():g}", f"{pixels.max():g}"
-            raise _bad("out of range", f"its pixels of {what} are {least} to {most}, not {low:g} to {high:g}")
+        least, most = np.fmin.reduce(pixels, axis=None), np.fmax.reduce(pixels, axis=None)  # beside what is no number
+        if kind.kind != "b" and (least < low or most > high):
+            raise _bad("out of range", f"its pixels of {what} are {least:g} to {most:g}, not {low:g} to {high:g}")
         if (low, high) == (0, 65535):
             scaled[top : top + rows] = pixels // 256
         else:
-            exact = (pixels - np.float64(low)) * (255.0 / (high - low))
+            with np.errstate(invalid="ignore"):  # some that are no numbers are meant to be told of
+                exact = (pixels - np.float64(low)) * (255.0 / (high - low))
             scaled[top : top + rows] = np.nan_to_num(exact).clip(0, 255)
     return scaled
 
