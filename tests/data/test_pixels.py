@@ -45,3 +45,12 @@ def test_the_scale_of_pixels_follows_from_their_type_and_not_from_their_values(c
     for value in (deep, encoded(Image.fromarray(deep), "PNG")):
         assert len(np.unique(to_rgb(open_image(value, (0, 4095))))) == 256
     assert (np.asarray(to_rgb(open_image(np.ones((4, 4), bool)))) == 255).all()
+
+
+def test_pixels_that_are_no_numbers_are_black_and_hide_no_others():
+    for values in ([[np.nan, 0.5]], [[np.nan, np.nan]]):
+        for value in (np.array(values), Image.fromarray(np.array(values, np.float32))):
+            assert np.asarray(to_rgb(open_image(value)))[0, 0, 0] == 0
+    for value in (np.array([[np.nan, 300.0]]), Image.fromarray(np.array([[300, np.nan]], np.float32))):
+        with pytest.raises(BadImageError, match="out of range.* are 300 to 300, not 0 to 1"):
+            open_image(value)

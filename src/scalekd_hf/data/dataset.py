@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -280,11 +281,23 @@ def _of_table(
 
 
 def _undecoded(dataset: Any) -> Any:
-    """The data set with its images as they are stored."""
+    """The data set with its images, also those within lists and structures, as they are stored."""
     for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        stored = _stored(feature)
+        if stored != feature:
+            dataset = dataset.cast_column(name, stored)
     return dataset
+
+
+def _stored(feature: Any) -> Any:
+    """The type of a column without decoding."""
+    if isinstance(feature, dict):
+        return {name: _stored(part) for name, part in feature.items()}
+    if isinstance(feature, (list, tuple)):
+        return [_stored(part) for part in feature]
+    if hasattr(feature, "feature"):
+        return replace(feature, feature=_stored(feature.feature))
+    return replace(feature, decode=False) if getattr(feature, "decode", False) is True else feature
 
 
 def _check_columns(first: dict[str, Any], name: str, preparation: Preparation) -> None:

@@ -1,7 +1,8 @@
 """From what a row of a data set holds to an RGB image, with one error for everything that is no image.
 
 Opening and decoding are two steps: a JPEG that is opened only can still be decoded at a fraction of its
-resolution (`PIL.Image.Image.draft`).
+resolution (`PIL.Image.Image.draft`). An image may take as much memory, converted to RGB, as the largest RGB image
+that Pillow opens (`PIL.Image.MAX_IMAGE_PIXELS`): 716 MB, if nothing else is set.
 """
 
 from __future__ import annotations
@@ -13,27 +14,41 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+import torch
+from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL.JpegImagePlugin import get_sampling
+from torch import Tensor
 
-from .formats import PROGRAM, package_for_bytes
+from .formats import FORMATS, JXL_STARTS, foreign_format, jxl_size, package_for_bytes, readable_formats
 
 
-__all__ = ["BadImageError", "is_reducible", "open_image", "pillow_errors", "to_rgb"]
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+__all__ = ["BadImageError", "is_reducible", "jpeg_pixels", "open_image", "pillow_errors", "to_rgb"]
 
 logger = logging.getLogger(__name__)
 
 JPEG_START = b"\xff\xd8\xff"
+BAND = 2**20  # pixels that are converted at a time
+# Bytes a pixel that decoders take beside the image: those that decode it as a whole, as measured.
+DECODERS = {"WEBP": 12, "JPEG2000": 15, "AVIF": 6, "HEIF": 6, "JXL": 12}
+PROGRESSIVE = 6  # coefficients of all scans, at whatever resolution
+SUBSAMPLINGS = (0, 1, 2)  # by Pillow's numbers: 4:4:4, 4:2:2 and 4:2:0, on which all versions of libjpeg-turbo agree
 REMEDIES = {
     "empty": "Leave out the row, or store the image again.",
     "missing": "Check the path, or store the images in the data set itself.",
     "not an image": "Leave out the row, or check that the column holds images.",
+    "of another format": "Save it in one of these, or leave it out.",
     "without a decoder": "Install it, or store the images in another format.",
     "truncated": "Fetch the file again, or leave it out.",
     "out of range": "Give the least and the largest value that such pixels have as `pixel_range`, or store them as uint8.",
@@ -46,8 +61,8 @@ class BadImageError(ValueError):
     """A value that no image can be made of.
 
     Attributes:
-        kind: "empty", "missing", "not an image", "without a decoder", "truncated", "too large", "out of range", or
-            "unreadable" for the rest.
+        kind: "empty", "missing", "not an image", "of another format", "without a decoder", "truncated", "too large",
+            "out of range", or "unreadable" for the rest.
     """
 
     def __init__(self, message: str, kind: str = "unreadable"):
@@ -72,20 +87,28 @@ def open_image(value: Any, pixel_range: tuple[float, float] | None = None) -> Im
         BadImageError: the value is no image, or has pixels out of their range.
     """
     image = _opened(value, pixel_range)
-    if image.format == PROGRAM:
-        raise _bad("unreadable", "it is PostScript, a program, which is not run")
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut off at 255
         with pillow_errors():
+            image.load()
             if _is_rotated(image):
                 image = ImageOps.exif_transpose(image)
-            pixels = np.asarray(image)
-            kind = np.dtype("uint16") if image.mode.startswith("I") else pixels.dtype
-            return Image.fromarray(_eight_bits(pixels, f"Pillow's mode {image.mode}", kind, pixel_range))
+            return Image.fromarray(_of_deep_image(image, pixel_range))
     return image
+
+
+def _of_deep_image(image: Image.Image, pixel_range: tuple[float, float] | None) -> np.ndarray:
+    """Pixels (height, width) as uint8 of an image with more bits, copied band by band."""
+
+    def band(top: int, bottom: int) -> np.ndarray:
+        return np.asarray(image.crop((0, top, image.width, bottom)))
+
+    kind = np.dtype("uint16") if image.mode.startswith("I") else np.dtype("float32")
+    return _eight_bits(band, (image.height, image.width), f"Pillow's mode {image.mode}", kind, pixel_range)
 
 
 def _opened(value: Any, pixel_range: tuple[float, float] | None) -> Image.Image:
     if isinstance(value, Image.Image):
+        _check(value)
         return value
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
@@ -112,21 +135,75 @@ def _read(path: Path) -> bytes:
 def _open_bytes(content: bytes) -> Image.Image:
     if not content:
         raise _bad("empty", "it has 0 bytes")
+    if content.startswith(JXL_STARTS) and "JXL" in readable_formats():
+        _check_jxl(content)
     with pillow_errors():
         try:
-            return Image.open(io.BytesIO(content))
+            image: Image.Image = Image.open(io.BytesIO(content), formats=readable_formats())
         except UnidentifiedImageError:
-            if (package := package_for_bytes(content)) is None:
-                raise
-            raise _bad("without a decoder", f"it needs the package {package}") from None
+            _refuse_unidentified(content)
+            raise
         except Image.DecompressionBombError:
             if not content.startswith(JPEG_START):
                 raise
             image = JpegImagePlugin.JpegImageFile(io.BytesIO(content))
-            at_least = image.width * image.height / 8**2  # pixels, decoded at the lowest resolution
-            if image.info.get("progressive") or at_least > _pixel_limit():
-                raise  # a progressive one needs its full size of memory at any resolution
-            return image
+    _check(image)
+    return image
+
+
+def _refuse_unidentified(content: bytes) -> None:
+    """Name the package, or the format, of content that no format is found for, where it has any."""
+    if (package := package_for_bytes(content)) is not None:
+        raise _bad("without a decoder", f"it needs the package {package}") from None
+    if (kind := foreign_format(content)) is not None:
+        raise _of_another_format(kind) from None
+
+
+def _of_another_format(kind: str | None) -> BadImageError:
+    return _bad(
+        "of another format", f"it looks like {kind}, and those that are read are {', '.join(readable_formats())}"
+    )
+
+
+def _check(image: Image.Image) -> None:
+    """Refuse an image that is opened, but not decoded, if it is of another format or would take too much memory."""
+    if not isinstance(image, ImageFile.ImageFile):
+        return
+    if image.format not in (*FORMATS, "MPO") and (image.tile or isinstance(image, ImageFile.StubImageFile)):
+        raise _of_another_format(image.format)
+    _check_memory(_memory(image, 8 if _is_draftable(image) else 1), image.size)
+
+
+def _check_jxl(content: bytes) -> None:
+    size = jxl_size(content)
+    if size is None:
+        raise _bad("truncated", "its header has no size")
+    _check_memory((4 + DECODERS["JXL"]) * size[0] * size[1], size)
+
+
+def _check_memory(needed: float, size: tuple[int, int]) -> None:
+    limit = _memory_limit()
+    if needed > limit:
+        raise _bad(
+            "too large", f"{size[0]} x {size[1]} pixels take {needed / 1e6:.0f} MB, more than {limit / 1e6:.0f} MB"
+        )
+
+
+def _memory(image: Image.Image, scale: int = 1) -> float:
+    """Bytes that an image takes while it is decoded and converted to RGB, if a JPEG at 1 / scale of its resolution."""
+    pixels = image.width * image.height
+    size = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    converted = 0 if image.mode == "RGB" else 8 if "transparency" in image.info else 4
+    # A PNG without EXIF data before its pixels would be decoded to look behind them.
+    may_turn = image.format != "PNG" or "exif" in image.info
+    turned = size if may_turn and _is_rotated(image) else 0
+    decoder = PROGRESSIVE if image.info.get("progressive") else DECODERS.get(image.format or "", 0)
+    return pixels * decoder + pixels / scale**2 * (size + converted + turned)
+
+
+def _memory_limit() -> float:
+    """Bytes of the largest RGB image, at 4 a pixel, that Pillow does not refuse to open."""
+    return 4 * 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
 
 
 def _from_pixels(value: Any, pixel_range: tuple[float, float] | None) -> Image.Image:
@@ -142,24 +219,47 @@ def _from_pixels(value: Any, pixel_range: tuple[float, float] | None) -> Image.I
     if not (colour or pixels.ndim == 2) or pixels.dtype.kind not in "buif":
         shape = f"pixels of shape {pixels.shape} and type {pixels.dtype}"
         raise _bad("not an image", f"{shape} are not (height, width) or (height, width, 3)")
-    return Image.fromarray(_eight_bits(pixels, f"type {pixels.dtype}", pixels.dtype, pixel_range))
-
-
-def _eight_bits(pixels: np.ndarray, what: str, kind: np.dtype, pixel_range: tuple[float, float] | None) -> np.ndarray:
-    """Scale pixels to uint8 by their range, which is that of their `kind` if none is given."""
     if pixels.dtype == np.uint8:
-        return pixels
+        return Image.fromarray(pixels)
+    return Image.fromarray(
+        _eight_bits(_rows_of(pixels), pixels.shape, f"type {pixels.dtype}", pixels.dtype, pixel_range)
+    )
+
+
+def _rows_of(pixels: np.ndarray) -> Callable[[int, int], np.ndarray]:
+    return lambda top, bottom: pixels[top:bottom]
+
+
+def _eight_bits(
+    band: Callable[[int, int], np.ndarray],
+    shape: tuple[int, ...],
+    what: str,
+    kind: np.dtype,
+    pixel_range: tuple[float, float] | None,
+) -> np.ndarray:
+    """Scale pixels to uint8 by their range, which is that of their `kind` if none is given, a band of rows at a time.
+
+    Args:
+        band: gives the rows from one number to before another.
+        shape: of all pixels, (height, width) or (height, width, channels).
+        what: the pixels, in words.
+    """
     low, high = pixel_range or (0, 65535 if kind == np.uint16 else 1 if kind.kind in "bf" else 255)
     if pixel_range is None and kind.kind != "b":
         _say_range(what, high)
-    if kind.kind != "b" and (pixels.min() < low or pixels.max() > high):
-        raise _bad(
-            "out of range", f"its pixels of {what} are {pixels.min():g} to {pixels.max():g}, not {low:g} to {high:g}"
-        )
-    if (low, high) == (0, 65535):
-        return (pixels // 256).astype(np.uint8)
-    scaled = (pixels - np.float64(low)) * (255.0 / (high - low))
-    return np.nan_to_num(scaled).clip(0, 255).astype(np.uint8)
+    scaled, rows = np.empty(shape, np.uint8), max(1, BAND // math.prod(shape[1:]))
+    for top in range(0, shape[0], rows):
+        pixels = band(top, min(top + rows, shape[0]))
+        least, most = np.fmin.reduce(pixels, axis=None), np.fmax.reduce(pixels, axis=None)  # beside what is no number
+        if kind.kind != "b" and (least < low or most > high):
+            raise _bad("out of range", f"its pixels of {what} are {least:g} to {most:g}, not {low:g} to {high:g}")
+        if (low, high) == (0, 65535):
+            scaled[top : top + rows] = pixels // 256
+        else:
+            with np.errstate(invalid="ignore"):  # some that are no numbers are meant to be told of
+                exact = (pixels - np.float64(low)) * (255.0 / (high - low))
+            scaled[top : top + rows] = np.nan_to_num(exact).clip(0, 255)
+    return scaled
 
 
 @cache
@@ -192,22 +292,63 @@ def to_rgb(image: Image.Image, reduction: float = 1.0) -> Image.Image:
 
 def _draft(image: Image.Image, reduction: float) -> None:
     """Let a JPEG be decoded smaller; any other image takes no notice."""
+    if not _is_draftable(image):
+        return
     width, height = image.size
     scale = max((scale for scale in (2, 4, 8) if scale <= reduction), default=1)
-    while scale < 8 and width * height > scale**2 * _pixel_limit():
+    while scale < 8 and _memory(image, scale) > _memory_limit():
         scale *= 2
     if scale > 1:
         image.draft("RGB", (width // scale, height // scale))
 
 
-def _pixel_limit() -> float:
-    """The number of pixels from which on Pillow refuses to open an image."""
-    return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
+def _is_draftable(image: Image.Image) -> bool:
+    """Whether the image is a JPEG, not yet decoded."""
+    return isinstance(image, JpegImagePlugin.JpegImageFile) and bool(image.tile)
 
 
 def is_reducible(image: Image.Image) -> bool:
     """Whether `to_rgb` can decode the image at less than its resolution: a JPEG, not yet decoded, not rotated."""
-    return isinstance(image, JpegImagePlugin.JpegImageFile) and bool(image.tile) and not _is_rotated(image)
+    return _is_draftable(image) and not _is_rotated(image)
+
+
+def jpeg_pixels(image: Image.Image) -> Tensor | None:
+    """Decode a JPEG that `open_image` opened by simplejpeg, which is faster, to the pixels of `to_rgb`.
+
+    Returns:
+        uint8 (3, height, width); None for other images, for large ones, for damaged ones that Pillow is to judge, and
+        where simplejpeg is not installed or would give other pixels.
+    """
+    if not (image.format == "JPEG" and image.mode == "RGB" and _is_draftable(image)):
+        return None
+    stream, small = getattr(image, "fp", None), image.width * image.height <= 4 * BAND
+    if not (small and type(stream) is io.BytesIO and get_sampling(image) in SUBSAMPLINGS and _decoders_agree()):
+        return None
+    return _by_simplejpeg(stream.getvalue())
+
+
+def _by_simplejpeg(content: bytes) -> Tensor | None:
+    try:
+        return torch.from_numpy(simplejpeg.decode_jpeg(content, "RGB")).permute(2, 0, 1)
+    except ValueError:  # of anything that libjpeg-turbo warns of
+        return None
+
+
+@cache
+def _decoders_agree() -> bool:
+    """Whether simplejpeg is there and gives Pillow's pixels: both have libjpeg-turbo in their wheels."""
+    if simplejpeg is None:
+        return False
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8))
+    for sampling in SUBSAMPLINGS:
+        for progressive in (False, True):
+            file = io.BytesIO()
+            noise.save(file, "JPEG", quality=90, subsampling=sampling, progressive=progressive)
+            pixels = _by_simplejpeg(file.getvalue())
+            if pixels is None or not np.array_equal(pixels.permute(1, 2, 0), np.asarray(Image.open(file))):
+                logger.warning("simplejpeg decodes to other pixels than Pillow here: it is not used.")
+                return False
+    return True
 
 
 def _is_rotated(image: Image.Image) -> bool:
@@ -218,7 +359,7 @@ def _is_rotated(image: Image.Image) -> bool:
         )
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    except (SyntaxError, ValueError, TypeError, KeyError, EOFError, struct.error):
+    except Exception:  # of what kind, depends on what its data says
         return False
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..texts import one_line
-from .formats import image_endings, package_for_ending
+from .decoding import BadImageError, pillow_errors
+from .formats import image_endings, package_for_ending, readable_formats
 
 
 __all__ = ["ALL", "FOLDERS", "ImageFolder", "read_folder", "split_of"]
@@ -232,10 +233,10 @@ def _unused_for(entry: os.DirEntry) -> str | None:
 
 def _is_image(path: str) -> bool:
     try:
-        with Image.open(path):
+        with pillow_errors(), Image.open(path, formats=readable_formats()):
             return True
-    except (OSError, UnidentifiedImageError, ValueError):
-        return False
+    except BadImageError as error:
+        return error.kind == "too large"
 
 
 def _below(folder: Path, image: str) -> str | None:
