@@ -91,7 +91,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        rows = json.loads(file.read_text())
+        rows = json.loads(file.read_text(encoding="utf-8"))
         if not all("dataset" in row for row in rows):
             raise ValueError("it is not a list of evaluations")
     except (ValueError, TypeError) as error:
@@ -112,7 +112,7 @@ def write_rows(folder: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
     texts["evaluation.md"] = _markdown(list(rows.values()))
     for name, text in texts.items():
         unfinished = folder / f"{name}.part"
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(folder / name)
     return list(rows.values())
 

@@ -65,7 +65,7 @@ def with_installed_files(config_file: str, processes: int | None, folder: str) -
     Raises:
         ValueError: a file for one process beside a word for several, which Accelerate would not heed.
     """
-    settings: dict[str, Any] = yaml.safe_load(Path(config_file).read_text()) or {}
+    settings: dict[str, Any] = yaml.safe_load(Path(config_file).read_text(encoding="utf-8")) or {}
     if (processes or 1) > 1 and str(settings.get("distributed_type", "NO")) in ("NO", "False"):
         raise ValueError(
             f"`num_processes` is {processes}, but {config_file!r} is for one process (`distributed_type`: NO). Leave one of "
@@ -77,7 +77,7 @@ def with_installed_files(config_file: str, processes: int | None, folder: str) -
         return config_file
     engine["deepspeed_config_file"] = installed(named)
     copy = Path(folder, "launch.yaml")
-    copy.write_text(yaml.safe_dump(settings))
+    copy.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return str(copy)
 
 

@@ -98,7 +98,7 @@ def make_card(facts: CardFacts) -> ModelCard:
     gain = f"{100 * (own['top1'] - alone['top1']):+.2f}" if facts.teacher and own and "top1" in alone else None
     return ModelCard.from_template(
         _metadata(facts, own),
-        template_str=(files("scalekd_hf.publishing") / "templates" / "model_card.md").read_text(),
+        template_str=(files("scalekd_hf.publishing") / "templates" / "model_card.md").read_text(encoding="utf-8"),
         model_name=facts.repo.split("/")[-1],
         student_name=facts.student.name,
         parameters=f"{facts.parameters / 1e6:.3g} M",

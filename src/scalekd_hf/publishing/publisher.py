@@ -98,18 +98,18 @@ class Publisher:
         facts = replace(facts, results=results, curves=draw_curves(history, self.folder / "curves.png"))
         models = {"student": facts.student.name, "teacher": facts.teacher.name if facts.teacher else None}
         settings = yaml.safe_dump({**models, **self.arguments, **facts.configuration}, sort_keys=False)
-        (self.folder / "training_config.yaml").write_text(settings)
+        (self.folder / "training_config.yaml").write_text(settings, encoding="utf-8")
         card = self.folder / "README.md"
-        if card.exists() and MARK not in card.read_text():
+        if card.exists() and MARK not in card.read_text(encoding="utf-8"):
             logger.warning("%r was changed by somebody: it stays as it is.", str(card))
             return
         make_card(facts).save(card)
 
     def _add_results(self, results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         file = self.folder / RESULTS_FILE
-        results = (json.loads(file.read_text()) if file.exists() else {}) | results
+        results = (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}) | results
         if results:
-            file.write_text(json.dumps(results, indent=2) + "\n")
+            file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         return results
 
     # Pushing
