@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datasets
 import pytest
 import torch
+from deprecations import HEARD
 from helpers import DIGITS, ROOT, place
 from hub_server import HubServer
 from huggingface_hub import constants
@@ -38,6 +39,12 @@ def pytest_collection_finish(session):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_that_is_to_go():
+    yield
+    HEARD.check()
 
 
 @pytest.fixture

@@ -122,7 +122,10 @@ def scalekd_trainer():
 
 
 def test_rooms_are_small():
-    lines = {str(file.relative_to(SOURCE)): len(file.read_text(encoding="utf-8").splitlines()) for file in SOURCE.rglob("*.py")}
+    lines = {
+        str(file.relative_to(SOURCE)): len(file.read_text(encoding="utf-8").splitlines())
+        for file in SOURCE.rglob("*.py")
+    }
     assert lines["training/trainer.py"] <= 350
     beside = [file for name in ("tests", "benchmarks", "recipes") for file in (ROOT / name).rglob("*.py")]
     lines |= {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in beside}
@@ -137,7 +140,19 @@ def test_the_picture_of_the_house_shows_every_room():
 
 
 UNIX_ONLY = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "tty"}
-UNIX_CALLS = {"fork", "forkpty", "getpgid", "getuid", "killpg", "mkfifo", "nice", "setpgid", "setsid", "sysconf", "uname"}
+UNIX_CALLS = {
+    "fork",
+    "forkpty",
+    "getpgid",
+    "getuid",
+    "killpg",
+    "mkfifo",
+    "nice",
+    "setpgid",
+    "setsid",
+    "sysconf",
+    "uname",
+}
 UNIX_CALLS |= {"sched_getaffinity", "SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "alarm", "pause"}
 
 
@@ -177,7 +192,9 @@ def test_text_is_read_and_written_as_utf8_on_every_system():
     bare = []
     for folder in (SOURCE, ROOT / "recipes", ROOT / "benchmarks"):
         for file in folder.rglob("*.py"):
-            for call in (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+            for call in (
+                node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+            ):
                 name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
                 stated = any(keyword.arg == "encoding" for keyword in call.keywords)
                 text = name in ("read_text", "write_text") or (name == "open" and not is_binary(call))
@@ -189,4 +206,7 @@ def test_text_is_read_and_written_as_utf8_on_every_system():
 def is_binary(call):
     """Whether a call of `open` is of a file of bytes, or of an image."""
     modes = [word.value for word in call.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
-    return any("b" in mode for mode in modes) or getattr(getattr(call.func, "value", None), "id", "") in ("Image", "os")
+    return any("b" in mode for mode in modes) or getattr(getattr(call.func, "value", None), "id", "") in (
+        "Image",
+        "os",
+    )

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import DIGITS, ROOT, TEACHER, run, settings, small_student, some_slow, timm_swin
+from helpers import DIGITS, RECOMPUTE, ROOT, TEACHER, run, settings, small_student, some_slow, timm_swin
 from launched_runs import LAUNCH, TERMS, WAYS, result, train, use_fsdp2
 from processes import Started, free_port, in_processes
 from safetensors.torch import load_file
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_two_processes_starts_one_and_says_what_stays_behind(tmp
 def test_everything_together_under_ddp_equals_one_plain_process(tmp_path, bf16):
     plain = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "ema_decay": 0.9}
     all_on = {
-        "gradient_checkpointing": True,
+        RECOMPUTE: True,
         "torch_compile": True,
         "torch_compile_backend": "aot_eager",
         "bf16": bf16,

@@ -41,7 +41,9 @@ def parse(words: Sequence[str]) -> tuple[EvaluateArguments, ScaleKDConfig]:
     named = bool(words) and not words[0].startswith("-") and Path(words[0]).suffix not in (".yaml", ".yml")
     arguments, config = parse_config(EvaluateArguments, ["--model", *words] if named else words)
     if config.output_dir in (None, UNSET):
-        config.output_dir = str(Path("evaluation", arguments.model.rstrip("/").split("/")[-1].split(":")[-1]))
+        local = Path(arguments.model.removeprefix("local-dir:"))
+        name = local.resolve().name if local.is_dir() else arguments.model.rstrip("/").split("/")[-1].split(":")[-1]
+        config.output_dir = str(Path("evaluation", name))
     return arguments, config
 
 
