@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from .provenance import Source, citations
 
@@ -213,7 +213,10 @@ def update_evaluation(model: str, rows: Iterable[dict[str, Any]], token: str | N
         card.save(unfinished)
         unfinished.replace(file)
         return str(file)
-    card.push_to_hub(model, token=token, commit_message="Evaluation")
+    # `card.push_to_hub` of huggingface-hub 1 would have it checked at another place than `HF_ENDPOINT`.
+    HfApi(token=token).upload_file(
+        path_or_fileobj=str(card).encode(), path_in_repo=file.name, repo_id=model, commit_message="Evaluation"
+    )
     return model
 
 
