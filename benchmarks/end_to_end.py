@@ -93,7 +93,9 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     print(f"trainer    {trained:>10.2f} images/s, {trained / stepped:.1%} of it; {waited:.1%} waiting for data")
     if args.output is not None:
         found = {"bare": stepped, "trainer": trained, "share": trained / stepped, "waiting": waited, "peak_gib": peak}
-        args.output.write_text(json.dumps({**found, "workers": config.dataloader_num_workers, "batch": args.batch}))
+        args.output.write_text(
+            json.dumps({**found, "workers": config.dataloader_num_workers, "batch": args.batch}), encoding="utf-8"
+        )
 
 
 class BareStep:

@@ -58,7 +58,7 @@ def make_photos(images: datasets.Dataset, folder: Path) -> list[int]:
         place.mkdir(parents=True, exist_ok=True)
         image.save(place / f"photo {row}.{'png' if kind < 3 else 'JPG' if kind == 3 else 'jpeg'}")
     (folder / "dog" / "empty.jpg").touch()
-    (folder / "frog" / "notes.txt").write_text("where the frogs were\n")
+    (folder / "frog" / "notes.txt").write_text("where the frogs were\n", encoding="utf-8")
     return rest
 
 
@@ -126,7 +126,9 @@ def install(hour: Hour, short: bool) -> Path:
     (wheel,) = wheels.glob("*.whl")
     if short:
         (site,) = environment.glob("lib/python*/site-packages")
-        (site / "these.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+        (site / "these.pth").write_text(
+            "\n".join(path for path in sys.path if path.endswith("site-packages")), encoding="utf-8"
+        )
     words = ["--no-deps", "--force-reinstall", "--ignore-installed"] if short else []
     hour.step("install it", environment / "bin/python", "-m", "pip", "install", "-q", *words, wheel)
     return environment / "bin"
@@ -147,7 +149,7 @@ def play(images: datasets.Dataset, folder: Path, short: bool) -> dict:
     rest = make_photos(images, folder / "photos")
     images.select(rest[: 500 if short else 20000]).to_parquet(folder / "checkpoint.parquet")
     for name, settings in configurations(short).items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
     hour.step("(a checkpoint, instead of the Hub's)", scalekd, "train-teacher", "checkpoint.yaml")
     told = hour.step("scalekd train-teacher teacher.yaml", scalekd, "train-teacher", "teacher.yaml")
     print(told.splitlines()[-1])
@@ -164,9 +166,12 @@ def play(images: datasets.Dataset, folder: Path, short: bool) -> dict:
     shutil.copy(next(folder.glob("photos/K*/*.png")), folder / "photo.png")
     print(hour.step("load it with transformers", bin / "python", "-c", load))
     same = (folder / "again/model.safetensors").read_bytes() == (folder / "student/model.safetensors").read_bytes()
-    bad = [json.loads(line)["file"] for line in (folder / "student/bad_images.jsonl").read_text().splitlines()]
-    results = json.loads((folder / "student/results.json").read_text())
-    evaluated = json.loads((folder / "evaluation/student/evaluation.json").read_text())[0]
+    bad = [
+        json.loads(line)["file"]
+        for line in (folder / "student/bad_images.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    results = json.loads((folder / "student/results.json").read_text(encoding="utf-8"))
+    evaluated = json.loads((folder / "evaluation/student/evaluation.json").read_text(encoding="utf-8"))[0]
     hour.note("in all", sum(hour.steps.values()))
     return {"seconds": hour.steps, "results": results, "evaluated": evaluated, "bad images": bad, "same again": same}
 
@@ -184,7 +189,7 @@ def main() -> None:
         folder = (arguments.folder or Path(temporary)).resolve()
         folder.mkdir(exist_ok=True)
         outcome = play(images, folder, arguments.short)
-        (folder / "hour.json").write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n")
+        (folder / "hour.json").write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps({key: outcome[key] for key in ("bad images", "same again")}, ensure_ascii=False))
 
 

@@ -71,7 +71,7 @@ class Session:
         self.output = args.output
         self.output.mkdir(parents=True, exist_ok=True)
         self.log = self.output / "gpu.log"
-        self.log.write_text("")
+        self.log.write_text("", encoding="utf-8")
         self.end = time.monotonic() + args.seconds
         self.found: dict[str, dict[str, Any]] = {}
 
@@ -85,7 +85,7 @@ class Session:
         if self.rehearse:
             environment |= {"SCALEKD_REHEARSE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *map(str, words)]
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             print("$", *command, file=log, flush=True)
             return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -119,12 +119,12 @@ class Session:
         print(f"{part}: {text}", flush=True)
 
     def write(self) -> None:
-        (self.output / "gpu.json").write_text(json.dumps(self.found, indent=2) + "\n")
+        (self.output / "gpu.json").write_text(json.dumps(self.found, indent=2) + "\n", encoding="utf-8")
         try:
             text = markdown(self.found)
         except Exception as error:  # the figures are in gpu.json
             text = f"The report cannot be written: {type(error).__name__}: {error}\n"
-        (self.output / "gpu.md").write_text(text)
+        (self.output / "gpu.md").write_text(text, encoding="utf-8")
 
 
 def stop(process: subprocess.Popen, patience: float = 0) -> None:
@@ -157,7 +157,7 @@ def main() -> None:
                 session.problem(name, f"{type(error).__name__}: {error}")
             print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
             session.write()
-        print((session.output / "gpu.md").read_text())
+        print((session.output / "gpu.md").read_text(encoding="utf-8"))
 
 
 def machine(session: Session) -> None:
@@ -234,7 +234,7 @@ def step(session: Session, seconds: float) -> None:
         words = step_words(session, teacher, options, folder)
         session.run("step", f"{what}, {teacher}", min(limit, end - time.monotonic()), *words)
         if (folder / "step.json").exists():
-            measured = json.loads((folder / "step.json").read_text())
+            measured = json.loads((folder / "step.json").read_text(encoding="utf-8"))
             rows.extend({"run": what, "pair": f"{teacher} to ResNet-50", **row} for row in measured["rows"])
             session.part("step")["machine"] = measured["machine"]
         session.write()
@@ -250,7 +250,7 @@ def trainer(session: Session, seconds: float) -> None:
         words += ["--images", 1024, "--steps", 40, "--rounds", 2, "--workers", os.cpu_count() or 1]
     session.run("trainer", "eager", seconds, "benchmarks/end_to_end.py", *words)
     if file.exists():
-        session.part("trainer")["eager"] = json.loads(file.read_text())
+        session.part("trainer")["eager"] = json.loads(file.read_text(encoding="utf-8"))
 
 
 def plan(session: Session, seconds: float) -> None:
@@ -281,7 +281,7 @@ def results(session: Session, seconds: float) -> None:
     words += ["--tables", 1, "--students", "resnet18", "--seeds", 0, "--train_split", "train", "--scale", 5]
     session.run("results", "CIFAR-10", 15 if session.rehearse else seconds, "recipes/results.py", *words)
     if (report := session.work / "results.md").exists():
-        session.part("results")["report"] = report.read_text()
+        session.part("results")["report"] = report.read_text(encoding="utf-8")
 
 
 PARTS: dict[str, tuple[Callable[[Session, float], None], float]] = {

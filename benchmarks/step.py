@@ -91,7 +91,7 @@ def main() -> None:
     def add(measured: list[Row]) -> None:
         rows.extend(measured)
         result = {"machine": describe(device), "student": args.student, "rows": [*map(asdict, rows)]}
-        (folder / "step.json").write_text(json.dumps(result, indent=2) + "\n")
+        (folder / "step.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         draw([row for row in rows if all(getattr(row, name) == value for name, value in vars(base).items())], folder)
 
     for precision in args.precision:

@@ -66,7 +66,7 @@ class Run:
 
     def is_another(self) -> bool:
         """Whether its log says that it was made with other options. Where files lie does not count, their names do."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        lines = self.log.read_text(errors="replace", encoding="utf-8").splitlines() if self.log.exists() else []
         made_by = next((shlex.split(line[2:]) for line in reversed(lines) if line.startswith("$ ")), self.command)
         said, wanted = (shlex.join(Path(word).name for word in words[1:]) for words in (made_by, self.command))
         return said.replace(ON_GPU, "") != wanted.replace(ON_GPU, "")
@@ -104,7 +104,7 @@ def recipe(script: str, config: str, folder: Path, arguments: argparse.Namespace
     if arguments.image_column:
         words += ["--image_column", arguments.image_column]
     if arguments.scale != 1:  # the recipes round up to a whole step
-        epochs = yaml.safe_load(file.read_text())["num_train_epochs"]
+        epochs = yaml.safe_load(file.read_text(encoding="utf-8"))["num_train_epochs"]
         words += ["--num_train_epochs", str(epochs * arguments.scale)]
     return tuple(words)
 
@@ -140,7 +140,7 @@ def start(run: Run, jobs: int) -> subprocess.Popen:
     print(f"started: {run.title}", flush=True)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads(jobs))}
-    with run.log.open("a") as log:
+    with run.log.open("a", encoding="utf-8") as log:
         print("$", shlex.join(run.command), file=log, flush=True)
         # A session of its own: Ctrl-C reaches this process alone, which then asks each run for a checkpoint.
         return subprocess.Popen(
@@ -154,7 +154,7 @@ def finish(run: Run, process: subprocess.Popen, started: float) -> list[str]:
     if process.returncode == 0 and top1 is not None:
         print(f"ended: {run.title}, top-1 {top1:.2%}, {minutes:.1f} minutes", flush=True)
         return []
-    lines = run.log.read_text(errors="replace").splitlines()[-15:]
+    lines = run.log.read_text(errors="replace", encoding="utf-8").splitlines()[-15:]
     print(f"FAILED: {run.title}, status {process.returncode}; the end of {run.log}:", *lines, sep="\n    ", flush=True)
     return [run.title]
 

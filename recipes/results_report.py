@@ -104,7 +104,7 @@ def student_folder(output_dir: Path, name: str, seed: int) -> Path:
 
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -366,14 +366,14 @@ def shown_command(words: list[str]) -> str:
 
 def write_report(file: Path, block: str) -> None:
     """Put the block between the markers; what stands around them in the file is kept."""
-    text = file.read_text() if file.exists() else f"# Results\n\n{START}\n{END}\n"
+    text = file.read_text(encoding="utf-8") if file.exists() else f"# Results\n\n{START}\n{END}\n"
     if START not in text:
         text = f"{text.rstrip()}\n\n{START}\n{END}\n"
     before, rest = text.split(START, 1)
     if END not in rest:
         raise ValueError(f"`report` {str(file)!r} has {START!r} without {END!r} after it: put it back.")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{before}{START}\n\n{block}\n\n{END}{rest.split(END, 1)[1]}")
+    file.write_text(f"{before}{START}\n\n{block}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 def draw(students: Iterable[str], outcomes: dict[str, dict[int, Outcome]], file: Path) -> None:

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from deprecations import HEARD
 
 
 with socket.socket() as opened:
@@ -40,6 +41,12 @@ def _seed():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_that_is_to_go():
+    yield
+    HEARD.check()
 
 
 @pytest.fixture

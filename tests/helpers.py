@@ -24,6 +24,11 @@ DIGITS = ROOT / "tests" / "assets" / "digits"
 TEACHER = ROOT / "tests" / "assets" / "teacher"
 GOLDEN = Path(os.environ.get("SCALEKD_GOLDEN", ROOT.parent / "shared" / "golden"))
 
+# The setting that recomputes activations, by its name in the installed transformers: another one before 5.24.
+RECOMPUTE = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(ScaleKDConfig, name)
+)
+
 SMALL_SWIN = {
     "img_size": 32,
     "patch_size": 2,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from deprecations import HEARD
 from helpers import ROOT
 
 
@@ -106,6 +107,7 @@ def _child(rank, processes, port, file, function, arguments):
             AcceleratorState._reset_state(reset_partial_state=True)
         torch.manual_seed(0)
         function(*arguments)
+        HEARD.check()
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1

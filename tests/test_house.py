@@ -88,7 +88,7 @@ def test_timm_still_tells_how_a_model_was_built():
     model = timm.create_model("convnext_atto", depths=(1, 1, 2, 1), drop_path_rate=0.2)
     lost = f"timm {timm.__version__}: {BORROWED['borrowed/timm.py']['_model_args']}"
     assert construction_arguments(model).items() >= {"depths": (1, 1, 2, 1), "drop_path_rate": 0.2}.items(), lost
-    assert len((IMAGENET_INFO / "imagenet_a_synsets.txt").read_text().split()) == 200
+    assert len((IMAGENET_INFO / "imagenet_a_synsets.txt").read_text(encoding="utf-8").split()) == 200
 
 
 def test_transformers_still_keeps_its_deepspeed_configuration_where_it_was():
@@ -125,21 +125,38 @@ def scalekd_trainer():
 
 
 def test_rooms_are_small():
-    lines = {str(file.relative_to(SOURCE)): len(file.read_text().splitlines()) for file in SOURCE.rglob("*.py")}
+    lines = {
+        str(file.relative_to(SOURCE)): len(file.read_text(encoding="utf-8").splitlines())
+        for file in SOURCE.rglob("*.py")
+    }
     assert lines["training/trainer.py"] <= 350
     beside = [file for name in ("tests", "benchmarks", "recipes") for file in (ROOT / name).rglob("*.py")]
-    lines |= {str(file): len(file.read_text().splitlines()) for file in beside}
+    lines |= {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in beside}
     assert not {file: count for file, count in lines.items() if count > 400}
 
 
 def test_the_picture_of_the_house_shows_every_room():
-    picture = (ROOT / "docs" / "house.svg").read_text()
+    picture = (ROOT / "docs" / "house.svg").read_text(encoding="utf-8")
     rooms = {file.stem for file in SOURCE.rglob("*.py")} | {folder.name for folder in SOURCE.glob("*/")}
     missing = [room for room in rooms - {"__init__", "__pycache__"} if not re.search(rf"\b{room}\b", picture)]
     assert not missing, f"docs/house.svg does not show {missing}"
 
 
 UNIX_ONLY = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "tty"}
+UNIX_CALLS = {
+    "fork",
+    "forkpty",
+    "getpgid",
+    "getuid",
+    "killpg",
+    "mkfifo",
+    "nice",
+    "setpgid",
+    "setsid",
+    "sysconf",
+    "uname",
+}
+UNIX_CALLS |= {"sched_getaffinity", "SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "alarm", "pause"}
 
 
 def test_nothing_that_windows_lacks_is_needed_to_import_the_package(tmp_path):
@@ -163,11 +180,36 @@ def test_nothing_that_windows_lacks_is_needed_to_import_the_package(tmp_path):
 
 def test_nothing_that_windows_lacks_is_used():
     for file in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if (
                 isinstance(node, ast.Attribute)
                 and isinstance(node.value, ast.Name)
                 and node.value.id in ("os", "signal")
             ):
-                unix = node.attr.startswith("EX_") or node.attr in ("fork", "setpgid", "killpg", "SIGKILL", "SIGUSR1")
+                unix = node.attr.startswith("EX_") or node.attr in UNIX_CALLS
                 assert not unix, f"{file}: {node.value.id}.{node.attr}"
+
+
+def test_text_is_read_and_written_as_utf8_on_every_system():
+    # Elsewhere than on Linux and macOS it would be what the system's settings say: cp1252, for one.
+    bare = []
+    for folder in (SOURCE, ROOT / "recipes", ROOT / "benchmarks"):
+        for file in folder.rglob("*.py"):
+            for call in (
+                node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+            ):
+                name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+                stated = any(keyword.arg == "encoding" for keyword in call.keywords)
+                text = name in ("read_text", "write_text") or (name == "open" and not is_binary(call))
+                if text and not stated:
+                    bare.append(f"{file.relative_to(ROOT)}:{call.lineno}")
+    assert not bare, f"no `encoding` is stated in {bare}"
+
+
+def is_binary(call):
+    """Whether a call of `open` is of a file of bytes, or of an image."""
+    modes = [word.value for word in call.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+    return any("b" in mode for mode in modes) or getattr(getattr(call.func, "value", None), "id", "") in (
+        "Image",
+        "os",
+    )

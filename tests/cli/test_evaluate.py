@@ -1,6 +1,7 @@
 """The command that evaluates: its table, its files and the card."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -13,11 +14,15 @@ from scalekd_hf.cli.evaluate import card_of, parse
 RECIPE = str(ROOT / "recipes" / "evaluate.py")
 
 
-def test_names_of_models_become_folders_and_cards(tmp_path):
+def test_names_of_models_become_folders_and_cards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for model, name in (
         ("team/model", "model"),
         ("timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
         (f"{TEACHER}/", TEACHER.name),
+        (f"local-dir:{TEACHER}", TEACHER.name),
+        (".", tmp_path.name),
+        (os.path.join("..", tmp_path.name, ""), tmp_path.name),
     ):
         given, config = parse([model, "--dataset", "x", "--use_cpu"])
         assert (given.model, config.output_dir) == (model, f"evaluation/{name}")

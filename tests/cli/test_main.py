@@ -74,6 +74,13 @@ def test_help_shows_the_projects_own_settings_first_on_two_screens(capsys):
     assert "--learning_rate" in capsys.readouterr().out
 
 
+def test_a_console_that_lacks_a_letter_gets_the_rest():
+    command = [sys.executable, "-m", "scalekd_hf.cli.main", "distill", "--help"]
+    console = {**os.environ, "PYTHONIOENCODING": "cp1252"}  # as on Windows; λ is not in it
+    result = subprocess.run(command, capture_output=True, env=console, timeout=300)
+    assert result.returncode == 0 and b"Weight ? of the logit term" in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "arguments"), [("distill", DistillArguments), ("train-teacher", TeacherArguments)]
 )

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import DIGITS, ROOT, TEACHER, settings, small_student, some_slow, timm_swin, timm_vit
+from helpers import DIGITS, RECOMPUTE, ROOT, TEACHER, settings, small_student, some_slow, timm_swin, timm_vit
 from launched_runs import LAUNCH, TERMS, WAYS, assert_without_teacher, result, tapped_student, train, use_fsdp2
 from processes import Started, as_main, free_port, in_processes
 from safetensors.torch import load_file
@@ -95,7 +95,7 @@ def test_everything_together_under_ddp_equals_one_plain_process(tmp_path, bf16):
     # What is compiled costs as its blocks are many.
     plain |= {"student": lambda: tapped_student(depths=(1, 1, 1, 1)), "teacher": lambda: timm_vit(depth=3)}
     all_on = {
-        "gradient_checkpointing": True,
+        RECOMPUTE: True,
         "torch_compile": True,
         "torch_compile_backend": "aot_eager",
         "bf16": bf16,

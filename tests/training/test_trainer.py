@@ -6,7 +6,7 @@ import math
 import datasets
 import pytest
 import torch
-from helpers import SMALL_SWIN, build, settings, small_student, timm_swin, timm_vit, transformers_vit
+from helpers import RECOMPUTE, SMALL_SWIN, build, settings, small_student, timm_swin, timm_vit, transformers_vit
 from processes import in_processes
 from trainers import trainer_for
 from transformers import Dinov2Config
@@ -152,7 +152,7 @@ def test_recomputed_activations_give_the_same_run(tmp_path, digits, student):
     for recompute in (False, True):
         torch.manual_seed(0)
         model = small_student() if student == "convnext" else transformers_vit()
-        options = {"gradient_checkpointing": recompute, "gradient_accumulation_steps": 2, "bf16": True, "max_steps": 3}
+        options = {RECOMPUTE: recompute, "gradient_accumulation_steps": 2, "bf16": True, "max_steps": 3}
         trainer = ScaleKDTrainer(model, timm_swin(), settings(tmp_path / str(recompute), **options), digits)
         calls = []
         trainer.student.model.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023

@@ -119,7 +119,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 f"The run in {config.output_dir} has come to its end with these settings: nothing is trained again, but with "
                 "`--overwrite_output_dir true`."
             )
-            show(json.loads(Path(str(config.output_dir), RESULTS_FILE).read_text()), arguments, config)
+            show(json.loads(Path(str(config.output_dir), RESULTS_FILE).read_text(encoding="utf-8")), arguments, config)
         return
     alone = [baseline_config(words, arguments, config)] if arguments.baseline else []
     resume_or_refuse(config, *alone)
@@ -182,7 +182,7 @@ def print_plan(words: list[str], plan_format: str) -> int:
 
 def report(results: dict[str, dict[str, float]], arguments: DistillArguments, config: ScaleKDConfig) -> None:
     """Print the table of accuracies and write them to results.json."""
-    Path(str(config.output_dir), RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+    Path(str(config.output_dir), RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     show(results, arguments, config)
 
 

@@ -42,7 +42,9 @@ def parse(words: Sequence[str]) -> tuple[EvaluateArguments, ScaleKDConfig]:
     named = bool(words) and not words[0].startswith("-") and Path(words[0]).suffix not in (".yaml", ".yml")
     arguments, config = parse_config(EvaluateArguments, ["--model", *words] if named else words)
     if config.output_dir in (None, UNSET):
-        config.output_dir = str(Path("evaluation", arguments.model.rstrip("/").split("/")[-1].split(":")[-1]))
+        local = Path(arguments.model.removeprefix("local-dir:"))
+        name = local.resolve().name if local.is_dir() else arguments.model.rstrip("/").split("/")[-1].split(":")[-1]
+        config.output_dir = str(Path("evaluation", name))
     return arguments, config
 
 
@@ -93,7 +95,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        rows = json.loads(file.read_text())
+        rows = json.loads(file.read_text(encoding="utf-8"))
         if not all("dataset" in row for row in rows):
             raise ValueError("it is not a list of evaluations")
     except (ValueError, TypeError) as error:
@@ -114,7 +116,7 @@ def write_rows(folder: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
     texts["evaluation.md"] = _markdown(list(rows.values()))
     for name, text in texts.items():
         unfinished = folder / f"{name}.part"
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(folder / name)
     return list(rows.values())
 

@@ -66,7 +66,7 @@ def with_installed_files(config_file: str, processes: int | None, folder: str) -
         ValueError: a file that cannot be read, or one for one process beside a word for several, which Accelerate would not heed.
     """
     try:
-        settings: dict[str, Any] = yaml.safe_load(Path(config_file).read_text()) or {}
+        settings: dict[str, Any] = yaml.safe_load(Path(config_file).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"`--config_file` {config_file!r} cannot be read: {error}") from error
     if (processes or 1) > 1 and str(settings.get("distributed_type", "NO")) in ("NO", "False"):
@@ -80,7 +80,7 @@ def with_installed_files(config_file: str, processes: int | None, folder: str) -
         return config_file
     engine["deepspeed_config_file"] = installed(named)
     copy = Path(folder, "launch.yaml")
-    copy.write_text(yaml.safe_dump(settings))
+    copy.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return str(copy)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import shutil
@@ -63,6 +64,8 @@ def main(words: Sequence[str] | None = None) -> None:
         SystemExit: with 2 after an error of the user's, which is told in one line.
     """
     words = list(sys.argv[1:] if words is None else words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console may lack a letter, such as one of a class's name
     show_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
     if not words or words[0] in ("--help", "-h", "help"):

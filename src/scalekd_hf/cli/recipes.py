@@ -19,7 +19,7 @@ RESULT = re.compile(r"# Top-1 of the paper: alone (?P<alone>[\d.]+), ScaleKD (?P
 
 def published(file: Path) -> tuple[str, str, str] | None:
     """Pair and the paper's accuracies, alone and distilled, where it has any; None for a file that is no published pair."""
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     pair, result = PAIR.match(text), RESULT.search(text)
     if pair is None:
         return None
@@ -58,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     file = find_config(arguments.name)
     if arguments.copy is None:
-        print(file.read_text(), end="")
+        print(file.read_text(encoding="utf-8"), end="")
         return
     target = arguments.copy / file.name if arguments.copy.is_dir() else arguments.copy
     if target.exists():

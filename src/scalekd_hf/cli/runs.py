@@ -52,7 +52,7 @@ def has_finished(arguments: Any, config: ScaleKDConfig) -> bool:
     if more or not (folder / RESULTS_FILE).exists():
         return False
     try:
-        kept = yaml.safe_load((folder / RESOLVED_FILE).read_text())
+        kept = yaml.safe_load((folder / RESOLVED_FILE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return False
     now = resolved(arguments, config)

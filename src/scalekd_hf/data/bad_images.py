@@ -68,7 +68,7 @@ class BadImages:
     def add(self, data: str, entries: list[dict[str, Any]]) -> None:
         """Take in what a batch said; `data` names the data set, always the same."""
         if self._listed is None:
-            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
             listed = [entry for entry in map(json.loads, lines) if entry["data"] == data]
             self._listed = {(entry["row"], entry.get("file")) for entry in listed}
             self.kinds.update(entry["kind"] for entry in listed)
@@ -82,7 +82,7 @@ class BadImages:
                 self._listed.add(key)
                 self.kinds[entry["kind"]] += 1
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                with self.file.open("a") as opened:
+                with self.file.open("a", encoding="utf-8") as opened:
                     opened.write(json.dumps({"data": data, **entry}) + "\n")
                 if len(self._listed) <= SHOWN:
                     logger.warning("Left out of the %s data: %s. %s", data, where(entry), one_line(entry["reason"]))

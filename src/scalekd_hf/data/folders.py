@@ -77,7 +77,7 @@ class ImageFolder:
             file.unlink(missing_ok=True)
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(lines) + "\n")
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         logger.warning("The files that are not used are listed in %r.", str(file))
 
     def tables(self) -> dict[str, datasets.Dataset]:

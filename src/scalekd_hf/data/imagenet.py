@@ -53,7 +53,9 @@ class Benchmark:
     def classes(self) -> list[int] | None:
         """Places of its classes among the 1000, ascending; None for all."""
         return (
-            sorted(class_places((IMAGENET_INFO / self.subset).read_text().split(), self.name)) if self.subset else None
+            sorted(class_places((IMAGENET_INFO / self.subset).read_text(encoding="utf-8").split(), self.name))
+            if self.subset
+            else None
         )
 
 
@@ -193,7 +195,9 @@ def read_real_labels(file: str | None) -> list[list[int]]:
         ValueError: a file that is no such list.
     """
     try:
-        labels = json.loads((Path(file) if file else IMAGENET_INFO / "imagenet_real_labels.json").read_text())
+        labels = json.loads(
+            (Path(file) if file else IMAGENET_INFO / "imagenet_real_labels.json").read_text(encoding="utf-8")
+        )
         if not all(isinstance(label, int) and 0 <= label < CLASSES for image in labels for label in image):
             raise ValueError("there are other things in it than class numbers from 0 to 999")
     except (OSError, ValueError, TypeError) as error:

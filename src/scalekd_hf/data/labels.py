@@ -151,7 +151,7 @@ def _names_in(value: str) -> Any:
         except ValueError as error:
             raise ValueError(f"`class_names` {value!r} is no list in JSON ({error}).") from error
     try:
-        return [line.strip() for line in Path(value).read_text("utf-8-sig").rstrip().splitlines()]
+        return [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"`class_names` {value!r} cannot be read as a text file in UTF-8 with one name a line: {error}. Give the path of one, "

@@ -249,7 +249,7 @@ def _counted(stream: datasets.IterableDataset) -> list[list[int]]:
     file = _cache_file(stream)
     if file is not None and file.exists():
         try:
-            kept: list[list[int]] = json.loads(file.read_text())
+            kept: list[list[int]] = json.loads(file.read_text(encoding="utf-8"))
             return kept
         except (OSError, ValueError) as error:
             logger.warning("The lengths in %r cannot be read (%s): the stream is counted again.", str(file), error)
@@ -264,7 +264,7 @@ def _counted(stream: datasets.IterableDataset) -> list[list[int]]:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(json.dumps(pieces))
+            unfinished.write_text(json.dumps(pieces), encoding="utf-8")
             unfinished.replace(file)
         except OSError as error:
             logger.warning("The lengths of the stream cannot be kept in %r (%s).", str(file.parent), error)

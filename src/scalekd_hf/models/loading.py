@@ -196,7 +196,7 @@ def check_patches(classifier: Classifier, role: str) -> None:
 def _is_timm(name: str) -> bool:
     if Path(name).is_dir():
         config = Path(name, "config.json")
-        return config.is_file() and "architecture" in json.loads(config.read_text())
+        return config.is_file() and "architecture" in json.loads(config.read_text(encoding="utf-8"))
     return name.startswith(("timm/", "hf-hub:", "local-dir:"))
 
 

@@ -125,11 +125,11 @@ def _save_timm_config(student: Student, folder: Path) -> None:
     }
     config_file = folder / "config.json"
     write_config(student.model, config_file, student.classifier.model_args, student.labels, data)
-    config = json.loads(config_file.read_text())
+    config = json.loads(config_file.read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)  # transformers would pass it twice
     if not spec.antialias:
         config["antialias"] = False  # beside what timm reads, which knows no such word
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _image_processor(student: Student) -> BitImageProcessor:

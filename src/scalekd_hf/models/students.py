@@ -69,7 +69,10 @@ class Student(nn.Module):
         """
         try:
             if isinstance(self.model, PreTrainedModel):
-                self.model.gradient_checkpointing_enable({"use_reentrant": False, **(kwargs or {})})
+                # By the former name before transformers 5.24.
+                enable = getattr(self.model, "activation_checkpointing_enable", None)
+                enable = enable or self.model.gradient_checkpointing_enable
+                enable({"use_reentrant": False, **(kwargs or {})})
             else:
                 self.model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError, ValueError) as error:

@@ -117,7 +117,7 @@ def remote_card(repo: str, token: str | None, revision: str | None) -> str | Non
             raise
         except EntryNotFoundError:
             return None
-        return Path(file).read_text()
+        return Path(file).read_text(encoding="utf-8")
 
     try:
         return _retrying(f"Reading the card of {repo!r}", read, token)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from ..texts import code, inline, one_line
 from .provenance import Source, citations
@@ -105,7 +105,7 @@ def make_card(facts: CardFacts) -> ModelCard:
     restriction = facts.teacher.restriction if facts.teacher else None
     return ModelCard.from_template(
         _metadata(facts, own),
-        template_str=(files("scalekd_hf.publishing") / "templates" / "model_card.md").read_text(),
+        template_str=(files("scalekd_hf.publishing") / "templates" / "model_card.md").read_text(encoding="utf-8"),
         model_name=inline(facts.repo.split("/")[-1]),
         student_name=code(facts.student.name),
         parameters=f"{facts.parameters / 1e6:.3g} M",
@@ -234,7 +234,10 @@ def update_evaluation(model: str, rows: Iterable[dict[str, Any]], token: str | N
         card.save(unfinished)
         unfinished.replace(file)
         return str(file)
-    card.push_to_hub(model, token=token, commit_message="Evaluation")
+    # `card.push_to_hub` of huggingface-hub 1 would have it checked at another place than `HF_ENDPOINT`.
+    HfApi(token=token).upload_file(
+        path_or_fileobj=str(card).encode(), path_in_repo=file.name, repo_id=model, commit_message="Evaluation"
+    )
     return model
 
 

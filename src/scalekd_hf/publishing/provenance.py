@@ -102,7 +102,7 @@ def data_source(dataset: Any) -> Source | None:
 
 def citations(architecture: str | None) -> str:
     """BibTeX of the method, and of the teacher's architecture where it is known."""
-    text = (files("scalekd_hf.publishing") / "templates" / "citations.bib").read_text()
+    text = (files("scalekd_hf.publishing") / "templates" / "citations.bib").read_text(encoding="utf-8")
     entries = {entry.split("{", 1)[1].split(",", 1)[0]: entry.strip() for entry in text.split("\n\n")}
     wanted = ["fan2024scalekd"]
     lowered = (architecture or "").lower()

@@ -101,10 +101,10 @@ class Publisher:
             history: what was logged, for the curves.
         """
         file, card = self.folder / RESULTS_FILE, self.folder / "README.md"
-        results = (json.loads(file.read_text()) if file.exists() else {}) | facts.results
+        results = (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}) | facts.results
         with _whole(self.folder / "curves.png") as unfinished:
             curves = draw_curves(history, unfinished)
-        if card.exists() and MARK not in card.read_text():
+        if card.exists() and MARK not in card.read_text(encoding="utf-8"):
             logger.warning("%r was changed by somebody: it stays as it is.", str(card))
         else:
             _write(card, str(make_card(replace(facts, results=results, curves=curves))))

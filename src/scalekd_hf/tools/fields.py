@@ -52,7 +52,7 @@ def settings_of(command: str) -> tuple[list[Field], list[Field]]:
 @cache
 def fields_of(file: Path, name: str) -> list[Field]:
     """The fields of a dataclass in a file, without those of its parents."""
-    source = file.read_text()
+    source = file.read_text(encoding="utf-8")
     lines = source.splitlines()
     (body,) = [
         node.body for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef) and node.name == name
@@ -94,7 +94,7 @@ def launcher_options() -> dict[str, bool]:
     folders = spec.submodule_search_locations if spec is not None else None
     if not folders:
         return {}
-    tree = ast.parse((Path(next(iter(folders))) / "commands" / "launch.py").read_text())
+    tree = ast.parse((Path(next(iter(folders))) / "commands" / "launch.py").read_text(encoding="utf-8"))
     return {name: takes for call in ast.walk(tree) for name, takes in _option(call)}
 
 

@@ -258,4 +258,4 @@ def write_config(arguments: Any, config: ScaleKDConfig, file: str | Path) -> Non
     """Write every setting of a run as YAML."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(resolved(arguments, config), sort_keys=True))
+    file.write_text(yaml.safe_dump(resolved(arguments, config), sort_keys=True), encoding="utf-8")

@@ -73,7 +73,7 @@ def read_config(name: str | Path) -> dict[str, Any]:
     """
     file = find_config(name)
     try:
-        settings = yaml.safe_load(file.read_text()) or {}
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"The configuration {str(file)!r} cannot be read: {error}") from error
     if not isinstance(settings, dict):

@@ -266,7 +266,7 @@ def check_checkpoint(folder: str | Path, sharded: bool) -> None:
     folder = Path(folder)
     for name in ("trainer_state.json", RUN_STATE_FILE):
         try:
-            json.loads((folder / name).read_text())
+            json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(broken_file(folder, name, error)) from error
     check_pickles(folder)

@@ -42,13 +42,13 @@ class RunPosition:
     def write(self, folder: Path) -> None:
         """Into a checkpoint."""
         state = {name: value for name, value in vars(self).items() if name != "step"}
-        (folder / RUN_STATE_FILE).write_text(json.dumps(state, indent=2))
+        (folder / RUN_STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> RunPosition:
         """Of a checkpoint that `check_checkpoint` has passed."""
-        state = json.loads((folder / RUN_STATE_FILE).read_text())
-        step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        state = json.loads((folder / RUN_STATE_FILE).read_text(encoding="utf-8"))
+        step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
         return cls(step, **{field.name: state[field.name] for field in fields(cls) if field.name in state})
 
     def changes(self, data: dict[str, Any]) -> list[str]:

@@ -106,7 +106,9 @@ class RunFolder:
             file, checkpoint = self.path / INTERRUPTED_FILE, last_checkpoint(self.path)
             unfinished, step = file.with_suffix(".part"), _step(Path(checkpoint)) if checkpoint else 0
             try:
-                unfinished.write_text(json.dumps({"step": step, "settings": self.settings}, indent=2))
+                unfinished.write_text(
+                    json.dumps({"step": step, "settings": self.settings}, indent=2), encoding="utf-8"
+                )
                 unfinished.replace(file)
             except OSError as error:
                 logger.warning(
@@ -252,7 +254,7 @@ def check_output_dir(folder: str | Path, overwrite: bool) -> list[Path]:
 def interrupted(folder: str | Path, settings: dict[str, Any]) -> bool:
     """Whether a folder holds a run with these settings that SIGTERM stopped."""
     try:
-        note = json.loads(Path(folder, INTERRUPTED_FILE).read_text())
+        note = json.loads(Path(folder, INTERRUPTED_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return bool(note["settings"] == settings and last_checkpoint(folder) is not None)
@@ -261,7 +263,7 @@ def interrupted(folder: str | Path, settings: dict[str, Any]) -> bool:
 def finished(folder: str | Path, max_steps: int) -> bool:
     """Whether a folder holds a student that was trained to the end, whatever checkpoints lie beside it."""
     try:
-        steps = json.loads(Path(folder, "trainer_state.json").read_text())["global_step"]
+        steps = json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError):
         steps = 0 if last_checkpoint(folder) else max_steps
     return Path(folder, STUDENT_FILE).exists() and bool(steps >= max_steps)
