@@ -137,7 +137,7 @@ def killed(
         if status == 0:
             return kills
         if status not in (75, 130, -signal.SIGKILL, -signal.SIGTERM):
-            print(f"could not go on: {output.read_text()[-500:]}", flush=True)
+            print(f"could not go on: {output.read_text(encoding='utf-8')[-500:]}", flush=True)
             return kills + Counter(lost=1)
 
 
@@ -152,7 +152,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    state = json.loads((folder / "trainer_state.json").read_text())
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     kept = [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in state["log_history"]]
     return [*kept, {"best": state["best_global_step"], "metric": state["best_metric"]}]
 
@@ -188,7 +188,9 @@ def main() -> None:
             start = time.monotonic()
             pid = started(lambda: train(whole, settings, shards), whole.with_suffix(".txt"))  # noqa: B023
             if os.waitpid(pid, 0)[1]:
-                raise RuntimeError(f"A run left alone has failed: {whole.with_suffix('.txt').read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"A run left alone has failed: {whole.with_suffix('.txt').read_text(encoding='utf-8')[-2000:]}"
+                )
             kills = killed(other, settings, shards, time.monotonic() - start, rng)
             counts += kills
             counts += Counter() if kills["lost"] else compared(whole, other)

@@ -25,7 +25,7 @@ def averaged_buffers(folder: str, data: datasets.Dataset) -> bool:
 def main(folder: str, batch: str) -> None:
     data = datasets.Dataset.from_parquet(str(DIGITS / "train-00000-of-00004.parquet")).select(range(96))
     torch.manual_seed(0)
-    options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "per_device_train_batch_size": int(batch)}
+    options = {"optim": "sgd", "learning_rate": 0.03, "max_steps": 2, "per_device_train_batch_size": int(batch)}
     twice = data.select(range(8))  # the second step is a second pass
     trainer = ScaleKDTrainer(small_student(), timm_swin(), settings(folder, **options), twice)
     trainer.train()

@@ -17,6 +17,7 @@ from scalekd_hf.data.dataset import prepare_dataset
 from scalekd_hf.data.loading import DataArguments, load_data
 from scalekd_hf.data.preparation import Preparation
 from scalekd_hf.images import ImageSpec
+from scalekd_hf.manifest import seal
 from scalekd_hf.training.position import RUN_STATE_FILE
 
 
@@ -153,6 +154,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path, kind):
     state = json.loads(file.read_text())
     del state["data"]["content"]  # as in checkpoints of before
     file.write_text(json.dumps(state))
+    seal(file.parent)
     again = trainer_for(3)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3

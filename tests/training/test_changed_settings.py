@@ -8,6 +8,7 @@ from helpers import small_student, timm_swin
 from trainers import trainer_for
 
 from scalekd_hf import load_student, load_teacher
+from scalekd_hf.manifest import MANIFEST_FILE
 from scalekd_hf.models.taps import find_taps
 from scalekd_hf.training.position import RUN_STATE_FILE
 
@@ -131,6 +132,7 @@ def test_a_checkpoint_that_does_not_tell_its_settings_is_resumed(run, digits):
     state = json.loads(file.read_text())
     del state["settings"]
     file.write_text(json.dumps(state))
+    (file.parent / MANIFEST_FILE).unlink()
     resumed = trainer_for(run, digits, **OPTIONS)
     resumed.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert resumed.state.global_step == 4
@@ -147,6 +149,7 @@ def test_an_old_checkpoint_of_a_mixer_goes_on_where_it_was_tapped(tmp_path, digi
     state = json.loads(file.read_text())
     del state["settings"]
     file.write_text(json.dumps(state))
+    (file.parent / MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match=r"tapped at blocks\.\d, norm; .* Set `student_taps` to the former"):
         trainer_for(tmp_path, digits, student=student(), **OPTIONS).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-2")
