@@ -157,17 +157,30 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [*kept, {"best": state["best_global_step"], "metric": state["best_metric"]}]
 
 
+def is_earlier(file: Path, last: str | None) -> bool:
+    return file.name.startswith("checkpoint-") and str(file) != last
+
+
 def compared(whole: Path, other: Path) -> Counter[str]:
     """Tensors, those that differ, and entries of the log that do; files that one of the folders has alone."""
     one, two = tensors(whole), tensors(other)
     differing = sum(name not in one or name not in two or not torch.equal(one[name], two[name]) for name in one | two)
     logs = log_of(whole), log_of(other)
-    missing = sum(entry not in logs[1] for entry in logs[0]) + sum(entry not in logs[0] for entry in logs[1])
-    files = [{str(file.relative_to(folder)) for file in folder.rglob("*")} for folder in (whole, other)]
+    missing = [entry for one, two in (logs, logs[::-1]) for entry in one if entry not in two]
+    # Where it was stopped, a run has a checkpoint that the other lacks: of those, the last is compared.
+    last = last_checkpoint(whole), last_checkpoint(other)
+    files = [
+        {
+            str(file.relative_to(folder))
+            for file in (*folder.glob("*"), *Path(str(name)).rglob("*"))
+            if not is_earlier(file, name)
+        }
+        for folder, name in zip((whole, other), last, strict=True)
+    ]
     left = files[0] ^ files[1]
     if differing or missing or left:
-        print(f"{differing} tensors, {missing} entries of the log, files {sorted(left)[:5]}", flush=True)
-    return Counter(tensors=len(one), differing=differing, entries=missing, left=len(left))
+        print(f"{differing} tensors, entries of the log {missing}, files {sorted(left)[:5]}", flush=True)
+    return Counter(tensors=len(one), differing=differing, entries=len(missing), left=len(left))
 
 
 def main() -> None:

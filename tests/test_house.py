@@ -23,6 +23,7 @@ SOURCE = ROOT / "src" / "scalekd_hf"
 # Each name, and what is lost where a release of its library changes it.
 BORROWED = {
     "borrowed/datasets.py": {
+        "_indices": "a selection of other rows of the same table is not known for another data set",
         "_ex_iterable": "a stream's files: it is counted by reading it whole, and its own shuffle stays in it",
         "datasets.utils.file_utils.xopen": "files on the Hub, behind a proxy or in an archive cannot be read",
     },

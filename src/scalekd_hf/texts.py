@@ -39,11 +39,12 @@ def redacted(text: Any, *secrets: str | None) -> str:
 
 def without_secrets(error: BaseException, *secrets: str | None) -> BaseException | None:
     """An error to name as the cause of another; None where it, or what has led to it, tells a secret."""
-    led: BaseException | None = error
-    while led is not None:
+    led, seen = error, set[int]()
+    while led is not None and id(led) not in seen:  # an error may be raised from itself
         if redacted(led, *secrets) != str(led):
             return None
-        led = led.__cause__ or led.__context__
+        seen.add(id(led))
+        led = led.__cause__ or led.__context__  # type: ignore[assignment]
     return error
 
 

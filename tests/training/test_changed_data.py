@@ -12,7 +12,7 @@ from PIL import Image
 
 from scalekd_hf import ScaleKDTrainer
 from scalekd_hf.borrowed.datasets import files_beneath
-from scalekd_hf.data.content import of_stream
+from scalekd_hf.data.content import of_rows, of_stream
 from scalekd_hf.data.dataset import prepare_dataset
 from scalekd_hf.data.loading import DataArguments, load_data
 from scalekd_hf.data.preparation import Preparation
@@ -134,6 +134,24 @@ def test_what_a_user_has_made_of_a_stream_is_known_by_its_files(tmp_path):
         one, same, other = (of_stream(change(stream)) for stream in streams)
         assert one == same != other
     assert not files_beneath(datasets.IterableDataset.from_generator(lambda: iter([{"image": 1}])))
+
+
+def test_rows_are_known_however_they_are_stored_and_others_of_their_table_are_not_taken_for_them(tmp_path):
+    folder = written(KINDS[1], tmp_path / "here")
+    rows = datasets.load_dataset("parquet", data_files=sorted(str(file) for file in folder.iterdir()), split="train")
+    rows.save_to_disk(tmp_path / "stored", num_shards=2)
+    known = of_rows(rows, "image")
+    seen = rows.with_transform(lambda batch: {"image": [np.random.default_rng().random(3)] * len(batch["image"])})
+    for same in (
+        datasets.load_from_disk(tmp_path / "stored"),
+        seen,
+        rows.select(range(len(rows))),
+        rows.flatten_indices(),
+    ):
+        assert of_rows(same, "image") == known
+    halves = [rows.select(range(12)), rows.select(range(12, 24)), rows.shuffle(seed=0).select(range(12))]
+    assert len({of_rows(half, "image") for half in halves}) == 3
+    assert of_rows(halves[2].flatten_indices(), "image") == of_rows(halves[2], "image")
 
 
 @pytest.mark.parametrize("kind", some_slow(KINDS, 1))

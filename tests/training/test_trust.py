@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import settings, small_student, some_slow
 from processes import in_child, in_processes, run_script
 from stopped_runs import EVALUATING, result, train, trainer_for
@@ -16,6 +17,8 @@ from transformers import TrainerCallback
 from scalekd_hf import ScaleKDTrainer, load_student
 from scalekd_hf.cli.runs import train_and_save
 from scalekd_hf.manifest import MANIFEST_FILE, damage
+from scalekd_hf.models.saving import save_student
+from scalekd_hf.training.loss_log import LossLog
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,8 @@ def test_the_log_of_a_resumed_run_is_that_of_the_whole_one(tmp_path, whole, shar
     ]
     assert len(told[0]) == 4 and told[0][1]["loss"] > 0
     assert told[0] == told[1] and output.training_loss == resumed.training_loss == history[-1]["train_loss"]
+    trainer.log({"train_loss": 123.0})  # a user's
+    assert trainer.state.log_history[-1]["train_loss"] == 123.0
     assert output.training_loss == pytest.approx(sum(entry["loss"] for entry in history[:3]) / 3, rel=1e-6)
 
 
@@ -116,6 +121,40 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, sh
     (tmp_path / "a file").touch()
     with pytest.raises(ValueError, match="`output_dir` .* cannot be written"):
         trainer_for(tmp_path / folder, shards)
+
+
+def test_a_student_that_takes_the_place_of_a_checkpoints_is_not_held_for_damage(tmp_path, whole):
+    shutil.copytree(whole[0] / "checkpoint-9", folder := tmp_path / "student")
+    save_student(small_student(), folder)
+    assert load_student(str(folder), pretrained=True).num_labels == 10
+
+
+def test_averages_are_over_images_where_the_micro_batch_has_changed():
+    kept = {
+        "sums": {"loss": 8.0, "task": 4.0},
+        "micro_steps": 2,
+        "logged": 0.0,
+        "logged_micro_steps": 0,
+        "micro_batch": 8,
+    }
+    accelerator, log = Accelerator(cpu=True), LossLog()
+    log.reset(16, kept, micro_batch=4)  # four micro-steps' worth of a mean of 4
+    log.add(3, torch.tensor(9.0), {"task": torch.tensor(7.0)})
+    assert log.averages(accelerator)["loss"] == pytest.approx((4 * 4 + 9) / 5)
+    assert log.mean_loss(accelerator) == pytest.approx((4 * 4 + 9) / 5)
+    log.reset(16, kept, micro_batch=8)
+    log.add(3, torch.tensor(9.0), {"task": torch.tensor(7.0), "logit": torch.tensor(1.0)})  # a term that was not there
+    assert log.averages(accelerator)["logit"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_run_that_saves_only_models_can_still_go_on_from_an_evaluation_that_was_made_up_for(tmp_path, shards):
+    options = {**EVALUATING, "save_strategy": "steps", "save_steps": 5, "save_only_model": True}
+    for point, step, how in (("evaluation", 3, signal.SIGTERM), ("step", 3, signal.SIGKILL)):
+        outcome = in_child(tmp_path, lambda: train(tmp_path, shards, at=(point, step), how=how, **options))  # noqa: B023
+        assert outcome.status in (75, -signal.SIGKILL) and outcome.text.count("struck") == 1, outcome.text[-3000:]
+    train(tmp_path, shards, resume=True, **options)
+    assert result(tmp_path)["step"] == 9
 
 
 def evaluations(trainer):

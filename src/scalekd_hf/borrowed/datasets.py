@@ -16,6 +16,7 @@ from datasets.utils.file_utils import xopen
 
 __all__ = [
     "arrow_files",
+    "chosen_rows",
     "columns_of_files",
     "files_beneath",
     "files_of",
@@ -130,3 +131,8 @@ def _innermost(stream: datasets.IterableDataset) -> Any:
 
 def _builder(stream: datasets.IterableDataset) -> Any:
     return getattr(getattr(_innermost(stream), "generate_tables_fn", None), "__self__", None)
+
+
+def chosen_rows(rows: datasets.Dataset) -> Any:
+    """Which rows of its table a data set has, and in which order, as an Arrow column; None where it has all in theirs."""
+    return None if rows._indices is None else rows._indices.column(0)

@@ -159,7 +159,7 @@ def baseline_config(words: Sequence[str], arguments: DistillArguments, config: S
 def describe(trainer: ScaleKDTrainer, arguments: DistillArguments, config: ScaleKDConfig) -> None:
     """Write the model card, and push it with the student where that was asked for."""
     trainer.data = trainer.data or source_of(arguments)
-    if trainer.state.global_step or not trainer.publisher.is_described():  # else an earlier call has done both
+    if trainer.state.global_step or trainer.publisher.is_described() is False:  # else an earlier call has done both
         trainer.create_model_card(license=arguments.license)
     if config.push_to_hub:
         trainer.push_to_hub(license=arguments.license)

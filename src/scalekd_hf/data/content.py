@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from ..borrowed.datasets import files_beneath
+from ..borrowed.datasets import chosen_rows, files_beneath
 
 
 __all__ = ["of_rows", "of_stream"]
@@ -41,30 +41,35 @@ def of_stream(stream: datasets.IterableDataset) -> str:
 
 
 def of_rows(rows: datasets.Dataset, image_column: str) -> str:
-    """By all labels, and the names and sizes of all images; some images are read whole."""
+    """By all labels, and the names and sizes of all images; some images are read whole. A user's transform is not run."""
     digest = hashlib.blake2b(digest_size=8)
+    chosen = chosen_rows(rows)
     for column in rows.data.columns:
-        for values in column.chunks:
-            for part in _gist(values):
-                digest.update(part)
+        for part in _gist(column, chosen):
+            digest.update(part)
+    stored = rows.with_format("arrow")
     for number in np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows)), dtype=int).tolist():
-        _add(digest, _image(rows[number].get(image_column)))
+        _add(digest, _image(stored[number].to_pylist()[0].get(image_column)))
     return digest.hexdigest()
 
 
-def _gist(values: Any) -> Iterator[bytes]:
-    """What stands for the values of an Arrow array, however they are cut into chunks; no image is read."""
+def _gist(values: Any, chosen: Any) -> Iterator[bytes]:
+    """What stands for the chosen ones of the values of an Arrow column, however it is cut into chunks; no image is read."""
     kind = values.type
     if pyarrow.types.is_struct(kind):
         for field in kind:
-            yield from _gist(pyarrow.compute.struct_field(values, field.name))
+            yield from _gist(pyarrow.compute.struct_field(values, field.name), chosen)
     elif pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
-        yield from _gist(pyarrow.compute.binary_length(values))
+        yield from _gist(pyarrow.compute.binary_length(values), chosen)
     elif pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
         names = pyarrow.compute.replace_substring_regex(values, r"(?s)^.*[/\\]", "")  # of files, wherever they lie
-        yield "".join(f"{name}\0" for name in names.to_pylist()).encode("utf-8", "surrogatepass")
+        yield "".join(f"{name}\0" for name in _chosen(names, chosen).to_pylist()).encode("utf-8", "surrogatepass")
     elif pyarrow.types.is_integer(kind):
-        yield values.cast(pyarrow.int64()).fill_null(-1).to_numpy(zero_copy_only=False).tobytes()
+        yield _chosen(values.cast(pyarrow.int64()).fill_null(-1), chosen).to_numpy().tobytes()
+
+
+def _chosen(values: Any, chosen: Any) -> Any:
+    return values if chosen is None else values.take(chosen)
 
 
 def _image(value: Any) -> Any:

@@ -20,7 +20,7 @@ from transformers import BitImageProcessor
 from ..borrowed.timm import write_config
 from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS
-from ..manifest import check_file
+from ..manifest import MANIFEST_FILE, check_file
 from .students import Student
 
 
@@ -110,6 +110,7 @@ def _save(student: Student, folder: Path, state_dict: dict[str, Tensor]) -> None
         else:
             student.model.save_pretrained(unfinished, state_dict=state_dict)
             _image_processor(student).save_pretrained(unfinished)
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of what is replaced
         for file in sorted(unfinished.iterdir(), key=lambda file: file.suffix == ".safetensors"):  # weights come last
             file.replace(folder / file.name)
 

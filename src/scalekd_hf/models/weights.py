@@ -46,7 +46,7 @@ def runs_code(error: BaseException | None) -> str | None:
                 "has weights in a file of pickle that holds more than tensors, or is damaged. What else it holds could run code: it is "
                 "not loaded. Choose a model whose weights are in safetensors."
             )
-        error = error.__cause__
+        error = error.__cause__ if error.__cause__ is not error else None
     return None
 
 

@@ -205,9 +205,9 @@ def _existing(folder: Path, names: Iterable[str]) -> list[Path]:
 
 
 def _weights_line(folder: Path) -> str:
-    """A comment that names the student's weights as the Hub does; "" without any."""
+    """A comment that names the student's weights as the Hub does, where they are there already."""
     file = folder / WEIGHTS_FILE
-    return f"# {WEIGHTS_FILE}: sha256 {digest(file, hashlib.sha256())}\n" if file.exists() else ""
+    return f"# {WEIGHTS_FILE}: {f'sha256 {digest(file, hashlib.sha256())}' if file.exists() else 'not yet'}\n"
 
 
 @contextmanager

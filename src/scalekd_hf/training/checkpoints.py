@@ -114,7 +114,7 @@ class Checkpoints:
         if is_changed and epochs is not None:
             self.args.max_steps = position.step + count_steps(dataset, self.args, position.images_seen)
         self.feed.start_at(position)
-        self.progress.reset(position.images_seen, position.log)
+        self.progress.reset(position.images_seen, position.log, self.args.train_batch_size * self.args.world_size)
         self.stopwatch.reset(position.seconds)
         return position
 

@@ -32,22 +32,27 @@ class LossLog:
         self.images_seen = 0
         self.reset()
 
-    def reset(self, images_seen: int = 0, kept: dict[str, Any] | None = None) -> None:
+    def reset(self, images_seen: int = 0, kept: dict[str, Any] | None = None, micro_batch: int = 1) -> None:
         """A new `train()` begins.
 
         Args:
             images_seen: since the start of the run.
             kept: by a checkpoint, see `state`. Without it, everything is forgotten.
+            micro_batch: images of a micro-step now, by which those before are counted.
         """
-        kept = kept or {}
+        kept, self._micro_batch = kept or {}, micro_batch
+        if (factor := kept.get("micro_batch", micro_batch) / micro_batch) != 1:
+            kept = {name: factor * value for name, value in kept.items() if name != "sums"} | {
+                "sums": {name: factor * value for name, value in kept["sums"].items()}
+            }
         self.images_seen = self._images_logged = images_seen
         self._kept: dict[str, float] = kept.get("sums", {})
         self._names: list[str] = []
         self._sums: Tensor | None = None  # (1 + terms,), the weighted loss first
         self._first_bad: Tensor | None = None  # (1 + terms,): step and terms of the first loss that is not finite
-        self._micro_steps: int = kept.get("micro_steps", 0)
+        self._micro_steps: float = kept.get("micro_steps", 0)
         self._logged: float = kept.get("logged", 0.0)  # sum of the losses, and their number, before the last log
-        self._logged_micro_steps: int = kept.get("logged_micro_steps", 0)
+        self._logged_micro_steps: float = kept.get("logged_micro_steps", 0)
         self._waited = 0.0
         self._time_logged = time.perf_counter()
 
@@ -56,6 +61,10 @@ class LossLog:
         terms = torch.stack([value.detach().float() for value in (loss, *losses.values())])
         if self._sums is None or self._first_bad is None:
             self._names = ["loss", *losses]
+            if self._kept and self._kept.keys() != {
+                *self._names
+            }:  # other terms than before: these averages begin anew
+                self._kept, self._micro_steps = {}, 0
             self._time_logged, self._waited = time.perf_counter(), 0.0
             self._sums = terms.new_tensor([self._kept.get(name, 0.0) for name in self._names])
             self._first_bad = torch.cat([terms.new_full((1,), -1.0), torch.zeros_like(terms[1:])])
@@ -74,6 +83,7 @@ class LossLog:
             "micro_steps": self._micro_steps,
             "logged": self._logged,
             "logged_micro_steps": self._logged_micro_steps,
+            "micro_batch": self._micro_batch,
         }
 
     def count(self, images: int) -> None:

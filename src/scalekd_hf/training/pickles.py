@@ -26,7 +26,11 @@ DEEPSPEED = {
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
 METADATA = {
-    *(f"pathlib.{name}" for name in ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")),
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")  # the latter as Python 3.13 writes them
+        for name in ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
+    ),
     *("torch.Size", "torch.serialization._get_layout", "torch.distributed.checkpoint.filesystem._StorageInfo"),
     *(
         f"torch.distributed.checkpoint.metadata.{name}"
@@ -88,5 +92,5 @@ class _Metadata(pickle.Unpickler):
         """
         is_kind = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
         if is_kind or ("." not in name and f"{module}.{name}" in METADATA):
-            return super().find_class(module, name)
+            return super().find_class(module.removesuffix("._local"), name)
         raise pickle.UnpicklingError(f"{module}.{name}")

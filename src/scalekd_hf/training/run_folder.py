@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from ..manifest import damage, seal
+from ..manifest import MANIFEST_FILE, damage, seal
 from ..models.saving import STUDENT_FILE, broken_checkpoint
 from ..publishing.publisher import RESULTS_FILE
 
@@ -70,14 +70,18 @@ class RunFolder:
             return None
         if asked is not True:
             if found := self._damage(Path(asked)):
-                raise ValueError(broken_checkpoint(Path(asked), found))
+                raise ValueError(
+                    f"{broken_checkpoint(Path(asked), found)} If you changed it yourself, remove its {MANIFEST_FILE}."
+                )
             return asked
         last_checkpoint(self.path)  # puts back what was being replaced
-        checkpoints = sorted(filter(_step, self.path.glob("checkpoint-*")), key=_step, reverse=True)
+        paths = sorted(filter(_step, self.path.glob("checkpoint-*")), key=_step, reverse=True)
+        names = gather_object([[path.name for path in paths if path.is_dir()]])[0]  # the same on every node
+        checkpoints = [self.path / name for name in names]
         for checkpoint in checkpoints:
-            if not (found := self._damage(checkpoint)):
+            if not (what := self._damage(checkpoint)):
                 return str(checkpoint)
-            logger.warning("%s It is passed over for the one before.", broken_checkpoint(checkpoint, found))
+            logger.warning("%s It is passed over for the one before.", broken_checkpoint(checkpoint, what))
         raise ValueError(
             f"There is no {'whole ' if checkpoints else ''}checkpoint to resume from in `output_dir` {str(self.path)!r}."
         )
@@ -291,9 +295,11 @@ def _step(checkpoint: Path) -> int:
 
 def _make_latest(checkpoint: Path) -> None:
     """Have no other checkpoint look younger, as where a clock was set back: the oldest are removed."""
-    others = [path.stat().st_mtime for path in checkpoint.parent.glob("checkpoint-*") if path != checkpoint]
-    if (latest := max(others, default=0.0)) >= checkpoint.stat().st_mtime:
-        os.utime(checkpoint, (latest + 1, latest + 1))
+    with contextlib.suppress(OSError):  # one that goes meanwhile, or a file system that keeps its own times
+        others = [path for path in checkpoint.parent.glob("checkpoint-*") if path != checkpoint and path.is_dir()]
+        latest = max((path.stat().st_mtime for path in others), default=0.0)
+        if latest >= checkpoint.stat().st_mtime:
+            os.utime(checkpoint, (latest + 1, latest + 1))
 
 
 def _move(unfinished: Path, place: Path) -> None:

@@ -71,7 +71,7 @@ def set_up(
     if not isinstance(args, ScaleKDConfig):
         raise ValueError(f"`args` must be a `ScaleKDConfig`, got a `{type(args).__name__}`.")
     check_processes(args)
-    if args.should_save:
+    if args.should_save and train_dataset is not None:
         check_writable(str(args.output_dir))
     # The caller's may be for other runs, too; each needs a DeepSpeed plugin of its own.
     args = copy.copy(args) if args.deepspeed_plugin is None else dataclasses.replace(args)

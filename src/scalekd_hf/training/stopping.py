@@ -249,13 +249,25 @@ class MissedEvaluation(TrainerCallback):
 
     Args:
         evaluate: takes the checkpoint that lacks it.
+
+    Attributes:
+        checkpoint: that lacks an evaluation, or None.
+        is_made_up: one is being made up for.
     """
 
     def __init__(self, evaluate: Callable[[str], None]):
         self.evaluate = evaluate
         self.checkpoint: str | None = None
+        self.is_made_up = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # there may be no epoch any more
+            self._make_up(state)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._make_up(state)  # every callback knows by now that training has begun
+
+    def _make_up(self, state: Any) -> None:
         checkpoint, self.checkpoint = self.checkpoint, None
         if checkpoint is None:
             return
@@ -264,7 +276,11 @@ class MissedEvaluation(TrainerCallback):
         ]
         for entry in partial:  # of one data set of several
             state.log_history.remove(entry)
-        self.evaluate(checkpoint)
+        self.is_made_up = True
+        try:
+            self.evaluate(checkpoint)
+        finally:
+            self.is_made_up = False
 
     def ends(self, state: Any, control: Any) -> bool:
         """Whether such an evaluation was all that was left to do, or has had a callback end the run; asked before each step."""

@@ -216,7 +216,7 @@ class ScaleKDTrainer(Trainer):
         if "loss" in logs:
             self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)
             logs.update(self.loss_log.averages(self.accelerator))
-        if "train_loss" in logs:
+        if "train_loss" in logs and "train_runtime" in logs:  # the parent's, at the end
             logs["train_loss"] = self.loss_log.mean_loss(self.accelerator)
         super().log(logs, start_time)
 
@@ -244,7 +244,7 @@ class ScaleKDTrainer(Trainer):
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save_stopped_run(self) -> None:
-        if self.stopping.saved_step != self.state.global_step:
+        if self.stopping.saved_step != self.state.global_step or self.stopping.evaluation_is_due:
             self._save_checkpoint(cast(nn.Module, self.model), None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.run_folder.note_interruption()
@@ -286,7 +286,7 @@ class ScaleKDTrainer(Trainer):
         self.loss_log.stop_if_not_finite(self.accelerator, self.args.output_dir)  # before a good one is rotated away
         self.store_flos()
         self.checkpoints.synchronise_average(self.accelerator)
-        parent, is_last = Path(self._get_output_dir(trial)), self.stopping.stopped
+        parent, is_last = Path(self._get_output_dir(trial)), self.stopping.stopped or self.missed.is_made_up
         position, agree = self.checkpoints.position(self, self.stopping.evaluation_is_due), self.stopping.first_failure
         with self.loss_log.paused(), self.run_folder.new_checkpoint(parent, self.state, is_last, agree) as folder:
             super()._save_checkpoint(model, folder.parent)
