@@ -5,7 +5,7 @@ python benchmarks/faults.py [--kills 100] [--seed 0]
 A run has settings drawn at random (workers, moving average, mixing, accumulation, best model, how often it saves and evaluates, a
 stream or a data set in memory), and is killed by SIGKILL, SIGTERM or Ctrl-C at random times, until it ends or has been killed five
 times. It always goes on as the documents say: the same call again, with `resume_from_checkpoint=True` after SIGKILL. Then compared are,
-to the bit, all tensors of its last checkpoint and of the student that it ends with, and its log but for times; and listed is what lies
+to the bit, all tensors of its last checkpoint and of the student that it ends with, and its log but for times and its closing line; and listed is what lies
 in its folder that the other's lacks. Digits, a small Swin that teaches a small ConvNeXt; one core.
 """
 
@@ -153,7 +153,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    kept = [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in state["log_history"]]
+    kept = [
+        {k: v for k, v in entry.items() if not k.endswith(TIMES)}
+        for entry in state["log_history"]
+        if "train_loss" not in entry
+    ]
     return [*kept, {"best": state["best_global_step"], "metric": state["best_metric"]}]
 
 

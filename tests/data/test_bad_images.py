@@ -235,3 +235,16 @@ def test_soft_labels_of_undecodable_images_do_not_count(tmp_path, kind, task_los
         losses.append(ScaleKDTrainer(small_student(), None, args, eval_dataset=data).evaluate())
     for metric in ("eval_loss", "eval_top1"):
         assert losses[0][metric] == pytest.approx(losses[1][metric], rel=1e-5), metric
+
+
+@pytest.mark.parametrize(
+    ("share", "images", "processes", "allowed"), [(0.1, 30, 1, 3), (0.1, 60, 2, 3), (0.01, 30, 1, 1), (0.0, 30, 1, 0)]
+)
+def test_just_as_many_as_are_allowed_do_not_stop_a_run(tmp_path, share, images, processes, allowed):
+    bad = BadImages(tmp_path / "bad_images.jsonl", share)
+    entries = [{"row": row, "kind": "empty", "reason": "", "pass": 0} for row in range(allowed + 1)]
+    bad.add("train", entries[:allowed])
+    bad.check(images, processes)
+    bad.add("train", entries[allowed:])
+    with pytest.raises(TooManyBadImagesError):
+        bad.check(images, processes)
