@@ -36,7 +36,7 @@ MODES = {
     "GIF": ["L", "P"],
     "BMP": ["1", "L", "P", "RGB"],
     "TIFF": ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "I;16", "F"],
-    "PPM": ["1", "L", "RGB", "I;16", "F"],
+    "PPM": ["1", "L", "RGB", "F"],
     "JPEG2000": ["L", "LA", "RGB", "RGBA", "I;16"],
     "AVIF": ["RGB", "RGBA"],
     "HEIF": ["L", "RGB", "RGBA"],

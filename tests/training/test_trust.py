@@ -192,12 +192,15 @@ def test_a_process_that_cannot_write_stops_all_with_the_cause(tmp_path, shards):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2 and args.process_index == 1:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, -1))
 
     def filled():
         trainer = trainer_for(tmp_path / "run", shards, max_steps=4, disable_tqdm=True)
         trainer.add_callback(Filling())
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))  # what is told is longer
 
     started = time.monotonic()
     outcomes = in_processes(tmp_path, filled, processes=2)
