@@ -21,32 +21,26 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import timm
 import torch
 from safetensors.torch import load_file
 
-from scalekd_hf import ScaleKDConfig, ScaleKDTrainer, load_student
+from scalekd_hf import ScaleKDConfig, ScaleKDTrainer
 from scalekd_hf.training.run_folder import last_checkpoint
 
 
-DIGITS = Path(__file__).parents[1] / "tests" / "assets" / "digits"
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers import DIGITS, small_student, timm_swin
+from processes import Started
+
+
+INTERRUPTED = ("KeyboardInterrupt", "RunCancelled")  # what a process ends with after Ctrl-C
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 KILLS_OF_A_RUN = 5
 TIMES = ("images_per_second", "data_wait", "runtime", "per_second")  # what may differ in a log
-TEACHER = {
-    "img_size": 32,
-    "patch_size": 2,
-    "window_size": 4,
-    "embed_dim": 12,
-    "depths": (1, 2, 2),
-    "num_heads": (1, 2, 4),
-}
-STUDENT = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "patch_size": 2, "num_classes": 10, "image_size": 32}
 
 
 def drawn(rng: random.Random) -> dict[str, Any]:
@@ -78,7 +72,6 @@ def train(folder: Path, settings: dict[str, Any], shards: list[str]) -> None:
     torch.manual_seed(0)
     given = dict(settings)
     data = datasets.load_dataset("parquet", data_files=shards, split="train", streaming=given.pop("stream"))
-    teacher = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **TEACHER)
     fixed = {
         "use_cpu": True,
         "disable_tqdm": True,
@@ -87,45 +80,21 @@ def train(folder: Path, settings: dict[str, Any], shards: list[str]) -> None:
         "stem_norm": "layer",
     }
     args = ScaleKDConfig(str(folder), learning_rate=1e-3, per_device_eval_batch_size=8, **fixed, **given)
-    trainer = ScaleKDTrainer(
-        load_student("timm/convnext_atto", drop_path_rate=0.2, **STUDENT), teacher, args, data, data
-    )
+    trainer = ScaleKDTrainer(small_student(drop_path_rate=0.2), timm_swin(), args, data, data)
     is_stopped = (folder / "_interrupted.json").exists()
     trainer.train(resume_from_checkpoint=None if is_stopped or not last_checkpoint(folder) else True)
     trainer.save_model()
     trainer.save_state()
 
 
-def started(function: Callable[[], None], output: Path) -> int:
-    """The id of a process that runs a function, as a command would; nothing is imported anew."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(written, 1)
-        os.dup2(written, 2)
-        function()
-        status = 0
-    except SystemExit as stopped:
-        status = int(stopped.code or 0)
-    except KeyboardInterrupt:
-        status = 130
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
-    finally:
-        os._exit(status)
-
-
 def killed(
     folder: Path, settings: dict[str, Any], shards: list[str], seconds: float, rng: random.Random
 ) -> Counter[str]:
     """Train, and kill it again and again; how often by which signal, and "lost" where it could not go on."""
-    output, kills = folder.with_suffix(".txt"), Counter[str]()
+    kills = Counter[str]()
     while True:
-        pid = started(lambda: train(folder, settings, shards), output)
+        run = Started(folder.parent / "output", train, folder, settings, shards)
+        (pid,) = run.pids
         how = rng.choice(SIGNALS) if kills.total() < KILLS_OF_A_RUN else None
         if how is not None:
             time.sleep(rng.uniform(0, seconds))
@@ -133,11 +102,12 @@ def killed(
             if not is_over:
                 os.kill(pid, how)
                 kills[how.name] += 1
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if status == 0:
+        (outcome,) = run.wait()
+        if outcome.status == 0:
             return kills
-        if status not in (75, 130, -signal.SIGKILL, -signal.SIGTERM):
-            print(f"could not go on: {output.read_text(encoding='utf-8')[-500:]}", flush=True)
+        is_stopped = outcome.status in (75, -signal.SIGKILL, -signal.SIGTERM)
+        if not is_stopped and outcome.text.rstrip().rpartition("\n")[2].rpartition(".")[2] not in INTERRUPTED:
+            print(f"could not go on: {outcome.text[-500:]}", flush=True)
             return kills + Counter(lost=1)
 
 
@@ -203,11 +173,9 @@ def main() -> None:
         while counts["SIGKILL"] + counts["SIGTERM"] + counts["SIGINT"] < arguments.kills:
             settings, whole, other = drawn(rng), Path(name, "whole"), Path(name, "killed")
             start = time.monotonic()
-            pid = started(lambda: train(whole, settings, shards), whole.with_suffix(".txt"))  # noqa: B023
-            if os.waitpid(pid, 0)[1]:
-                raise RuntimeError(
-                    f"A run left alone has failed: {whole.with_suffix('.txt').read_text(encoding='utf-8')[-2000:]}"
-                )
+            (outcome,) = Started(Path(name, "output"), train, whole, settings, shards).wait()
+            if outcome.status:
+                raise RuntimeError(f"A run left alone has failed: {outcome.text[-2000:]}")
             kills = killed(other, settings, shards, time.monotonic() - start, rng)
             counts += kills
             counts += Counter() if kills["lost"] else compared(whole, other)

@@ -11,9 +11,10 @@ from typing import Any
 import xxhash
 
 
-__all__ = ["MANIFEST_FILE", "check_file", "damage", "digest", "seal"]
+__all__ = ["MANIFEST_FILE", "STUDENT_FILE", "check_file", "damage", "digest", "seal"]
 
 MANIFEST_FILE = "scalekd_manifest.json"
+STUDENT_FILE = "model.safetensors"  # the weights
 ALGORITHM = "xxh3_128"  # finds damage, at the speed of memory; it is no signature
 CHUNK = 1 << 20  # bytes
 THREADS = 4

@@ -248,3 +248,12 @@ def test_just_as_many_as_are_allowed_do_not_stop_a_run(tmp_path, share, images, 
     bad.add("train", entries[allowed:])
     with pytest.raises(TooManyBadImagesError):
         bad.check(images, processes)
+
+
+def test_a_list_that_cannot_be_written_ends_no_run_and_its_images_count(tmp_path, caplog):
+    (tmp_path / "full").touch()
+    bad = BadImages(tmp_path / "full" / "bad_images.jsonl", 0.0)
+    bad.add("train", [{"row": 0, "kind": "empty", "reason": "", "pass": 0}])
+    assert bad.summary() == "empty: 1" and "lacks an image" in caplog.text
+    with pytest.raises(TooManyBadImagesError):
+        bad.check(30, 1)

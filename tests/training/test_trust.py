@@ -62,6 +62,11 @@ def test_a_bit_that_has_changed_in_any_file_of_a_checkpoint_is_found_before_it_i
     content = damaged(checkpoint / "model.safetensors", "bit")
     with pytest.raises(ValueError, match="model.safetensors' holds other bytes than were written"):
         load_student(str(checkpoint), pretrained=True)
+    with pytest.raises(ValueError, match="holds other bytes"):
+        load_student(f"local-dir:{checkpoint}", pretrained=True)
+    trainer.state.best_model_checkpoint = str(checkpoint)
+    with pytest.raises(ValueError, match="checkpoint-9' cannot be used: model.safetensors"):
+        trainer._load_best_model()
     (checkpoint / "model.safetensors").write_bytes(content)
 
 

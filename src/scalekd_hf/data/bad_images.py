@@ -81,11 +81,17 @@ class BadImages:
             if key not in self._listed:
                 self._listed.add(key)
                 self.kinds[entry["kind"]] += 1
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                with self.file.open("a", encoding="utf-8") as opened:
-                    opened.write(json.dumps({"data": data, **entry}) + "\n")
+                self._list({"data": data, **entry})
                 if len(self._listed) <= SHOWN:
                     logger.warning("Left out of the %s data: %s. %s", data, where(entry), one_line(entry["reason"]))
+
+    def _list(self, entry: dict[str, Any]) -> None:
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(entry) + "\n")
+        except OSError as error:  # it counts all the same; a full disk ends a run where it would lose a checkpoint
+            logger.warning("%r lacks an image that was left out (%s).", str(self.file), error)
 
     def restart(self) -> None:
         """A new pass over the data begins."""

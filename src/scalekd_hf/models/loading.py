@@ -32,7 +32,7 @@ from transformers import (
 from ..borrowed.timm import construction_arguments, listed_weights
 from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS, ImageSpec
-from ..manifest import check_file
+from ..manifest import STUDENT_FILE, check_file
 from ..network import lost_connection
 from ..texts import redacted, without_secrets
 from . import mixers  # noqa: F401  registers a mixer by its name
@@ -52,7 +52,6 @@ __all__ = ["Classifier", "check_patches", "load_classifier", "patch_size"]
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "model.safetensors"
 RGB = 3  # channels of the images that are read
 CHANNELS = ("in_chans", "num_channels")  # arguments of timm and transformers
 
@@ -118,7 +117,7 @@ def load_classifier(
         classifier = _wrap_module(name_or_module, role)
     else:
         if pretrained:
-            check_file(Path(name_or_module, WEIGHTS_FILE))
+            check_file(Path(name_or_module.removeprefix("local-dir:"), STUDENT_FILE))
         load = _load_timm if _is_timm(name_or_module) else _load_transformers
         try:
             classifier = load(name_or_module, role, pretrained, labels, image_size, model_args)

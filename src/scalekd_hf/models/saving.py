@@ -20,7 +20,7 @@ from transformers import BitImageProcessor
 from ..borrowed.timm import write_config
 from ..borrowed.transformers import whole_models
 from ..images import INTERPOLATIONS
-from ..manifest import MANIFEST_FILE, check_file
+from ..manifest import MANIFEST_FILE, STUDENT_FILE, check_file
 from .students import Student
 
 
@@ -37,7 +37,6 @@ __all__ = [
     "save_tensors",
 ]
 
-STUDENT_FILE = "model.safetensors"
 UNFINISHED = "_unfinished-"  # begins the name of a folder whose files are moved in place once they are whole
 
 logger = logging.getLogger(__name__)

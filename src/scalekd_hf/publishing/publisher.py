@@ -20,7 +20,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from ..manifest import digest
+from ..manifest import STUDENT_FILE, digest
 from ..texts import redacted, without_secrets
 from .curves import draw_curves
 from .hub import PushError, create_repository, failures_in_log, push_command, remote_card, upload
@@ -32,8 +32,7 @@ __all__ = ["RESULTS_FILE", "Publisher"]
 
 RESULTS_FILE = "results.json"  # metrics by the name of a model
 RECORD_FILE = "training_config.yaml"  # its first line tells of which weights; written when all the others are there
-WEIGHTS_FILE = "model.safetensors"
-WEIGHTS = ("config.json", "preprocessor_config.json", WEIGHTS_FILE)
+WEIGHTS = ("config.json", "preprocessor_config.json", STUDENT_FILE)
 ABOUT = ("README.md", RECORD_FILE, RESULTS_FILE, "curves.png")
 STAGING = "_publishing"  # `_` as in the parent: what is on its way to the Hub
 
@@ -206,8 +205,8 @@ def _existing(folder: Path, names: Iterable[str]) -> list[Path]:
 
 def _weights_line(folder: Path) -> str:
     """A comment that names the student's weights as the Hub does, where they are there already."""
-    file = folder / WEIGHTS_FILE
-    return f"# {WEIGHTS_FILE}: {f'sha256 {digest(file, hashlib.sha256())}' if file.exists() else 'not yet'}\n"
+    file = folder / STUDENT_FILE
+    return f"# {STUDENT_FILE}: {f'sha256 {digest(file, hashlib.sha256())}' if file.exists() else 'not yet'}\n"
 
 
 @contextmanager

@@ -69,11 +69,7 @@ class RunFolder:
         if not asked:
             return None
         if asked is not True:
-            if found := self._damage(Path(asked)):
-                raise ValueError(
-                    f"{broken_checkpoint(Path(asked), found)} If you changed it yourself, remove its {MANIFEST_FILE}."
-                )
-            return asked
+            return str(self.whole(asked))
         last_checkpoint(self.path)  # puts back what was being replaced
         paths = sorted(filter(_step, self.path.glob("checkpoint-*")), key=_step, reverse=True)
         names = gather_object([[path.name for path in paths if path.is_dir()]])[0]  # the same on every node
@@ -85,6 +81,18 @@ class RunFolder:
         raise ValueError(
             f"There is no {'whole ' if checkpoints else ''}checkpoint to resume from in `output_dir` {str(self.path)!r}."
         )
+
+    def whole(self, checkpoint: str | Path) -> Path:
+        """A checkpoint, before anything of it is loaded; every process must ask.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        if found := self._damage(Path(checkpoint)):
+            raise ValueError(
+                f"{broken_checkpoint(Path(checkpoint), found)} If you changed it yourself, remove its {MANIFEST_FILE}."
+            )
+        return Path(checkpoint)
 
     def _damage(self, checkpoint: Path) -> str:
         """See `manifest.damage`; each node looks at its disk, and all processes hear of what one has found."""

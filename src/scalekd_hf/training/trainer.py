@@ -305,7 +305,7 @@ class ScaleKDTrainer(Trainer):
             self.checkpoints.load(Path(resume_from_checkpoint), self.distiller, resume=True)
 
     def _load_best_model(self) -> None:
-        best = Path(str(self.state.best_model_checkpoint))
+        best = self.run_folder.whole(str(self.state.best_model_checkpoint))
         if engine_runs(self):
             super()._load_best_model()
             self.checkpoints.restore_average(best)
