@@ -42,16 +42,20 @@ BORROWED = {
     "training/model.py": {
         "_keys_to_ignore_on_save": "FSDP cannot load the best model at the end",
     },
-    "training/trainer.py": {
+    "training/run_trainer.py": {
         "Trainer._created_lr_scheduler": "a second call of `train` goes on with the first one's milestones",
         "Trainer._save_checkpoint": "checkpoints lack the heads, and are not whole or not there",
         "Trainer._get_output_dir": "checkpoints are written in place: a process that dies leaves half of one",
         "Trainer._push_from_checkpoint": "a checkpoint is pushed before it is whole",
-        "Trainer._load_from_checkpoint": "a run does not go on from its weights",
-        "Trainer._load_best_model": "the best model is not loaded at the end",
         "Trainer._evaluate": "an evaluation that a signal cut short is not made up for",
         "Trainer._determine_best_metric": "one that was made up for takes no part in choosing the best model",
         "Trainer._load_rng_state": "after one that was made up for, random numbers are others",
+        "Trainer._load_from_checkpoint": "a run that has come to its end is not loaded as it ended",
+        "Trainer._load_best_model": "nor with its best model",
+    },
+    "training/trainer.py": {
+        "Trainer._load_from_checkpoint": "a run does not go on from its weights",
+        "Trainer._load_best_model": "the best model is not loaded at the end",
     },
 }
 
@@ -110,11 +114,14 @@ def test_transformers_still_keeps_its_deepspeed_configuration_where_it_was():
         hf_deepspeed.unset_hf_deepspeed_config()
 
 
-@pytest.mark.parametrize("name", sorted(set(BORROWED["training/trainer.py"]) - {"Trainer._created_lr_scheduler"}))
+HOOKS = BORROWED["training/run_trainer.py"] | BORROWED["training/trainer.py"]
+
+
+@pytest.mark.parametrize("name", sorted(set(HOOKS) - {"Trainer._created_lr_scheduler"}))
 def test_the_parent_still_calls_the_hooks_that_are_overridden(name):
     hook = name.removeprefix("Trainer.")
     ours, theirs = (list(inspect.signature(getattr(cls, hook)).parameters) for cls in (scalekd_trainer(), Trainer))
-    lost = BORROWED["training/trainer.py"][name]
+    lost = HOOKS[name]
     assert ours == theirs, f"`{name}` takes {theirs} now: {lost}"
     assert f"self.{hook}(" in inspect.getsource(Trainer), f"`{name}` is not called any more: {lost}"
 

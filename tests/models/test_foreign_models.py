@@ -13,7 +13,7 @@ from helpers import DIGITS, TEACHER, transformers_vit
 from scalekd_hf import load_student, load_teacher
 from scalekd_hf.cli import evaluate, export, visualize
 from scalekd_hf.models.saving import save_student
-from scalekd_hf.training.checkpoints import HEADS_FILE
+from scalekd_hf.training.distillation_checkpoints import HEADS_FILE
 
 
 OWN_CODE = """

@@ -11,7 +11,7 @@ from processes import run_script
 from scalekd_hf import ScaleKDModel, ScaleKDTrainer, frequency_mimicking_loss
 from scalekd_hf.method.heads import FEATURE_TERMS
 from scalekd_hf.tools.visualize import agreement_maps, cosine_map, draw_agreement
-from scalekd_hf.training.checkpoints import HEADS_FILE
+from scalekd_hf.training.distillation_checkpoints import HEADS_FILE
 from scalekd_hf.training.model import build_model
 
 

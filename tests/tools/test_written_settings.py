@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from scalekd_hf.tools.recipe import DistillArguments, given_arguments, parse_config, resolved, write_config
 from scalekd_hf.training.config import ScaleKDConfig
-from scalekd_hf.training.facts import _changed
+from scalekd_hf.training.facts import changed
 from scalekd_hf.training.settings import rebuilding_settings
 
 
@@ -69,7 +69,7 @@ def test_what_is_written_is_read_as_it_was(tmp_path_factory, changes):
         asked = {"none": []}.get(value, [value]) if name == "report_to" else value
         assert getattr(arguments, name, getattr(config, name, None)) == asked
     write_config(arguments, config, files[1])
-    told = given_arguments(arguments) | _changed(rebuilding_settings(config))
+    told = given_arguments(arguments) | changed(rebuilding_settings(config), type(config))
     files[2].write_text(yaml.safe_dump(told | {"teacher": "b"}))
     (one, first), (two, second) = (parse_config(DistillArguments, [str(file), "--use_cpu"]) for file in files[1:])
     assert one == two == arguments and resolved(one, first) == resolved(arguments, config)

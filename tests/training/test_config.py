@@ -10,13 +10,14 @@ from transformers.utils.import_utils import enable_tf32
 
 from scalekd_hf import ScaleKDConfig
 from scalekd_hf.training.precision import say_tf32_in_both_ways
+from scalekd_hf.training.run_config import RunConfig
 
 
 OWN = set(ScaleKDConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
 
 
 def test_every_setting_is_documented_and_has_help():
-    documentation = ScaleKDConfig.__doc__
+    documentation = ScaleKDConfig.__doc__ + RunConfig.__doc__
     for name in OWN:
         field = ScaleKDConfig.__dataclass_fields__[name]
         assert f"\n        {name} (`" in documentation, name

@@ -15,8 +15,8 @@ from ..data.stream import ImageStream
 from ..models.students import Student
 from ..tools.recipe import DistillArguments, parse_config
 from ..tools.visualize import agreement_maps, draw_agreement
-from ..training.checkpoints import HEADS_FILE, check_taps, load_checkpoint
 from ..training.config import ScaleKDConfig
+from ..training.distillation_checkpoints import HEADS_FILE, check_taps, load_checkpoint
 from ..training.feeding import prepare_images
 from ..training.position import RunPosition
 from .distill import fresh_model

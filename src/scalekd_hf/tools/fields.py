@@ -14,12 +14,13 @@ from typing import Any
 __all__ = ["Field", "fields_of", "launcher_options", "settings_of"]
 
 HERE = Path(__file__).parent
-CONFIG = (HERE.parent / "training" / "config.py", "ScaleKDConfig")
+TRAINING = HERE.parent / "training"
+CONFIG = [(TRAINING / "config.py", "ScaleKDConfig"), (TRAINING / "run_config.py", "RunConfig")]
 DATA = (HERE.parent / "data" / "loading.py", "DataArguments")
 OWN = {
-    "distill": [(HERE / "recipe.py", "DistillArguments"), DATA, CONFIG],
-    "train-teacher": [(HERE / "recipe.py", "TeacherArguments"), DATA, CONFIG],
-    "evaluate": [(HERE / "evaluation.py", "EvaluateArguments"), DATA, CONFIG],
+    "distill": [(HERE / "recipe.py", "DistillArguments"), DATA, *CONFIG],
+    "train-teacher": [(HERE / "recipe.py", "TeacherArguments"), DATA, *CONFIG],
+    "evaluate": [(HERE / "evaluation.py", "EvaluateArguments"), DATA, *CONFIG],
 }
 
 
@@ -42,6 +43,8 @@ class Field:
 def settings_of(command: str) -> tuple[list[Field], list[Field]]:
     """The settings of a command: this project's, and those that transformers' `TrainingArguments` adds."""
     own = [field for file, name in OWN[command] for field in fields_of(file, name)]
+    groups = list(dict.fromkeys(field.group for field in own))  # the same heading may be in two files
+    own.sort(key=lambda field: groups.index(field.group))
     spec = find_spec("transformers")
     folders = spec.submodule_search_locations if spec is not None else None
     parents = fields_of(Path(next(iter(folders))) / "training_args.py", "TrainingArguments") if folders else []

@@ -1,7 +1,6 @@
-"""Checkpoints: what they hold beside the student and the parent's files, and going on from one.
+"""Checkpoints of any run: where it stands, and whether it can go on from there.
 
-A checkpoint is a student's folder, the mimicking heads, with `ema_decay` the weights that training continues from (the
-student's folder holds the average), the position of the run, and the files of `Trainer`. The teacher is not in it.
+A checkpoint is the folder of what is trained, the position of the run, and the files of `Trainer`.
 """
 
 from __future__ import annotations
@@ -15,37 +14,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from ..data.stream import ImageStream
-from ..models.saving import (
-    broken_file,
-    load_strictly,
-    load_student_weights,
-    read_tensors,
-    save_tensors,
-)
-from ..models.students import Student
-from ..models.taps import find_taps
-from .averaging import TRAINED_FILE, AveragedStudent
-from .config import ScaleKDConfig
+from ..models.saving import broken_file
 from .epochs import count_steps
-from .feeding import ImageFeed
+from .loaders import Feed
 from .loss_log import LossLog
-from .model import ScaleKDModel, attention_heads
 from .pickles import check_pickles
 from .position import RUN_STATE_FILE, RunPosition
-from .settings import FIXED, models_to_keep, settings_to_keep
-from .sharding import full_state
+from .run_config import RunConfig
+from .settings import FIXED, settings_to_keep
 from .stopwatch import Stopwatch
 
 
-__all__ = ["HEADS_FILE", "Checkpoints", "RestoredSchedule", "check_taps", "load_checkpoint", "optimizer_in_parts"]
+__all__ = ["Checkpoints", "RestoredSchedule", "optimizer_in_parts"]
 
-HEADS_FILE = "mimicking_heads.safetensors"
 OPTIMIZER_SETTINGS = (
     "lr",
     "weight_decay",
@@ -62,32 +48,29 @@ class Checkpoints:
 
     Args:
         args: of the run.
-        model: that trains, before anything of it is sharded.
         feed: knows, and is told, where the run stands in its images.
         progress: knows, and is told, the images seen.
         stopwatch: knows, and is told, the seconds of training.
-        averaged: the averaged student, where there is one.
+        models: what the models are, as the run has to go on with them, by names that a refusal shows.
         is_sharded: whether DeepSpeed or FSDP keeps parameters and optimiser.
 
     Attributes:
         schedule: a callback of the trainer's.
     """
 
+    made_for, trains, start_from = "Its optimiser is made for", "model", ""  # words of a refusal
+
     def __init__(
         self,
-        args: ScaleKDConfig,
-        model: ScaleKDModel,
-        feed: ImageFeed,
+        args: RunConfig,
+        feed: Feed,
         progress: LossLog,
         stopwatch: Stopwatch,
-        averaged: AveragedStudent | None,
+        models: dict[str, Any],
         is_sharded: bool,
     ):
         self.args, self.feed, self.progress, self.stopwatch = args, feed, progress, stopwatch
-        self.averaged, self.is_sharded = averaged, is_sharded
-        heads = attention_heads(model.teacher, args) if model.heads is not None and model.teacher is not None else None
-        self._models, self.student = models_to_keep(model, heads), model.student
-        self.distils_features = model.heads is not None
+        self._models, self.is_sharded = models, is_sharded
         self.schedule = RestoredSchedule()
 
     @property
@@ -106,8 +89,6 @@ class Checkpoints:
         position, is_changed = RunPosition(), False
         in_parts = checkpoint is not None and optimizer_in_parts(checkpoint) and not self.is_sharded
         self.schedule.file = Path(str(checkpoint), "scheduler.pt") if in_parts else None
-        if self.averaged is not None:
-            self.averaged.restart(self.args.device)
         order = self.feed.order_settings(dataset)  # as the data are now, for the checkpoints to come
         if checkpoint is not None:
             position, is_changed = self._read(Path(checkpoint), order, isinstance(dataset, ImageStream))
@@ -133,13 +114,7 @@ class Checkpoints:
         check_checkpoint(checkpoint, self.is_sharded or accepts_loss)
         position = RunPosition.read(checkpoint)
         changed = position.changes(order)
-        if (checkpoint / TRAINED_FILE).exists() != (self.averaged is not None):
-            what = (
-                "no average: leave `ema_decay` out"
-                if self.averaged is not None
-                else "an averaged student: set its `ema_decay` again"
-            )
-            raise ValueError(f"The checkpoint {str(checkpoint)!r} holds {what}.")
+        self.check_models(checkpoint, position)
         self._check_settings(checkpoint, position)
         self.schedule.is_changed = bool(changed or position.changed_settings(self.settings))
         if changed and not (self.args.allow_data_mismatch and is_stream):
@@ -152,10 +127,15 @@ class Checkpoints:
         check_processes(checkpoint, processes, self.args, self.is_sharded)
         if changed:
             position.layout_start = position.images_seen
-        if self.is_sharded:
-            self.restore_average(checkpoint)
         is_due = position.evaluation_is_due and self.args.eval_strategy != "no"
         return replace(position, data=order, evaluation_is_due=is_due), bool(changed)
+
+    def check_models(self, checkpoint: Path, position: RunPosition) -> None:
+        """Refuse a checkpoint that holds other models than this run has, before its settings are compared.
+
+        Raises:
+            ValueError: with what it holds.
+        """
 
     def _check_settings(self, checkpoint: Path, position: RunPosition) -> None:
         """Refuse to go on with other settings than the checkpoint's, unless that is accepted.
@@ -163,14 +143,12 @@ class Checkpoints:
         Raises:
             ValueError: with those that have changed.
         """
-        if position.settings is None and self.distils_features:
-            check_taps(checkpoint, self.student, None)
         settings = self.settings
         if fixed := position.changed_settings({name: settings[name] for name in FIXED if name in settings}):
             raise ValueError(
-                f"The checkpoint {str(checkpoint)!r} was written with other settings: {', '.join(fixed)}. Its optimiser and its "
-                "projectors are made for the former: go back to them, or begin a new run from its student, with "
-                f"`student` {str(checkpoint)!r} and `student_pretrained`."
+                f"The checkpoint {str(checkpoint)!r} was written with other settings: {', '.join(fixed)}. {self.made_for} "
+                f"the former: go back to them, or begin a new run from its {self.trains}, with `{self.trains}` {str(checkpoint)!r}"
+                f"{self.start_from}."
             )
         changed = position.changed_settings(settings)
         if changed and not self.args.allow_settings_mismatch:
@@ -179,10 +157,13 @@ class Checkpoints:
                 "accept it with `allow_settings_mismatch=True`: the run then goes on with the new ones."
             )
 
-    def synchronise_average(self, accelerator: Accelerator) -> None:
-        """Before a checkpoint: the average is the first process's on all; every process must call it."""
-        if self.averaged is not None:
-            self.averaged.synchronise(accelerator)
+    def before_saving(self, accelerator: Accelerator) -> None:
+        """What the processes have to agree on before a checkpoint; every process must call it."""
+
+    def write_beside(self, folder: Path, position: RunPosition) -> None:
+        """Write what a checkpoint holds beside the model and the parent's files; every process must call it."""
+        if self.args.should_save:
+            position.write(folder)
 
     def position(self, trainer: Any, evaluation_is_due: bool = False) -> RunPosition:
         """Where a trainer stands; every process must call it."""
@@ -190,62 +171,6 @@ class Checkpoints:
         seconds, start = round(self.stopwatch.seconds, 1), self.feed.position.layout_start
         where = (trainer.state.global_step, self.progress.images_seen, seconds, start, order)
         return RunPosition(*where, self.settings, log, evaluation_is_due)
-
-    def write_beside_student(self, folder: Path, model: ScaleKDModel, position: RunPosition) -> None:
-        """Write what a checkpoint holds beside the student; every process must call it."""
-        heads = full_state(model.heads) if model.heads is not None else None
-        trained = full_state(model.student.model) if self.averaged is not None else None
-        if not self.args.should_save:
-            return
-        for tensors, name in ((trained, TRAINED_FILE), (heads, HEADS_FILE)):
-            if tensors is not None:
-                save_tensors(tensors, folder / name)
-        position.write(folder)
-
-    def load(self, folder: Path, model: ScaleKDModel, resume: bool) -> None:
-        """Load student and heads; with an average, to resume the weights that training continues from, else the average itself."""
-        load_checkpoint(model.student, model.heads, folder)
-        if self.averaged is not None:
-            self.averaged.load(folder, resume)
-
-    def restore_average(self, folder: Path) -> None:
-        """Load the average alone, where an engine loads the other weights."""
-        if self.averaged is not None:
-            self.averaged.restore(folder)
-
-
-def check_taps(folder: Path, student: Student, settings: dict[str, Any] | None) -> None:
-    """Refuse heads that were trained at other taps of a student.
-
-    Args:
-        folder: the checkpoint.
-        student: as it is tapped now.
-        settings: that the checkpoint tells; None for one of before, when a mixer was tapped after its final norm.
-
-    Raises:
-        ValueError: with both.
-    """
-    now = [tap.module for tap in student.taps]
-    if settings is not None:
-        then = settings["student_taps"]
-    else:
-        then = now if student.tap_names is not None else [tap.module for tap in find_taps(student, True)[0]]
-    if then is not None and then != now:
-        raise ValueError(
-            f"The checkpoint {str(folder)!r} is of a student that was tapped at {', '.join(then)}; it would be tapped at "
-            f"{', '.join(now)} now. Set `student_taps` to the former to go on with this run."
-        )
-
-
-def load_checkpoint(student: Student, heads: nn.Module | None, folder: str | Path) -> None:
-    """Load student and heads of a checkpoint.
-
-    Raises:
-        ValueError: a checkpoint with a missing, unreadable or unsuitable file.
-    """
-    load_student_weights(student, folder)
-    if heads is not None:
-        load_strictly(heads, read_tensors(Path(folder), HEADS_FILE), Path(folder))
 
 
 def optimizer_in_parts(folder: str | Path) -> bool:
@@ -282,7 +207,7 @@ def _check_pickle(folder: Path, name: str) -> None:
         raise ValueError(broken_file(folder, name, error)) from error
 
 
-def check_processes(folder: Path, then: int, args: ScaleKDConfig, sharded: bool) -> None:
+def check_processes(folder: Path, then: int, args: RunConfig, sharded: bool) -> None:
     """Warn of what cannot be restored of a checkpoint that other processes or another launcher wrote.
 
     Args:

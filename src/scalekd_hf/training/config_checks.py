@@ -16,11 +16,14 @@ from ..method.projector import STEM_NORMS, STEMS
 from .refused import check_refused_settings
 
 
-__all__ = ["LR_SCALINGS", "SYNC_BATCHNORMS", "check_processes", "check_settings"]
+__all__ = ["LR_SCALINGS", "SYNC_BATCHNORMS", "check_processes", "check_run_settings", "check_settings"]
 
 LR_SCALINGS = ("linear", "sqrt")
 COSINES = ("cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
 SYNC_BATCHNORMS = ("none", "student", "all")
+NOT_NEGATIVE = "must be finite and not negative"
+SHARE = "must be between 0 and 1"
+COUNT = "must be a whole number of at least 1"
 
 
 def check_processes(config: Any) -> None:
@@ -41,39 +44,21 @@ def check_processes(config: Any) -> None:
         )
 
 
-def check_settings(config: Any) -> None:
-    """Refuse settings that no run can have.
+def check_run_settings(config: Any) -> None:
+    """Refuse settings that no training run can have.
 
     Args:
-        config: a `ScaleKDConfig`.
+        config: a `RunConfig`.
 
     Raises:
         ValueError: with the setting, its value, and what it may be.
     """
-    for name in ("learning_rate", "weight_decay", "spatial_weight", "frequency_weight", "last_frequency_weight"):
-        _check(config, name, "must be finite and not negative", lambda value: 0 <= value < math.inf)
+    for name in ("learning_rate", "weight_decay"):
+        _check(config, name, NOT_NEGATIVE, _is_not_negative)
     _check(config, "label_smoothing_factor", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
-    shares = ("logit_weight", "hflip", "random_erasing", "teacher_drop_path", "max_bad_images")
-    for name in shares:
-        _check(config, name, "must be between 0 and 1", lambda value: 0 <= value <= 1)
-    _check(config, "ema_decay", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
-    _check(config, "rand_augment", "must be between 0 and 10", lambda value: 0 <= value <= 10)
-    _check(config, "interpolation", f"must be one of {INTERPOLATIONS}", lambda value: value in INTERPOLATIONS)
-    for name in ("mixup_alpha", "cutmix_alpha", "rand_augment_std"):
-        _check(config, name, "must not be negative", lambda value: value >= 0)
-    for name in ("temperature", "softmax_scale"):
-        _check(config, name, "must be positive and finite", lambda value: 0 < value < math.inf)
-    sizes = ("penultimate_num_heads", "last_num_heads", "image_size", "teacher_image_size")
-    counts = ("repeated_augmentation", "base_batch_size", "images_per_epoch")
-    for name in (*sizes, *counts, "teacher_last_blocks", "shuffle_buffer_size"):
-        _check(config, name, "must be a whole number of at least 1", lambda value: value == int(value) >= 1)
-    _check(config, "crop_pct", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
-    _check(
-        config,
-        "crop_scale",
-        "must be two shares of the area, 0 < smallest <= largest <= 1",
-        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
-    )
+    _check(config, "max_bad_images", SHARE, _is_share)
+    for name in ("base_batch_size", "images_per_epoch", "shuffle_buffer_size"):
+        _check(config, name, COUNT, _is_count)
     rising = "must be two numbers, the second the larger"
     _check(config, "pixel_range", rising, lambda value: len(value) == 2 and -math.inf < value[0] < value[1] < math.inf)
     _check(
@@ -85,25 +70,6 @@ def check_settings(config: Any) -> None:
     _check(config, "lr_scaling", f"must be one of {LR_SCALINGS}", lambda value: value in LR_SCALINGS)
     known = timm.optim.list_optimizers()
     _check(config, "timm_optim", f"must be an optimiser of timm {known}", lambda value: value in known)
-    for name in ("student_taps", "teacher_taps"):
-        _check(config, name, "must be the names of two modules", lambda value: len(value) == 2)
-    _check(config, "sync_batchnorm", f"must be one of {SYNC_BATCHNORMS}", lambda value: value in SYNC_BATCHNORMS)
-    _check(config, "stem", f"must be one of {STEMS}", lambda value: value in STEMS)
-    _check(config, "stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
-    _check(config, "task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
-    _check_combinations(config)
-    check_refused_settings(config)
-
-
-def _check_combinations(config: Any) -> None:
-    mixing = config.mixup_alpha > 0 or config.cutmix_alpha > 0
-    if mixing and config.per_device_train_batch_size % 2:
-        raise ValueError(
-            "Mixup and CutMix mix pairs: `per_device_train_batch_size` must be even, got "
-            f"{config.per_device_train_batch_size}."
-        )
-    if mixing and not config.has_labels:
-        raise ValueError("Mixup and CutMix mix labels, too: they need a `label_column`, got 'none'.")
     if config.torch_compile_mode in ("reduce-overhead", "max-autotune") and config.gradient_accumulation_steps > 1:
         raise ValueError(
             f"`torch_compile_mode` {config.torch_compile_mode!r} uses CUDA graphs, whose gradients the next micro-step "
@@ -116,6 +82,69 @@ def _check_combinations(config: Any) -> None:
             f"`lr_by_epoch` is for a cosine, but `lr_scheduler_type` is {schedule!r} and `lr_milestones` are "
             f"{config.lr_milestones}. Set 'cosine' or 'cosine_warmup_with_min_lr', or leave it out."
         )
+    check_refused_settings(config)
+
+
+def check_settings(config: Any) -> None:
+    """Refuse settings of method and images that no distillation can have.
+
+    Args:
+        config: a `ScaleKDConfig`.
+
+    Raises:
+        ValueError: with the setting, its value, and what it may be.
+    """
+    for name in ("spatial_weight", "frequency_weight", "last_frequency_weight"):
+        _check(config, name, NOT_NEGATIVE, _is_not_negative)
+    for name in ("logit_weight", "hflip", "random_erasing", "teacher_drop_path"):
+        _check(config, name, SHARE, _is_share)
+    _check(config, "ema_decay", "must be at least 0 and below 1", lambda value: 0 <= value < 1)
+    _check(config, "rand_augment", "must be between 0 and 10", lambda value: 0 <= value <= 10)
+    _check(config, "interpolation", f"must be one of {INTERPOLATIONS}", lambda value: value in INTERPOLATIONS)
+    for name in ("mixup_alpha", "cutmix_alpha", "rand_augment_std"):
+        _check(config, name, "must not be negative", lambda value: value >= 0)
+    for name in ("temperature", "softmax_scale"):
+        _check(config, name, "must be positive and finite", lambda value: 0 < value < math.inf)
+    sizes = ("penultimate_num_heads", "last_num_heads", "image_size", "teacher_image_size")
+    for name in (*sizes, "repeated_augmentation", "teacher_last_blocks"):
+        _check(config, name, COUNT, _is_count)
+    _check(config, "crop_pct", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
+    _check(
+        config,
+        "crop_scale",
+        "must be two shares of the area, 0 < smallest <= largest <= 1",
+        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+    )
+    for name in ("student_taps", "teacher_taps"):
+        _check(config, name, "must be the names of two modules", lambda value: len(value) == 2)
+    _check(config, "sync_batchnorm", f"must be one of {SYNC_BATCHNORMS}", lambda value: value in SYNC_BATCHNORMS)
+    _check(config, "stem", f"must be one of {STEMS}", lambda value: value in STEMS)
+    _check(config, "stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
+    _check(config, "task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
+    _check_mixing(config)
+
+
+def _check_mixing(config: Any) -> None:
+    mixing = config.mixup_alpha > 0 or config.cutmix_alpha > 0
+    if mixing and config.per_device_train_batch_size % 2:
+        raise ValueError(
+            "Mixup and CutMix mix pairs: `per_device_train_batch_size` must be even, got "
+            f"{config.per_device_train_batch_size}."
+        )
+    if mixing and not config.has_labels:
+        raise ValueError("Mixup and CutMix mix labels, too: they need a `label_column`, got 'none'.")
+
+
+def _is_not_negative(value: Any) -> bool:
+    return bool(0 <= value < math.inf)
+
+
+def _is_share(value: Any) -> bool:
+    return bool(0 <= value <= 1)
+
+
+def _is_count(value: Any) -> bool:
+    return bool(value == int(value) >= 1)
 
 
 def _check(config: Any, name: str, requirement: str, holds: Callable[[Any], bool]) -> None:

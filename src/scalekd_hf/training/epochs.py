@@ -10,8 +10,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from ..data.stream import ImageStream
-from .config import ScaleKDConfig
 from .loss_log import LossLog
+from .run_config import RunConfig
 
 
 __all__ = ["EpochCounter", "count_epochs", "count_steps", "images_per_step", "steps_per_epoch"]
@@ -70,7 +70,7 @@ def count_epochs(trainer: Trainer, epochs: float | None, progress: LossLog) -> C
     return lambda: counter.end_is_repeated
 
 
-def count_steps(stream: ImageStream, args: ScaleKDConfig, images_seen: int = 0) -> int:
+def count_steps(stream: ImageStream, args: RunConfig, images_seen: int = 0) -> int:
     """Steps for what is left of `num_train_epochs`.
 
     Raises:

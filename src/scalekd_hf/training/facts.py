@@ -13,13 +13,13 @@ from transformers import TrainerCallback, TrainerState
 from ..publishing.model_card import ALONE, DISTILLED, CardFacts
 from ..publishing.provenance import Source, hardware, versions
 from ..publishing.publisher import Publisher
-from .config import ScaleKDConfig
 from .epochs import images_per_step
 from .position import RunPosition
+from .run_config import RunConfig
 from .settings import rebuilding_settings, told_settings
 
 
-__all__ = ["PushedCheckpoints", "describe_run"]
+__all__ = ["PushedCheckpoints", "changed", "describe_run"]
 
 UNSET_IS_THE_STUDENTS = ("antialias",)  # so that False says something
 
@@ -94,8 +94,8 @@ def describe_run(
         student_pretrained=student.pretrained,
         results=_own_results(trainer, state) | trainer.results,
         facts=facts,
-        settings=_changed(told_settings(args)),
-        configuration=_changed(rebuilding_settings(args)),
+        settings=changed(told_settings(args), type(args)),
+        configuration=changed(rebuilding_settings(args), type(args)),
         baseline_args=publisher.arguments.get("baseline_args", {}),
         license=license,
         language=language,
@@ -128,9 +128,9 @@ def _own_results(trainer: Any, state: TrainerState) -> dict[str, dict[str, float
     return {DISTILLED if trainer.distiller.teacher is not None else ALONE: own} if own else {}
 
 
-def _changed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that are not the defaults, as YAML holds them."""
-    defaults = {f.name: _default(f) for f in fields(ScaleKDConfig)}
+def changed(settings: dict[str, Any], kind: type[RunConfig]) -> dict[str, Any]:
+    """Settings that are not the defaults of their kind, as YAML holds them."""
+    defaults = {f.name: _default(f) for f in fields(kind)}
     return {
         name: getattr(value, "value", value)
         for name, value in settings.items()

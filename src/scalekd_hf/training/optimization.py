@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .config import ScaleKDConfig
+from .run_config import RunConfig
 
 
 __all__ = ["decayed_parameters", "own_schedule", "scale_learning_rate", "scaled_learning_rate", "timm_optimizer"]
@@ -42,7 +42,7 @@ def decayed_parameters(model: nn.Module, decay_all: bool, no_weight_decay: list[
     return [name for name in names if not excluded(name)]
 
 
-def scale_learning_rate(optimizer: Optimizer, args: ScaleKDConfig, global_batch_size: int) -> None:
+def scale_learning_rate(optimizer: Optimizer, args: RunConfig, global_batch_size: int) -> None:
     """Give an optimiser the rate for the run's global batch, and say so where that is another."""
     rate = scaled_learning_rate(args, global_batch_size)
     if rate == args.learning_rate:
@@ -59,7 +59,7 @@ def scale_learning_rate(optimizer: Optimizer, args: ScaleKDConfig, global_batch_
         group["lr"] = rate
 
 
-def scaled_learning_rate(args: ScaleKDConfig, global_batch_size: int) -> float:
+def scaled_learning_rate(args: RunConfig, global_batch_size: int) -> float:
     """The rate for the run's global batch, by the linear or the square root rule."""
     if args.base_batch_size is None:
         return args.learning_rate
@@ -67,7 +67,7 @@ def scaled_learning_rate(args: ScaleKDConfig, global_batch_size: int) -> float:
     return args.learning_rate * (ratio if args.lr_scaling == "linear" else ratio**0.5)
 
 
-def timm_optimizer(args: ScaleKDConfig, learning_rate: float) -> tuple[Any, dict[str, Any]]:
+def timm_optimizer(args: RunConfig, learning_rate: float) -> tuple[Any, dict[str, Any]]:
     """Class and arguments of `timm_optim`, with the betas of the settings where it has two; else timm's defaults."""
     assert args.timm_optim is not None
     info = timm.optim.get_optimizer_info(args.timm_optim)
@@ -79,14 +79,14 @@ def timm_optimizer(args: ScaleKDConfig, learning_rate: float) -> tuple[Any, dict
     return timm.optim.get_optimizer_class(args.timm_optim, bind_defaults=False), options
 
 
-def own_schedule(optimizer: Any, args: ScaleKDConfig, total_steps: int, steps_per_epoch: float) -> LambdaLR | None:
+def own_schedule(optimizer: Any, args: RunConfig, total_steps: int, steps_per_epoch: float) -> LambdaLR | None:
     """The schedule of `lr_milestones` or `lr_by_epoch`; None where it is one of transformers'."""
     if args.lr_milestones:
         return step_schedule(optimizer, args, total_steps)
     return epoch_schedule(optimizer, args, total_steps, steps_per_epoch) if args.lr_by_epoch else None
 
 
-def epoch_schedule(optimizer: Any, args: ScaleKDConfig, total_steps: int, steps_per_epoch: float) -> LambdaLR:
+def epoch_schedule(optimizer: Any, args: RunConfig, total_steps: int, steps_per_epoch: float) -> LambdaLR:
     """A linear warm-up by steps, then a cosine that falls at the beginning of each epoch, as the authors' runs had it.
 
     `lr_scheduler_kwargs` are those of transformers' `cosine_warmup_with_min_lr`: the rate at the end (`min_lr`, or
@@ -108,7 +108,7 @@ def epoch_schedule(optimizer: Any, args: ScaleKDConfig, total_steps: int, steps_
     return LambdaLR(optimizer, factor)
 
 
-def step_schedule(optimizer: Any, args: ScaleKDConfig, total_steps: int) -> LambdaLR:
+def step_schedule(optimizer: Any, args: RunConfig, total_steps: int) -> LambdaLR:
     """A linear warm-up, then a tenth of the rate after each share of the run in `lr_milestones`."""
     steps = [round(share * total_steps) for share in args.lr_milestones or ()]
     warmup_steps = args.get_warmup_steps(total_steps)

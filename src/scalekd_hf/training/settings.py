@@ -13,8 +13,8 @@ from torch import nn
 
 from ..data.labels import SHOWN
 from ..images import ImageSpec
-from .config import ScaleKDConfig
 from .model import ScaleKDModel
+from .run_config import RunConfig
 
 
 __all__ = ["FIXED", "models_to_keep", "rebuilding_settings", "run_settings", "settings_to_keep", "told_settings"]
@@ -68,22 +68,19 @@ PARTS = 4  # of a teacher, whose norms tell its weights from another's
 ACTIVATION = re.compile(r"elu|silu|swish|sigmoid|tanh|mish|act", re.IGNORECASE)
 
 
-def run_settings(args: ScaleKDConfig) -> dict[str, Any]:
+def run_settings(args: RunConfig) -> dict[str, Any]:
     """All settings but those that the same run may have otherwise when it is resumed."""
     return _plain({name: value for name, value in args.to_dict().items() if name not in NOT_OF_THE_RUN})
 
 
-def told_settings(args: ScaleKDConfig) -> dict[str, Any]:
+def told_settings(args: RunConfig) -> dict[str, Any]:
     """Those of method, images, optimisation, length and batch."""
-    names = (
-        *(n for n in ScaleKDConfig.__annotations__ if n not in NOT_OF_THE_METHOD),
-        *LENGTH_AND_BATCH,
-        *OPTIMISATION,
-    )
-    return {name: getattr(args, name) for name in names}
+    classes = [kind for kind in type(args).__mro__ if issubclass(kind, RunConfig)]
+    own = [name for kind in classes for name in kind.__annotations__ if name not in NOT_OF_THE_METHOD]
+    return {name: getattr(args, name) for name in (*own, *LENGTH_AND_BATCH, *OPTIMISATION)}
 
 
-def rebuilding_settings(args: ScaleKDConfig) -> dict[str, Any]:
+def rebuilding_settings(args: RunConfig) -> dict[str, Any]:
     """Those that the same run needs again, wherever it is run."""
     settings = _plain(args.to_dict())  # without tokens, which are masked
     inits = {field.name for field in fields(args) if field.init}
@@ -95,7 +92,7 @@ def rebuilding_settings(args: ScaleKDConfig) -> dict[str, Any]:
     }
 
 
-def settings_to_keep(args: ScaleKDConfig) -> dict[str, Any]:
+def settings_to_keep(args: RunConfig) -> dict[str, Any]:
     """Those of method, images and optimisation under which a run has to go on, by their names."""
     kept = {name: value for name, value in told_settings(args).items() if name not in (*LENGTH_AND_BATCH, *FREE)}
     if args.timm_optim is not None:

@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from ..models.teachers import Teacher
 from .config import ScaleKDConfig
+from .run_config import RunConfig
 
 
 __all__ = [
@@ -37,7 +38,7 @@ LISTS = (nn.ModuleList, nn.Sequential)
 PER_TENSOR_OPTIMIZERS = ("lamb", "lars", "larc", "adafactor", "muon", "nlamb", "nlars", "fused")
 
 
-def check_engine(accelerator: Accelerator, args: ScaleKDConfig) -> None:
+def check_engine(accelerator: Accelerator, args: RunConfig) -> None:
     """Refuse what would fail, or be another method, under DeepSpeed or FSDP.
 
     Raises:
@@ -46,7 +47,7 @@ def check_engine(accelerator: Accelerator, args: ScaleKDConfig) -> None:
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     state = accelerator.state
-    if args.shard_teacher and not (
+    if getattr(args, "shard_teacher", False) and not (
         (deepspeed and state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3)
         or (fsdp and state.fsdp_plugin.fsdp_version == 2)
     ):
