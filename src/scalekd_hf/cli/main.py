@@ -27,6 +27,7 @@ COMMANDS = {
     "distill": "distil a teacher into a student",
     "train-teacher": "fine-tune a classifier on your own data, so that it can teach",
     "plan": "say what a distillation would do and cost, or why it would fail",
+    "transfer": "teach a student to segment or to detect, as the backbone of a well-known head",
     "evaluate": "evaluate a classifier or a backbone on labelled images",
     "export": "write a student as ONNX and `torch.export`",
     "visualize": "draw where teacher and student agree",
@@ -36,11 +37,14 @@ COMMANDS = {
 }
 MODULES = {"train-teacher": "train_teacher", "plan": "distill", "quickstart": "distill", "env": "environment"}
 SETTINGS = {"distill": "distill", "plan": "distill", "quickstart": "distill", "train-teacher": "train-teacher"}
-SETTINGS |= {"evaluate": "evaluate"}
+SETTINGS |= {"evaluate": "evaluate", "transfer": "transfer"}
+TASKS = ("segment", "detect")  # of a transfer
 GROUPS = {
     "DistillArguments": "The pair",
     "TeacherArguments": "The teacher",
     "EvaluateArguments": "The model",
+    "TransferArguments": "The student and its head",
+    "DenseDataArguments": "Annotations",
     "DataArguments": "Data",
 }
 USAGE = {
@@ -48,6 +52,7 @@ USAGE = {
     "plan": "scalekd plan [json] RECIPE or CONFIG.yaml ... [--any_setting value ...]",
     "quickstart": "scalekd quickstart [--any_setting value ...]",
     "train-teacher": "scalekd train-teacher CONFIG.yaml ... [--any_setting value ...]",
+    "transfer": "scalekd transfer segment|detect [RECIPE or CONFIG.yaml ...] [--any_setting value ...]",
     "evaluate": "scalekd evaluate MODEL or CONFIG.yaml [--any_setting value ...]",
 }
 USER_ERRORS = (ValueError, OSError, ImportError)
@@ -108,7 +113,9 @@ def run(command: str, words: list[str]) -> None:
         if {"--help", "-h", "--help-all"} & set(words):
             print(settings_help(command, everything="--help-all" in words))
             return
+        task = [take_task(words)] if command == "transfer" else []
         launcher, words = check(command, words)
+        words = task + words
         if launcher:
             raise SystemExit(launch(launcher, command, words))
     if command == "plan":
@@ -118,6 +125,18 @@ def run(command: str, words: list[str]) -> None:
         words = ["quickstart", *words]
     module = import_module(f"scalekd_hf.cli.{MODULES.get(command, command)}")
     module.main(words=words)
+
+
+def take_task(words: list[str]) -> str:
+    """Take the task of a transfer, its first word, out of the words.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if not words or words[0] not in TASKS:
+        what = f"{words[0]!r} is no task" if words else "A task is missing"
+        raise ValueError(f"{what}: `scalekd transfer segment ...` or `scalekd transfer detect ...`.")
+    return words.pop(0)
 
 
 def check(command: str, words: list[str]) -> tuple[list[str], list[str]]:

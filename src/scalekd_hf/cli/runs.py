@@ -9,11 +9,11 @@ import yaml
 
 from ..publishing.publisher import RESULTS_FILE, Publisher
 from ..tools.recipe import resolved
-from ..training.config import ScaleKDConfig
 from ..training.config_checks import check_processes
+from ..training.run_config import RunConfig
 from ..training.run_folder import check_output_dir, check_writable, finished, interrupted, last_checkpoint
+from ..training.run_trainer import RunTrainer
 from ..training.settings import run_settings
-from ..training.trainer import ScaleKDTrainer
 
 
 __all__ = ["RESOLVED_FILE", "has_finished", "resume_or_refuse", "train_and_save"]
@@ -21,7 +21,7 @@ __all__ = ["RESOLVED_FILE", "has_finished", "resume_or_refuse", "train_and_save"
 RESOLVED_FILE = "config_resolved.yaml"
 
 
-def resume_or_refuse(*configs: ScaleKDConfig) -> None:
+def resume_or_refuse(*configs: RunConfig) -> None:
     """Have a run that was stopped resumed; refuse a folder that holds another, before any work is done.
 
     Args:
@@ -44,7 +44,7 @@ def resume_or_refuse(*configs: ScaleKDConfig) -> None:
             check_output_dir(str(config.output_dir), config.overwrite_output_dir)
 
 
-def has_finished(arguments: Any, config: ScaleKDConfig) -> bool:
+def has_finished(arguments: Any, config: RunConfig) -> bool:
     """Whether `output_dir` holds a run with these very settings that has come to its end, results and all, and no more is asked
     for: to resume it, to overwrite it or to push it."""
     folder = Path(str(config.output_dir))
@@ -61,7 +61,7 @@ def has_finished(arguments: Any, config: ScaleKDConfig) -> bool:
     return same and finished(folder, config.max_steps) and Publisher(config, None, None).is_described() is not False
 
 
-def train_and_save(trainer: ScaleKDTrainer) -> None:
+def train_and_save(trainer: RunTrainer) -> None:
     """Train and save as the settings say: from a checkpoint where one is to be resumed and is there; not at all where the
     run has finished."""
     config = trainer.args

@@ -6,6 +6,8 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -33,6 +35,7 @@ __all__ = [
     "load_student_weights",
     "read_student",
     "read_tensors",
+    "replacing",
     "save_student",
     "save_tensors",
 ]
@@ -86,22 +89,8 @@ def save_student(student: Student, folder: str | Path, state_dict: dict[str, Ten
     Raises:
         OSError: it cannot be written. A student that was there before is as it was.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _save(student, folder, student.model.state_dict() if state_dict is None else state_dict)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"The student cannot be written into {str(folder)!r} ({error}); what was there is as it was. Make room, or choose another "
-            "folder, and save it once more; after the process has ended, resume from the last checkpoint."
-        ) from error
-
-
-def _save(student: Student, folder: Path, state_dict: dict[str, Tensor]) -> None:
-    for left in folder.glob(f"{UNFINISHED}*"):  # by a process that died here
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as name:
-        unfinished = Path(name)
+    state_dict = student.model.state_dict() if state_dict is None else state_dict
+    with replacing(folder) as unfinished:
         if student.classifier.library == "timm":
             state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
             _save_timm_config(student, unfinished)
@@ -109,9 +98,32 @@ def _save(student: Student, folder: Path, state_dict: dict[str, Tensor]) -> None
         else:
             student.model.save_pretrained(unfinished, state_dict=state_dict)
             _image_processor(student).save_pretrained(unfinished)
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of what is replaced
-        for file in sorted(unfinished.iterdir(), key=lambda file: file.suffix == ".safetensors"):  # weights come last
-            file.replace(folder / file.name)
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A folder to write a model into; its files take their place in `folder` once all of them are written.
+
+    Raises:
+        OSError: they cannot be written. A model that was there before is as it was.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{UNFINISHED}*"):  # by a process that died here
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as name:
+            unfinished = Path(name)
+            yield unfinished
+            (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of what is replaced
+            weights_last = sorted(unfinished.iterdir(), key=lambda file: file.suffix == ".safetensors")
+            for file in weights_last:
+                file.replace(folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The student cannot be written into {str(folder)!r} ({error}); what was there is as it was. Make room, or choose another "
+            "folder, and save it once more; after the process has ended, resume from the last checkpoint."
+        ) from error
 
 
 def _save_timm_config(student: Student, folder: Path) -> None:

@@ -13,6 +13,8 @@ from ..method.distiller import LOSS_TERMS
 __all__ = ["draw_curves"]
 
 ACCURACIES = {"eval_top1": "top-1", "eval_top5": "top-5", "eval_neighbours_top1": "neighbours' top-1"}
+ACCURACIES |= {"eval_mean_iou": "mean IoU", "eval_pixel_accuracy": "pixel accuracy"}
+ACCURACIES |= {"eval_box_ap": "box AP", "eval_mask_ap": "mask AP", "eval_box_ap50": "box AP at IoU 0.5"}
 
 
 def draw_curves(history: list[dict[str, Any]], file: str | Path) -> bool:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -24,7 +24,7 @@ from ..manifest import STUDENT_FILE, digest
 from ..texts import redacted, without_secrets
 from .curves import draw_curves
 from .hub import PushError, create_repository, failures_in_log, push_command, remote_card, upload
-from .model_card import MARK, CardFacts, make_card
+from .model_card import MARK, make_card
 from .provenance import Source, model_source
 
 
@@ -90,14 +90,17 @@ class Publisher:
 
     # The card
 
-    def describe(self, facts: CardFacts, history: list[dict[str, Any]]) -> None:
+    def describe(
+        self, facts: Any, history: list[dict[str, Any]], make: Callable[[Any], ModelCard] = make_card
+    ) -> None:
         """Write curves.png, README.md, results.json and, last, training_config.yaml into the folder, each whole or not at all.
 
         A README.md that somebody has changed (whose first comment is gone) stays as it is.
 
         Args:
-            facts: of the run; `results` are added to those in the folder.
+            facts: of the run, a dataclass; `results` are added to those in the folder.
             history: what was logged, for the curves.
+            make: the card of the facts.
         """
         file, card = self.folder / RESULTS_FILE, self.folder / "README.md"
         results = (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}) | facts.results
@@ -106,10 +109,10 @@ class Publisher:
         if card.exists() and MARK not in card.read_text(encoding="utf-8"):
             logger.warning("%r was changed by somebody: it stays as it is.", str(card))
         else:
-            _write(card, str(make_card(replace(facts, results=results, curves=curves))))
+            _write(card, str(make(replace(facts, results=results, curves=curves))))
         if results:
             _write(file, json.dumps(results, indent=2) + "\n")
-        models = {"student": facts.student.name, "teacher": facts.teacher.name if facts.teacher else None}
+        models = {"student": facts.student.name} | ({"teacher": facts.teacher.name} if facts.teacher else {})
         settings = yaml.safe_dump({**models, **self.arguments, **facts.configuration}, sort_keys=False)
         _write(self.folder / RECORD_FILE, _weights_line(self.folder) + settings)
 

@@ -17,9 +17,17 @@ HERE = Path(__file__).parent
 TRAINING = HERE.parent / "training"
 CONFIG = [(TRAINING / "config.py", "ScaleKDConfig"), (TRAINING / "run_config.py", "RunConfig")]
 DATA = (HERE.parent / "data" / "loading.py", "DataArguments")
+TRANSFER = HERE.parent / "transfer"
 OWN = {
     "distill": [(HERE / "recipe.py", "DistillArguments"), DATA, *CONFIG],
     "train-teacher": [(HERE / "recipe.py", "TeacherArguments"), DATA, *CONFIG],
+    "transfer": [
+        (TRANSFER / "config.py", "TransferArguments"),
+        (TRANSFER / "annotations.py", "DenseDataArguments"),
+        DATA,
+        (TRANSFER / "config.py", "TransferConfig"),
+        CONFIG[1],
+    ],
     "evaluate": [(HERE / "evaluation.py", "EvaluateArguments"), DATA, *CONFIG],
 }
 

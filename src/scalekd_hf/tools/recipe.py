@@ -17,6 +17,7 @@ from ..data.labels import read_class_names
 from ..data.loading import DataArguments
 from ..texts import redacted
 from ..training.config import ScaleKDConfig
+from ..training.run_config import RunConfig
 from .words import check_known, check_words, read_config, shipped_folder, take_configs
 
 
@@ -177,22 +178,26 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message[:1].upper()}{message[1:].rstrip('.')}.")
 
 
-def parse_config(arguments_class: type, argv: Sequence[str] | None = None) -> tuple[Any, ScaleKDConfig]:
+def parse_config(
+    arguments_class: type, argv: Sequence[str] | None = None, config_class: type[RunConfig] = ScaleKDConfig
+) -> tuple[Any, Any]:
     """Read `[CONFIG.yaml ...] [--any_field value ...]`; a later file wins over an earlier one, the command line over all.
 
     Args:
-        arguments_class: the recipe's own dataclass, beside `ScaleKDConfig`.
+        arguments_class: the recipe's own dataclass, beside that of the trainer.
         argv: the words after the script; those of this process by default.
+        config_class: of the trainer.
 
     Returns:
-        An instance of `arguments_class`, and the `ScaleKDConfig`.
+        An instance of `arguments_class`, and one of `config_class`.
 
     Raises:
         ValueError: a file that cannot be read, an unknown key or a value of the wrong kind.
     """
     files, words = take_configs(sys.argv[1:] if argv is None else argv)
-    parser = _Parser([arguments_class, ScaleKDConfig])  # type: ignore[list-item]
-    known = {f.name for cls in (arguments_class, ScaleKDConfig) for f in fields(cls) if f.init}
+    classes: list[Any] = [arguments_class, config_class]
+    parser = _Parser(classes)
+    known = {f.name for cls in classes for f in fields(cls) if f.init}
     settings: dict[str, Any] = {}
     for file in files:
         read = read_config(file)
@@ -238,11 +243,11 @@ def given_arguments(arguments: Any) -> dict[str, Any]:
     return found
 
 
-def resolved(arguments: Any, config: ScaleKDConfig) -> dict[str, Any]:
+def resolved(arguments: Any, config: RunConfig) -> dict[str, Any]:
     """Every setting of a run, as YAML holds them and `parse_config` reads them again; tokens are left out, also of URLs."""
     settings = {**{f.name: getattr(arguments, f.name) for f in fields(arguments)}, **config.to_dict()}
     settings["report_to"] = settings["report_to"] or "none"  # none given is the default
-    known = {f.name for cls in (type(arguments), ScaleKDConfig) for f in fields(cls) if f.init}
+    known = {f.name for cls in (type(arguments), type(config)) for f in fields(cls) if f.init}
     kept = {key: value for key, value in settings.items() if key in known and value not in (None, [], {})}
     kept = {key: value for key, value in kept.items() if not key.endswith("_token")}
     held: dict[str, Any] = yaml.safe_load(yaml.safe_dump(kept))
@@ -254,7 +259,7 @@ def _without_secrets(value: Any) -> Any:
     return redacted(value) if isinstance(value, str) and "://" in value else value
 
 
-def write_config(arguments: Any, config: ScaleKDConfig, file: str | Path) -> None:
+def write_config(arguments: Any, config: RunConfig, file: str | Path) -> None:
     """Write every setting of a run as YAML."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,8 @@ class ScaleKDConfig(RunConfig):
             The same of the teacher: the module that gets what enters its last stage, the module that puts out its last map.
         task_loss (`str`, *optional*, defaults to `"cross_entropy"`):
             `"cross_entropy"`, or `"binary_cross_entropy"` over sigmoids (ResNet-50, 300 epochs). Both take label smoothing.
+        image_column (`str`, *optional*, defaults to `"image"`):
+            Column of the data set that holds the images.
         label_column (`str`, *optional*, defaults to `"label"`):
             Column that holds the class indices. `"none"` for images without labels: the task term is then absent.
         image_size (`int`, *optional*):
@@ -175,6 +177,7 @@ class ScaleKDConfig(RunConfig):
     )
 
     # Images
+    image_column: str = field(default="image", metadata={"help": "Column of the data set that holds the images."})
     label_column: str = field(
         default="label", metadata={"help": "Column that holds the class indices; none for no labels."}
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .run_config import RunConfig
 from .settings import rebuilding_settings, told_settings
 
 
-__all__ = ["PushedCheckpoints", "changed", "describe_run"]
+__all__ = ["PushedCheckpoints", "changed", "come_to", "describe_run", "own_results", "run_facts"]
 
 UNSET_IS_THE_STUDENTS = ("antialias",)  # so that False says something
 
@@ -64,25 +64,16 @@ def describe_run(
         dataset: id or name of the data set, where the data itself does not tell.
     """
     args, publisher, data = trainer.args, trainer.publisher, trainer.data
-    state, images_seen, seconds = _come_to(trainer)
-    step = state.global_step
-    student = trainer.student
+    state, student = come_to(trainer)[0], trainer.student
     teacher = publisher.teacher_source
     known = {name: value for name, value in student.classifier.model_args.items() if name != "num_classes"}
     facts: dict[str, Any] = {
         "student": publisher.student_source.name,
         "its classifier": None if student.num_labels else "none: a backbone, taught by the teacher's features alone",
         "its arguments": f"`{json.dumps(known, default=str)}`" if known else None,
-        "teacher": _described(teacher),
-        "data": _described(data) or dataset,
-        "images seen": f"{images_seen:,}" if images_seen else None,
-        "steps": f"{step:,}" if step else None,
-        "global batch": images_per_step(args) if step else None,
-        "seed": args.seed,
-        "hardware": hardware(args.world_size, args.device) if step else None,
-        "hours": f"{seconds / 3600:.3g}" if seconds else None,
-        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
-    }
+        "teacher": described(teacher),
+    } | run_facts(trainer, dataset)
+    own = own_results(trainer, state, ("top1", "top5", "neighbours_top1", "loss"), always="loss")
     card = CardFacts(
         repo=model_name or publisher.name,
         library=student.classifier.library,
@@ -92,7 +83,8 @@ def describe_run(
         teacher=teacher,
         data=data or (Source(dataset) if dataset else None),
         student_pretrained=student.pretrained,
-        results=_own_results(trainer, state) | trainer.results,
+        results=({DISTILLED if trainer.distiller.teacher is not None else ALONE: own} if own else {})
+        | trainer.results,
         facts=facts,
         settings=changed(told_settings(args), type(args)),
         configuration=changed(rebuilding_settings(args), type(args)),
@@ -104,7 +96,29 @@ def describe_run(
     publisher.describe(card, state.log_history)
 
 
-def _come_to(trainer: Any) -> tuple[TrainerState, int, float]:
+def run_facts(trainer: Any, dataset: str | None = None) -> dict[str, Any]:
+    """What a card tells of any run: its data, length, seed, hardware and versions, by the names of its rows.
+
+    Args:
+        trainer: a `RunTrainer`.
+        dataset: id or name of the data set, where the data itself does not tell.
+    """
+    args = trainer.args
+    state, images_seen, seconds = come_to(trainer)
+    step = state.global_step
+    return {
+        "data": described(trainer.data) or dataset,
+        "images seen": f"{images_seen:,}" if images_seen else None,
+        "steps": f"{step:,}" if step else None,
+        "global batch": images_per_step(args) if step else None,
+        "seed": args.seed,
+        "hardware": hardware(args.world_size, args.device) if step else None,
+        "hours": f"{seconds / 3600:.3g}" if seconds else None,
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+    }
+
+
+def come_to(trainer: Any) -> tuple[TrainerState, int, float]:
     """The state of a run, the images seen and the seconds of training; 0 where that is not known any more."""
     if trainer.state.global_step:
         return trainer.state, trainer.loss_log.images_seen, trainer.stopwatch.seconds
@@ -118,14 +132,19 @@ def _come_to(trainer: Any) -> tuple[TrainerState, int, float]:
     return state, position.images_seen, position.seconds
 
 
-def _own_results(trainer: Any, state: TrainerState) -> dict[str, dict[str, float]]:
-    """The metrics of the weights that are saved, by the name of their row, if they were evaluated."""
+def own_results(trainer: Any, state: TrainerState, names: Sequence[str], always: str) -> dict[str, float]:
+    """The metrics of the weights that are saved, if they were evaluated.
+
+    Args:
+        trainer, state: of the run.
+        names: of the metrics that are wanted.
+        always: one that each evaluation has.
+    """
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
     step = best if best is not None and not trainer.stopwatch.is_running else state.global_step
-    evaluated = [entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry]
-    kept = [key for key in ("top1", "top5", "neighbours_top1", "loss") if evaluated and f"eval_{key}" in evaluated[-1]]
-    own = {key: evaluated[-1][f"eval_{key}"] for key in kept}
-    return {DISTILLED if trainer.distiller.teacher is not None else ALONE: own} if own else {}
+    evaluated = [entry for entry in state.log_history if entry["step"] == step and f"eval_{always}" in entry]
+    kept = [key for key in names if evaluated and f"eval_{key}" in evaluated[-1]]
+    return {key: evaluated[-1][f"eval_{key}"] for key in kept}
 
 
 def changed(settings: dict[str, Any], kind: type[RunConfig]) -> dict[str, Any]:
@@ -143,7 +162,7 @@ def _default(field: Any) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-def _described(source: Source | None) -> str | None:
+def described(source: Source | None) -> str | None:
     if source is None:
         return None
     known = [

@@ -24,8 +24,6 @@ class RunConfig(TrainingArguments):
     """Settings of images, optimisation and run that distillation and transfer share.
 
     Args:
-        image_column (`str`, *optional*, defaults to `"image"`):
-            Column of the data set that holds the images.
         pixel_range (`list[float]`, *optional*):
             Black and white of pixels that are not uint8. By default by their type: see `docs/data.md`.
         shuffle_buffer_size (`int`, *optional*, defaults to `1000`):
@@ -75,7 +73,6 @@ class RunConfig(TrainingArguments):
     """
 
     # Images
-    image_column: str = field(default="image", metadata={"help": "Column of the data set that holds the images."})
     pixel_range: list[float] | None = field(
         default=None,
         metadata={"help": "Least and largest value of pixels that are not uint8. By default by their type."},

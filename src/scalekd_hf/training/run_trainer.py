@@ -87,6 +87,9 @@ class RunTrainer(Trainer):
     def before_training(self) -> None:
         """What belongs to the model and is not the parent's to place on the device."""
 
+    def regroup(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give parts of the model rates of their own, before anything knows the optimiser's groups."""
+
     def describe(self, *args: Any, **kwargs: Any) -> None:
         """Write the card and what belongs to it, on the first process."""
         raise NotImplementedError
@@ -167,6 +170,7 @@ class RunTrainer(Trainer):
         was_given, optimizer = self.optimizer is not None, super().create_optimizer(model)
         if not was_given:
             scale_learning_rate(optimizer, self.args, self.get_total_train_batch_size(self.args))
+            self.regroup(optimizer)
         return self.checkpoints.schedule.remember(optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:

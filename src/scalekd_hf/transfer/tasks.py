@@ -1,0 +1,159 @@
+"""What tells the tasks apart: the samples that they learn from, what a model takes of a batch, and what is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..images import ImageSpec
+from .annotations import DenseData
+from .collation import DenseCollator
+from .detector import detect, detection_processor
+from .mask_rcnn import StudentMaskRCNN
+from .metrics import DetectionMetrics, SegmentationMetrics, class_maps
+from .segmenter import segmentation_processor
+
+
+__all__ = ["Detection", "Segmentation", "Task", "backbone_of", "task_of"]
+
+
+class Task:
+    """One of the two.
+
+    Args:
+        model: of `build_segmenter` or `build_detector`.
+        data: what it learns.
+        spec: the size of its images, and how they are normalised.
+
+    Attributes:
+        best: the metric that the best checkpoint is chosen by.
+        pipeline: the task's name on the Hub.
+    """
+
+    best = pipeline = ""
+    options: dict[str, Any] = {}  # of the preparation
+
+    def __init__(self, model: Any, data: DenseData, spec: ImageSpec):
+        self.model, self.data, self.spec = model, data, spec
+
+    @property
+    def collator(self) -> DenseCollator:
+        """Samples to a batch."""
+        return DenseCollator()
+
+    def preparation(self, training: bool, seed: int) -> Any:
+        """Rows to samples."""
+        return self.data.preparation(self.spec, training, seed=seed, **self.options)
+
+    def processor(self) -> Any:
+        """The image processor that is saved with the model."""
+        raise NotImplementedError
+
+    def metrics(self, device: torch.device) -> Any:
+        """What adds up an evaluation."""
+        raise NotImplementedError
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of a batch."""
+        return {name: batch[name] for name in ("pixel_values", "pixel_mask", "labels") if name in batch}
+
+    def losses(self, outputs: Any) -> dict[str, Tensor]:
+        """The terms of the loss that the log shows."""
+        return {}
+
+    def predictions(self, model: Any, outputs: Any, batch: dict[str, Any]) -> list[Any]:
+        """What the metrics take, image by image."""
+        raise NotImplementedError
+
+
+class Segmentation(Task):
+    """A class for each pixel."""
+
+    best, pipeline = "mean_iou", "image-segmentation"
+
+    @property
+    def collator(self) -> DenseCollator:
+        """Batches of one shape in training."""
+        return DenseCollator(size=self.spec.size)
+
+    def processor(self) -> Any:
+        """See `Task.processor`."""
+        return segmentation_processor(self.spec, min(self.spec.size))
+
+    def metrics(self, device: torch.device) -> Any:
+        """See `Task.metrics`."""
+        return SegmentationMetrics(self.data.class_names, device)
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """See `Task.inputs`: padding has no class."""
+        return {name: batch[name] for name in ("pixel_values", "labels") if name in batch}
+
+    def predictions(self, model: Any, outputs: Any, batch: dict[str, Any]) -> list[Any]:
+        """See `Task.predictions`."""
+        return class_maps(outputs.logits, batch["pixel_mask"], batch["sizes"])
+
+
+class Detection(Task):
+    """Boxes, and masks where the head makes them."""
+
+    best, pipeline = "box_ap", "object-detection"
+
+    def __init__(self, model: Any, data: DenseData, spec: ImageSpec):
+        super().__init__(model, data, spec)
+        self.masks = isinstance(model, StudentMaskRCNN)
+        self.options = {"masks": self.masks, "square": not self.masks}
+
+    def processor(self) -> Any:
+        """See `Task.processor`."""
+        return detection_processor(self.spec, min(self.spec.size), square=not self.masks)
+
+    def metrics(self, device: torch.device) -> Any:
+        """See `Task.metrics`."""
+        return DetectionMetrics(self.masks)
+
+    def losses(self, outputs: Any) -> dict[str, Tensor]:
+        """See `Task.losses`; without those of the decoder's earlier layers, which are numbered."""
+        terms = outputs.loss_dict or {}
+        return {name: value for name, value in terms.items() if not any(letter.isdigit() for letter in name)}
+
+    def predictions(self, model: Any, outputs: Any, batch: dict[str, Any]) -> list[Any]:
+        """See `Task.predictions`."""
+        return detect(model, outputs, batch["sizes"])
+
+
+def backbone_of(model: Any) -> Any:
+    """The part of a segmenter or a detector that is a student."""
+    if isinstance(model, StudentMaskRCNN):
+        return model.detector.backbone.backbone
+    return model.model.backbone.model if hasattr(model, "model") else model.backbone
+
+
+def task_of(model: Any, data: DenseData, image_size: int) -> Task:
+    """The task of a model and its data.
+
+    Raises:
+        ValueError: a model that has another number of classes, or was not built by this package.
+    """
+    origin = getattr(backbone_of(model), "origin", None)
+    if origin is None:
+        raise ValueError(
+            f"`model` is a {type(model).__name__} that does not say which images its backbone takes. Build it with `build_segmenter` or "
+            "`build_detector`, also to go on from a checkpoint: `train` loads its weights."
+        )
+    if (count := model.config.num_labels) != len(data.class_names):
+        raise ValueError(
+            f"`model` tells {count} classes apart, and the data have {len(data.class_names)}. Build it with the data's `class_names`."
+        )
+    names = [model.config.id2label[number] for number in range(count)]
+    if names != list(data.class_names):
+        different = next(
+            (ours, theirs) for ours, theirs in zip(names, data.class_names, strict=True) if ours != theirs
+        )
+        raise ValueError(
+            f"`model` and the data have other classes, or another order: where the model has {different[0]!r}, the data have "
+            f"{different[1]!r}. Build it with the data's `class_names`."
+        )
+    kinds = {"segment": Segmentation, "detect": Detection}
+    return kinds[data.task](model, data, origin.spec.updated(size=image_size))
