@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +13,14 @@ from typing import Any
 import timm
 import torch
 from timm.layers import freeze_batch_norm_2d
-from torch import Tensor, nn
-from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, AutoConfig, AutoModel, TimmBackboneConfig
+from torch import Tensor
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, AutoConfig
 
 from ..borrowed.transformers import whole_models
 from ..images import ImageSpec
+from ..models.loading import patch_size
 from ..models.students import Student, load_student
+from .copying import copy_weights, shown
 from .pyramid import SimpleFeaturePyramid, pyramid_strides
 from .student_backbone import HiddenMaps, StudentBackboneConfig
 
@@ -27,11 +29,13 @@ __all__ = ["Origin", "load_backbone"]
 
 MAPS = 4  # that heads take at most
 OTHER_SIZES: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
-NOT_OF_MAPS = ("num_classes", "drop_path_rate", "global_pool", "in_chans")  # arguments of timm: of the head, asked for anew, always RGB
-NEW = ("hidden_states_norms", "pyramid")  # parts that no student has
-COUNTER = "num_batches_tracked"  # which a frozen BatchNorm has no use for
+NOT_OF_MAPS = (
+    "num_classes",
+    "drop_path_rate",
+    "global_pool",
+    "in_chans",
+)  # arguments of timm: of the head, asked for anew, always RGB
 OF_MACHINES = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version")
-SHOWN = 4
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +110,10 @@ def load_backbone(
     backbone: Any = _built(loaded, config, options, drop_path_rate)
     if freeze_batch_norm:
         backbone = freeze_batch_norm_2d(backbone)
-    strides = _measured(loaded, backbone, size)
+    strides = _checked(loaded, backbone, size)
     backbone.origin = origin = Origin(loaded.name, loaded.spec, strides)
     if pretrained:
-        origin.left_out, origin.new = _copy(loaded, backbone)
+        origin.left_out, origin.new = copy_weights(loaded, backbone)
         described = f"{len(backbone.state_dict()) - len(origin.new)} tensors equal to the student's"
     else:
         origin.new = list(backbone.state_dict())
@@ -119,8 +123,8 @@ def load_backbone(
         type(backbone).__name__,
         loaded.name,
         described,
-        _shown(origin.left_out),
-        _shown(origin.new),
+        shown(origin.left_out),
+        shown(origin.new),
     )
     return backbone
 
@@ -135,8 +139,11 @@ def _configuration(
         own = {name: value for name, value in student.classifier.model_args.items() if name not in NOT_OF_MAPS}
         if len(places) > 1 and not own and "feature_cls" not in arguments:
             chosen = _chosen(student, stages, places, out_indices)
-            config = TimmBackboneConfig(
-                backbone=student.model.pretrained_cfg["architecture"], out_indices=chosen, freeze_batch_norm_2d=freeze
+            config = AutoConfig.for_model(
+                "timm_backbone",
+                backbone=student.model.pretrained_cfg["architecture"],
+                out_indices=chosen,
+                freeze_batch_norm_2d=freeze,
             )
             return config, {"drop_path_rate": rate} if rate else {}
         name, arguments = student.model.pretrained_cfg["architecture"], {**own, **arguments}
@@ -161,16 +168,16 @@ def _own(
     name: str,
     arguments: dict[str, Any],
     freeze: bool,
-) -> StudentBackboneConfig:
-    patch = None
-    if len(places) == 1:
-        patch, dim = round(stages.strides[-1]), stages.channels[-1]
-        numbers, strides = stages.numbers, pyramid_strides(patch)
-        stages = Stages(list(range(MAPS)), strides, SimpleFeaturePyramid(dim, patch).channels)
+) -> Any:
+    numbers, pyramid = stages.numbers, len(places) == 1
+    patch = max(patch_size(student.classifier) or (0,)) or None
+    if pyramid:
+        patch = round(stages.strides[-1])
+        channels = SimpleFeaturePyramid(stages.channels[-1], patch).channels
+        stages = Stages(list(range(MAPS)), pyramid_strides(patch), channels)
         places = stages.numbers
-    else:
-        numbers = stages.numbers
-    return StudentBackboneConfig(
+    return AutoConfig.for_model(
+        StudentBackboneConfig.model_type,
         library=student.classifier.library,
         architecture=name,
         model_args=arguments,
@@ -178,6 +185,7 @@ def _own(
         channels=stages.channels,
         stages=numbers,
         patch=patch,
+        pyramid=pyramid,
         freeze_batch_norm_2d=freeze,
         out_indices=_chosen(student, stages, places, out_indices),
     )
@@ -187,15 +195,18 @@ def _timm_stages(student: Student, size: tuple[int, int]) -> tuple[dict[str, Any
     """Arguments that a timm student's maps are made with, and its stages, from a run without values."""
     arguments = dict(student.classifier.model_args)
     architecture = student.model.pretrained_cfg["architecture"]
-    info = getattr(student.model, "feature_info", None)
+    info: Any = getattr(student.model, "feature_info", None)
     getter = {"feature_cls": "getter"} if hasattr(student.model, "forward_intermediates") else {}
     kinds: list[dict[str, Any]] = [{}, *({**getter, **other} for other in OTHER_SIZES)]
     failed: Exception | None = None
+    network: Any
     for kind in kinds if info else ():
         options = {name: value for name, value in {**arguments, **kind}.items() if name not in NOT_OF_MAPS}
         try:
             with torch.device("meta"), torch.no_grad():
-                network = timm.create_model(architecture, features_only=True, out_indices=tuple(range(len(info))), **options)
+                network = timm.create_model(
+                    architecture, features_only=True, out_indices=tuple(range(len(info))), **options
+                )
                 maps = network.eval()(torch.zeros(1, 3, *size))
         except Exception as error:  # of all kinds: of arguments, of sizes, of networks without maps
             failed = error
@@ -211,7 +222,9 @@ def _timm_stages(student: Student, size: tuple[int, int]) -> tuple[dict[str, Any
     raise ValueError(_no_maps(student, size, failed))
 
 
-def _transformers_stages(student: Student, name: str, arguments: dict[str, Any], size: tuple[int, int]) -> tuple[Stages, bool]:
+def _transformers_stages(
+    student: Student, name: str, arguments: dict[str, Any], size: tuple[int, int]
+) -> tuple[Stages, bool]:
     """The stages of a transformers student, and whether they are those of its library's backbone class."""
     config = AutoConfig.for_model(name, **arguments)
     with_class = type(config) in MODEL_FOR_BACKBONE_MAPPING
@@ -251,9 +264,7 @@ def _plain(config: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in (*OF_MACHINES, "model_type")}
 
 
-def _chosen(
-    student: Student, stages: Stages, places: list[int], out_indices: Sequence[int] | None
-) -> list[int]:
+def _chosen(student: Student, stages: Stages, places: list[int], out_indices: Sequence[int] | None) -> list[int]:
     """The stages that are asked for, as numbers from 0.
 
     Raises:
@@ -285,69 +296,29 @@ def _built(student: Student, config: Any, options: dict[str, Any], rate: float) 
     return backbone
 
 
-def _measured(student: Student, backbone: Any, size: tuple[int, int]) -> tuple[float, ...]:
-    """The strides of a backbone's maps, after comparing them with what a run on one empty image gives."""
-    training = backbone.training
-    with torch.no_grad():
-        maps = backbone.eval()(torch.zeros(1, 3, *size)).feature_maps
-    backbone.train(training)
+def _checked(student: Student, backbone: Any, size: tuple[int, int]) -> tuple[float, ...]:
+    """The strides of a backbone's maps, from a run without values, which also tells the parameters that no map depends on: DDP would
+    wait for their gradients, so that they are frozen.
+
+    Raises:
+        ValueError: other channels than the library says.
+    """
+    shadow = copy.deepcopy(backbone).to("meta").eval()
+    maps = shadow(torch.zeros(1, 3, *size, device="meta")).feature_maps
     if [x.shape[1] for x in maps] != list(backbone.channels):
         raise ValueError(
             f"`student` {student.name!r}: its maps have {[x.shape[1] for x in maps]} channels, but its library says {backbone.channels}. "
             "Choose another student."
         )
+    names, parameters = zip(*[(n, p) for n, p in shadow.named_parameters() if p.requires_grad], strict=True)
+    gradients = torch.autograd.grad(sum(x.sum() for x in maps), parameters, allow_unused=True)
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is None:
+            backbone.get_parameter(name).requires_grad_(False)
+    if isinstance(backbone.config, StudentBackboneConfig):
+        strides: Any = backbone.config.strides
+        return tuple(strides[index] for index in backbone.config.out_indices)
     return tuple(2.0 ** round(math.log2(size[0] / x.shape[2])) for x in maps)
-
-
-def _copy(student: Student, backbone: nn.Module) -> tuple[list[str], list[str]]:
-    """Give a backbone the student's tensors.
-
-    Returns:
-        Names of the student's tensors that were left out, and of the backbone's that are new.
-
-    Raises:
-        ValueError: a tensor that should have found its place and did not.
-    """
-    source, own = student.model.state_dict(), backbone.state_dict()
-    prefix = getattr(student.model, "base_model_prefix", "")
-    names = {key: _source(key, source, prefix) for key in own}
-    taken = {key: name for key, name in names.items() if name is not None}
-    new = [key for key, name in names.items() if name is None]
-    left_out = sorted(set(source) - set(taken.values()))
-    parts = {_part(name, prefix) for name in taken.values()}
-    lost = [key for key in new if not any(part in key for part in NEW)]
-    lost += [name for name in left_out if _part(name, prefix) in parts and not name.endswith(COUNTER)]
-    lost += [key for key, name in taken.items() if own[key].shape != source[name].shape]
-    if not lost:
-        backbone.load_state_dict({key: source[name] for key, name in taken.items()}, strict=False)
-        own = backbone.state_dict()
-        lost = [key for key, name in taken.items() if not torch.equal(own[key].cpu(), source[name].cpu())]
-    if lost:
-        raise ValueError(
-            f"`student` {student.name!r}: as a backbone ({type(backbone).__name__}) it would not have all of its weights; without a place: "
-            f"{_shown(lost)}. Choose another student, or save this one with the libraries that it was trained with."
-        )
-    return left_out, new
-
-
-def _source(key: str, source: dict[str, Tensor], prefix: str) -> str | None:
-    """The student's name of a backbone's tensor; None where it has none."""
-    for wrapper in ("_backbone.", "network.", "model."):
-        key = key.removeprefix(wrapper)
-    spread = re.sub(r"_(\d+)\.", r".\1.", key, count=1)  # timm's lists of stages flatten `stages.0`
-    candidates = (key, spread, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
-    return next((name for name in candidates if name in source), None)
-
-
-def _part(name: str, prefix: str) -> str:
-    """The part of a network that a tensor is of: its first module, and which of them in a list."""
-    first, *rest = name.removeprefix(f"{prefix}.").split(".")
-    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more if names else "none"
 
 
 def _no_maps(student: Student, size: tuple[int, int], error: Exception | None) -> str:

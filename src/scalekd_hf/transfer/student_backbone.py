@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
-from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_BACKBONE_MAPPING,
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
@@ -34,7 +41,8 @@ class StudentBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
         model_args: arguments of `timm.create_model`, or the values of the transformers configuration.
         strides: of all stages, in pixels; `channels` are theirs.
         stages: the numbers by which the library knows them.
-        patch: side of the patches, in pixels, of a network with one stride only, which gets a pyramid; None for others.
+        patch: side of the patches, in pixels, that images are filled up to whole ones of; None for networks of any size.
+        pyramid: the network has one stride only, and gets a pyramid: `strides` and `channels` are that one's.
         freeze_batch_norm_2d: BatchNorm keeps its statistics and weights, as detectors have it.
     """
 
@@ -47,6 +55,7 @@ class StudentBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
     channels: list[int] | None = None
     stages: list[int] | None = None
     patch: int | None = None
+    pyramid: bool = False
     freeze_batch_norm_2d: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -67,22 +76,23 @@ class StudentBackbone(BackboneMixin, PreTrainedModel):
 
     def __init__(self, config: StudentBackboneConfig):
         super().__init__(config)
-        self.num_features = config.channels
+        self.num_features = list(config.channels or [])
         network = _network(config)
         self.network: Any = freeze_batch_norm_2d(network) if config.freeze_batch_norm_2d else network
         self.pyramid: SimpleFeaturePyramid | None = None
-        if config.patch is not None:
+        if config.pyramid:
             dim = max(config.channels or [1])  # a pyramid's coarsest map is as wide as the network's
-            self.pyramid = SimpleFeaturePyramid(dim, config.patch, config.out_indices)
+            self.pyramid = SimpleFeaturePyramid(dim, config.patch or 1, config.out_indices)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The libraries have initialised their modules; what is not saved with them is computed once more after loading."""
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        initialise: Any = getattr(module, "init_non_persistent_buffers", None)
+        if initialise is not None:
+            initialise()
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:  # type: ignore[override]
         """Normalised images (B, 3, H, W) to the maps of `config.out_indices`, finest first.
 
         Raises:
@@ -90,7 +100,7 @@ class StudentBackbone(BackboneMixin, PreTrainedModel):
         """
         config: Any = self.config
         height, width = pixel_values.shape[-2:]
-        if self.pyramid is not None:  # patches at right and bottom are filled up
+        if config.patch is not None:  # zeros at right and bottom
             pixel_values = F.pad(pixel_values, (0, -width % config.patch, 0, -height % config.patch))
         maps: Any = self.network(pixel_values)
         maps = getattr(maps, "feature_maps", maps)
@@ -106,7 +116,7 @@ class StudentBackbone(BackboneMixin, PreTrainedModel):
 
 def _network(config: StudentBackboneConfig) -> Any:
     stages: Any = config.stages or [-1]
-    indices = stages[-1:] if config.patch is not None else [stages[index] for index in config.out_indices]
+    indices = stages[-1:] if config.pyramid else [stages[index] for index in config.out_indices]
     arguments = dict(config.model_args or {})
     if config.library == "timm":
         return timm.create_model(config.architecture, features_only=True, out_indices=indices, **arguments)
