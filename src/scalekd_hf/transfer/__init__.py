@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from . import student_backbone  # noqa: F401  registers its configuration
+from . import mask_rcnn, student_backbone  # noqa: F401  register their configurations
