@@ -26,7 +26,7 @@ from ..images import ImageSpec
 from .targets import IGNORED_PIXEL, MAX_CLASSES, Objects, decode_masks, read_mask, read_objects
 
 
-__all__ = ["BOX_FORMATS", "DensePreparation", "DetectionPreparation", "SegmentationPreparation"]
+__all__ = ["BOX_FORMATS", "DensePreparation", "DetectionPreparation", "SegmentationPreparation", "check_box_format"]
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ __all__ = [
     "IGNORED_PIXEL",
     "MAX_CLASSES",
     "Objects",
+    "corners",
     "decode_masks",
     "field_of",
     "overhang",
@@ -177,6 +178,15 @@ def read_objects(
         _left_out(boxes[~seen], count),
         int((seen & (over > OVERHANG)).sum()),
     )
+
+
+def corners(value: Any, box_format: str) -> np.ndarray:
+    """The boxes of a row's objects as they are given, (n, 4) by their corners in pixels; see `read_objects`.
+
+    Raises:
+        BadImageError: objects that cannot be read.
+    """
+    return _boxes(_as_lists(value), box_format)
 
 
 def overhang(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
