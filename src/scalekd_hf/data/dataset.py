@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..borrowed.datasets import unshuffled
 from .labels import read_label, some, unshared
-from .preparation import Preparation
+from .preparation import RowPreparation
 from .sources import Shards, Table, distinct_values, retrying
 from .stream import ImageStream, prepare_or_blank
 
@@ -173,7 +173,7 @@ class Pairs(Table):
 class ImageDataset(Dataset):
     """A map-style `datasets.Dataset` with its preparation, for evaluation; undecodable images are blanks."""
 
-    def __init__(self, table: Table, preparation: Preparation, label: Any = 0):
+    def __init__(self, table: Table, preparation: RowPreparation, label: Any = 0):
         self.table, self.preparation, self.label = table, preparation, label
 
     def __len__(self) -> int:
@@ -183,7 +183,7 @@ class ImageDataset(Dataset):
         return prepare_or_blank(self.preparation, self.table[number], number, self.label, {})
 
 
-def check_dataset(dataset: Any, name: str, preparation: Preparation, labels_optional: bool = False) -> Any:
+def check_dataset(dataset: Any, name: str, preparation: RowPreparation, labels_optional: bool = False) -> Any:
     """Look at the first row of a raw data set, whose images then stay as they are stored.
 
     Args:
@@ -219,7 +219,7 @@ def check_dataset(dataset: Any, name: str, preparation: Preparation, labels_opti
 def prepare_dataset(
     dataset: Any,
     name: str,
-    preparation: Preparation,
+    preparation: RowPreparation,
     shuffle: tuple[int, int] = (0, 1000),
     max_bad_images: float = 0.01,
     labels_optional: bool = False,
@@ -273,7 +273,7 @@ def prepare_dataset(
 
 
 def _of_table(
-    table: Table, preparation: Preparation, shuffle: tuple[int, int], max_bad_images: float, label: Any
+    table: Table, preparation: RowPreparation, shuffle: tuple[int, int], max_bad_images: float, label: Any
 ) -> ImageDataset | ImageStream:
     if not preparation.training:
         return ImageDataset(table, preparation, label)
@@ -300,7 +300,7 @@ def _stored(feature: Any) -> Any:
     return replace(feature, decode=False) if getattr(feature, "decode", False) is True else feature
 
 
-def _check_columns(first: dict[str, Any], name: str, preparation: Preparation) -> None:
+def _check_columns(first: dict[str, Any], name: str, preparation: RowPreparation) -> None:
     for argument in ("image_column", "label_column"):
         column = getattr(preparation, argument)
         if column is not None and column not in first:
@@ -311,7 +311,7 @@ def _check_columns(first: dict[str, Any], name: str, preparation: Preparation) -
     _check_row(first, preparation)
 
 
-def _check_row(first: dict[str, Any], preparation: Preparation) -> None:
+def _check_row(first: dict[str, Any], preparation: RowPreparation) -> None:
     column, num_labels = preparation.label_column, preparation.num_labels
     if num_labels is not None and column is not None:
         read_label(first[column], column, 0, num_labels, preparation.training, preparation.places)

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from .decoding import open_image, to_rgb
 from .labels import check_batch, class_places, read_label
 
 
-__all__ = ["Collator", "Preparation", "collate"]
+__all__ = ["Collator", "Preparation", "RowPreparation", "collate", "seed_of"]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -69,6 +69,32 @@ class Collator:
             check_batch(labels, self.num_labels)
         found = {"bad_images": bad, "blanks": blanks}
         return batch | {name: values for name, values in found.items() if values}
+
+
+class RowPreparation(Protocol):
+    """What streams and data sets ask of a preparation, that of a classifier or another.
+
+    A sample is a dictionary with `pixel_values`. Where it is used although something about it is bad, its `bad_image` is the
+    `BadImageError` that says so.
+    """
+
+    training: bool
+    repeats: int
+    image_column: str
+    label_column: Any
+    num_labels: Any
+    class_order: Any
+    places: Any
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it takes."""
+
+    def __call__(self, row: dict[str, Any], pass_number: int, identity: Any) -> dict[str, Any]:
+        """A row to a sample; what is random in it follows from the seed, the pass and the identity."""
+
+    def blank(self, label: Any) -> dict[str, Any]:
+        """A sample that does not count."""
 
 
 class Preparation:
@@ -196,11 +222,15 @@ def _resize_and_crop(image: Image.Image, spec: ImageSpec) -> Tensor:
 _GENERATOR = np.random.MT19937()  # NumPy's global state is swapped for it: saving and restoring costs 60 µs
 
 
+def seed_of(*parts: Any) -> int:
+    """A seed below 2**64 for what `parts` say: the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
 @contextmanager
 def _seeded(*parts: Any) -> Iterator[None]:
     """Seed Python and NumPy from `parts`, and put their states back afterwards."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little")
+    seed = seed_of(*parts)
     python, numpy = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
     np.random.set_bit_generator(_GENERATOR)  # type: ignore[attr-defined]
     random.seed(seed)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..borrowed.datasets import open_file
 from .bad_images import TooManyBadImagesError, describe
 from .decoding import BadImageError
-from .preparation import Preparation
+from .preparation import RowPreparation
 from .sources import Shards, Table, retrying
 
 
@@ -88,7 +88,7 @@ class ImageStream(IterableDataset):
     def __init__(
         self,
         source: Table | Shards,
-        preparation: Preparation,
+        preparation: RowPreparation,
         seed: int = 0,
         buffer_size: int = 1000,
         max_bad_images: float = 0.01,
@@ -229,6 +229,8 @@ class ImageStream(IterableDataset):
                 if len(waiting) > self.max_bad_images * len(self.source) + 1:
                     raise TooManyBadImagesError.of(waiting, self.max_bad_images, len(self.source)) from None
                 continue
+            image = row[self.preparation.image_column]
+            sample = annotated(sample, number, self.source.place(number), image, {"pass": pass_number})
             for bad in waiting:
                 instead = self.preparation(row, pass_number, (number, repeat, "instead of", bad["row"]))
                 yield instead | {"bad_image": bad}
@@ -236,18 +238,8 @@ class ImageStream(IterableDataset):
             yield sample
 
     def _with_bytes(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row whose image is only a path on the network, with its bytes."""
-        column = self.preparation.image_column
-        image = row[column]
-        if not isinstance(image, dict) or image.get("bytes") is not None or "://" not in str(image.get("path")):
-            return row
-
-        def read() -> bytes:
-            with open_file(image["path"]) as opened:
-                content: bytes = opened.read()
-            return content
-
-        return {**row, column: {"bytes": retrying(read, image["path"]), "path": image["path"]}}
+        """A row whose images, a mask among them, are with their bytes where they are only paths on the network."""
+        return row | {column: with_bytes(row[column]) for column in self.preparation.columns if column in row}
 
     def _log_reading(self) -> None:
         """Say what it costs to have fewer shards than readers, in rows that more than one of them reads."""
@@ -268,14 +260,38 @@ class ImageStream(IterableDataset):
         )
 
 
+def with_bytes(image: Any) -> Any:
+    """An image that is only a path on the network, with its bytes; anything else as it is."""
+    if not isinstance(image, dict) or image.get("bytes") is not None or "://" not in str(image.get("path")):
+        return image
+
+    def read() -> bytes:
+        with open_file(image["path"]) as opened:
+            content: bytes = opened.read()
+        return content
+
+    return {"bytes": retrying(read, image["path"]), "path": image["path"]}
+
+
+def annotated(
+    sample: dict[str, Any], number: int, place: dict[str, int], image: Any, more: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """A sample; where it is used although something is bad about it, which it brings as an error, with row and file of that."""
+    error = sample.get("bad_image")
+    if not isinstance(error, BadImageError):
+        return sample
+    return sample | {"bad_image": describe(error, number, place, image) | (more or {})}
+
+
 def prepare_or_blank(
-    preparation: Preparation, row: dict[str, Any], number: int, label: Any, place: dict[str, int]
+    preparation: RowPreparation, row: dict[str, Any], number: int, label: Any, place: dict[str, int]
 ) -> dict[str, Any]:
     """A sample of an evaluation; a blank that does not count where the image cannot be decoded."""
+    image = row[preparation.image_column]
     try:
-        return preparation(row, 0, number)
+        return annotated(preparation(row, 0, number), number, place, image)
     except BadImageError as error:
-        return preparation.blank(label) | {"bad_image": describe(error, number, place, row[preparation.image_column])}
+        return preparation.blank(label) | {"bad_image": describe(error, number, place, image)}
 
 
 class StreamLoader(DataLoaderShard):
