@@ -51,7 +51,7 @@ class DenseDataArguments(DataArguments):
     eval_images: str | None = field(default=None, metadata={"help": "The same for evaluation."})
     image_column: str = field(default="image", metadata={"help": "Column of the data set that holds the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column that holds masks, or objects."})
-    class_names: str | list[str] | None = field(
+    class_names: list | str | None = field(
         default=None, metadata={"help": "Names of the classes, or their file."}
     )
     num_classes: int | None = field(default=None, metadata={"help": "Number of classes, where they have no names."})

@@ -22,6 +22,7 @@ from ..images import ImageSpec
 from ..models.students import Student
 from .backbone import load_backbone
 from .mask_rcnn import StudentMaskRCNN, StudentMaskRCNNConfig, image_sizes
+from .preparation import LONGER_SIDE
 from .segmenter import named
 
 
@@ -177,15 +178,18 @@ def detect(model: Any, outputs: Any, sizes: Tensor) -> list[dict[str, Tensor]]:
     ]
 
 
-def detection_processor(spec: ImageSpec, image_size: int) -> RTDetrImageProcessor:
-    """RT-DETR's evaluation transform as an image processor, for `pipeline("object-detection")`: squeeze to a square, normalise.
+def detection_processor(spec: ImageSpec, image_size: int, *, square: bool = True) -> RTDetrImageProcessor:
+    """A detector's evaluation transform as an image processor, for `pipeline("object-detection")`: resize, normalise.
 
     Args:
         spec: of the student, for its mean and standard deviation.
-        image_size: pixels of the square's side.
+        image_size: pixels of the square's side that images are squeezed to, or of the shorter side.
+        square: as RT-DETR has it; otherwise the shape is kept, and the longer side is at most 5/3 of the shorter, as Mask R-CNN has it.
     """
+    sides = ("height", "width") if square else ("shortest_edge", "longest_edge")
+    size = dict(zip(sides, (image_size, image_size if square else round(LONGER_SIDE * image_size)), strict=True))
     return RTDetrImageProcessor(
-        size={"height": image_size, "width": image_size},
+        size=size,
         resample=BILINEAR,
         do_normalize=True,
         image_mean=list(spec.mean),

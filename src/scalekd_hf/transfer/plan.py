@@ -50,7 +50,9 @@ class TransferPlan:
         lines = []
         for title in ("model", "data", "work", "schedule"):
             rows = getattr(self, title)
-            lines += [title, *(f"  {name:<26}{shown(value, '{:.2f}')}" for name, value in rows.items())] if rows else []
+            lines += (
+                [title, *(f"  {name:<26}{shown(value, '{:.2f}')}" for name, value in rows.items())] if rows else []
+            )
         return "\n".join([*lines, *([f"This run would fail: {self.error}"] if self.error else [])])
 
 
@@ -79,7 +81,9 @@ def _of_model(plan: TransferPlan, model: Any, image_size: int) -> None:
     backbone = backbone_of(model)
     origin, tensors = backbone.origin, len(backbone.state_dict())
     of_backbone = sum(parameter.numel() for parameter in backbone.parameters())
-    maps = ", ".join(f"{width} at /{stride:g}" for width, stride in zip(backbone.channels, origin.strides, strict=True))
+    maps = ", ".join(
+        f"{width} at /{stride:g}" for width, stride in zip(backbone.channels, origin.strides, strict=True)
+    )
     plan.model = {
         "head": type(model).__name__,
         "backbone": f"{type(backbone).__name__} of {origin.student}",

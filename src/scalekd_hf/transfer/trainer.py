@@ -140,13 +140,19 @@ class TransferTrainer(RunTrainer):
         )
 
     def evaluation_loop(
-        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> Any:
         """The parent's, with the metrics of the task, at the original size of each image."""
         self._metrics.reset()
         self.feed.bad_images["evaluation"].restart()
         with without_idle_engine(self), self.loss_log.paused():
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            rest = (prediction_loss_only, ignore_keys, metric_key_prefix)
+            output = super().evaluation_loop(dataloader, description, *rest)
             self.feed.bad_images["evaluation"].check(output.num_samples or 0, self.args.world_size)
             self.stopping.leave_evaluation_if_asked(self.args.world_size)
             found = {f"{metric_key_prefix}_{name}": value for name, value in self._metrics.compute().items()}
@@ -196,8 +202,9 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ValueError: a missing or damaged file, or weights of another model.
     """
+    kind: Any = type(model)
     try:
-        saved, info = type(model).from_pretrained(folder, output_loading_info=True)
+        saved, info = kind.from_pretrained(folder, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(broken_file(folder, STUDENT_FILE, error)) from error
     wrong = {kind: sorted(keys) for kind, keys in info.items() if keys and kind.endswith("_keys")}
