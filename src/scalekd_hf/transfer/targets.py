@@ -61,7 +61,7 @@ def read_mask(value: Any, size: tuple[int, int], num_classes: int, zero_is_ignor
     Raises:
         BadImageError: a mask that cannot be read, is of another size than the image, or has values that are no classes.
     """
-    indices = _indices(value)
+    indices = _values_of(value)
     if indices.shape != size:
         raise _mask_of_another_size(indices.shape, size)
     if zero_is_ignored:
@@ -77,7 +77,7 @@ def read_mask(value: Any, size: tuple[int, int], num_classes: int, zero_is_ignor
     return indices
 
 
-def _indices(value: Any) -> np.ndarray:
+def _values_of(value: Any) -> np.ndarray:
     """The values of a mask, uint8 (height, width)."""
     try:
         image = open_image(value, pixel_range=(0, 255))
