@@ -23,7 +23,7 @@ from ..data.decoding import BadImageError, is_reducible, jpeg_pixels, open_image
 from ..data.labels import class_places
 from ..data.preparation import seed_of
 from ..images import ImageSpec
-from .targets import IGNORED_PIXEL, MAX_CLASSES, Objects, decode_masks, read_mask, read_objects
+from .targets import IGNORED_PIXEL, MAX_CLASSES, Objects, decode_masks, mask_api, read_mask, read_objects
 
 
 __all__ = ["BOX_FORMATS", "DensePreparation", "DetectionPreparation", "SegmentationPreparation", "check_box_format"]
@@ -182,6 +182,7 @@ class DetectionPreparation(DensePreparation):
 
     Raises:
         BadImageError: an image or an annotation that cannot be used.
+        ImportError: masks without faster-coco-eval.
     """
 
     def __init__(
@@ -197,6 +198,8 @@ class DetectionPreparation(DensePreparation):
     ):
         super().__init__(spec, training, num_classes, **others)
         check_box_format(box_format)
+        if masks:
+            mask_api()  # here, and not first in a worker
         self.box_format, self.masks = box_format, masks
         self.places = class_places(class_names) if class_names else None
         random = _at_random(spec, square) if training else []

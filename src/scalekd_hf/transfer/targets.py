@@ -23,6 +23,7 @@ __all__ = [
     "corners",
     "decode_masks",
     "field_of",
+    "mask_api",
     "overhang",
     "read_mask",
     "read_objects",
@@ -292,7 +293,7 @@ def decode_masks(segmentations: list[Any] | None, size: tuple[int, int]) -> np.n
 
 
 def _decoded(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    api = _mask_api()
+    api = mask_api()
     try:
         shape = json.loads(segmentation) if isinstance(segmentation, str) else segmentation
         if isinstance(shape, dict):
@@ -331,8 +332,12 @@ def _bad_segmentation(what: str) -> BadImageError:
     )
 
 
-def _mask_api() -> Any:
-    """What decodes masks. It measures run lengths first, where pycocotools leaves memory as it was behind runs that are too short."""
+def mask_api() -> Any:
+    """The library that decodes masks. It measures run lengths first, where pycocotools leaves memory as it was behind runs that are too short.
+
+    Raises:
+        ImportError: without it.
+    """
     try:
         from faster_coco_eval.core import mask
     except ImportError as error:
