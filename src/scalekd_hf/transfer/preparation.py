@@ -36,12 +36,7 @@ BOX_FORMATS = ("xywh", "xyxy")
 SCALES = (0.5, 2.0)
 LONGEST = 4.0
 MOST_OF_ONE_CLASS, TRIES = 0.75, 10
-COLOURS: tuple[dict[str, Any], ...] = (
-    {"brightness": 0.125},
-    {"contrast": 0.5},
-    {"saturation": 0.5},
-    {"hue": 0.1},
-)
+COLOURS: list[dict[str, Any]] = [{"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.1}]
 # Detectron2's for Mask R-CNN, relative to 800 pixels: the shorter side is one of 640, 672, ... 800, the longer at most 1333.
 SHORTER_SIDES = (0.8, 0.84, 0.88, 0.92, 0.96, 1.0)
 LONGER_SIDE = 1333 / 800
@@ -212,7 +207,7 @@ class DetectionPreparation(DensePreparation):
         if objects.clipped:
             _say_clipped(self.label_column)
         target = self._target(objects, size)
-        kept = ~target["iscrowd"] if self.training else torch.ones_like(target["iscrowd"])
+        kept = ~target["iscrowd"]
         entry = {"boxes": tv_tensors.BoundingBoxes(target["boxes"][kept], format="XYXY", canvas_size=size)}
         entry["labels"] = target["labels"][kept]
         if self.masks and self.training:
