@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from scalekd_hf.images import ImageSpec
 from scalekd_hf.transfer.metrics import DetectionMetrics, SegmentationMetrics, class_maps
+from scalekd_hf.transfer.preparation import DetectionPreparation
 
 
 STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -244,3 +247,14 @@ def test_class_maps_leave_out_what_is_padded_and_have_the_original_size():
     maps = class_maps(logits, mask, torch.tensor([[8, 12], [5, 5]]))
     assert [tuple(found.shape) for found in maps] == [(8, 12), (5, 5)]
     assert (maps[0] == torch.arange(12).ge(4).long()).float().mean() == 1
+
+
+@pytest.mark.parametrize("missing", ["faster_coco_eval", "torchmetrics.detection"])
+def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"pip install 'scalekd-hf\[transfer\]'"):
+        DetectionMetrics()
+    if missing == "faster_coco_eval":
+        monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
+        with pytest.raises(ImportError, match=r"Masks of objects need faster-coco-eval"):
+            DetectionPreparation(ImageSpec(), True, 3, masks=True)

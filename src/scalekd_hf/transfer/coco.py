@@ -133,11 +133,11 @@ class CocoFile:
         count = 0
         for row in rows:
             try:
-                boxes = corners(row, "xywh") if row["height"] and row["width"] else []
+                if row["height"] and row["width"]:
+                    over = overhang(corners(row, "xywh"), (row["height"], row["width"]))
+                    count += int((over > OVERHANG).sum())
             except BadImageError:
                 continue  # which its reader refuses
-            if len(boxes):
-                count += int((overhang(boxes, (row["height"], row["width"])) > OVERHANG).sum())
         if count:
             logger.warning(
                 "%r has %d boxes that reach more than a pixel beyond their image: they end at its border.",

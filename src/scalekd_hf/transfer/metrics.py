@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -137,13 +138,14 @@ class SegmentationMetrics:
 
 
 class DetectionMetrics:
-    """Average precision over IoU thresholds from 0.5 to 0.95, at most 100 objects an image, as pycocotools computes it.
+    """Average precision over IoU thresholds from 0.5 to 0.95, at most 100 objects an image, as pycocotools computes it;
+    by faster-coco-eval.
 
     Args:
         masks: of masks, too.
 
     Raises:
-        ImportError: without torchmetrics or pycocotools.
+        ImportError: without torchmetrics or faster-coco-eval.
     """
 
     def __init__(self, masks: bool = False):
@@ -151,10 +153,15 @@ class DetectionMetrics:
         self._metric = self._new()
 
     def _new(self) -> Any:
-        _require_pycocotools()
-        # Its own gathering takes it that all processes have as many images.
+        _require_faster_coco_eval()
+        # COCO's thresholds: torchmetrics has them as float32, which moves results by a thousandth. Its own gathering takes it that
+        # all processes have as many images.
         metric = _torchmetrics().detection.MeanAveragePrecision(
-            iou_type=self.kinds, backend="pycocotools", sync_on_compute=False
+            iou_type=self.kinds,
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            backend="faster_coco_eval",
+            sync_on_compute=False,
         )
         metric.warn_on_many_detections = False  # detectors without suppression always give more than 100
         return metric
@@ -239,8 +246,8 @@ def _torchmetrics() -> Any:
     return torchmetrics
 
 
-def _require_pycocotools() -> None:
+def _require_faster_coco_eval() -> None:
     try:
-        import pycocotools  # noqa: F401
+        import faster_coco_eval  # noqa: F401
     except ImportError as error:
-        raise ImportError("Average precision needs pycocotools: `pip install 'scalekd-hf[transfer]'`.") from error
+        raise ImportError("Average precision needs faster-coco-eval: `pip install 'scalekd-hf[transfer]'`.") from error

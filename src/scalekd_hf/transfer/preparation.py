@@ -23,7 +23,7 @@ from ..data.decoding import BadImageError, is_reducible, jpeg_pixels, open_image
 from ..data.labels import class_places
 from ..data.preparation import seed_of
 from ..images import ImageSpec
-from .targets import IGNORED_PIXEL, MAX_CLASSES, Objects, decode_masks, read_mask, read_objects
+from .targets import IGNORED_PIXEL, MAX_CLASSES, Objects, decode_masks, mask_api, read_mask, read_objects
 
 
 __all__ = ["BOX_FORMATS", "DensePreparation", "DetectionPreparation", "SegmentationPreparation", "check_box_format"]
@@ -36,12 +36,7 @@ BOX_FORMATS = ("xywh", "xyxy")
 SCALES = (0.5, 2.0)
 LONGEST = 4.0
 MOST_OF_ONE_CLASS, TRIES = 0.75, 10
-COLOURS: tuple[dict[str, Any], ...] = (
-    {"brightness": 0.125},
-    {"contrast": 0.5},
-    {"saturation": 0.5},
-    {"hue": 0.1},
-)
+COLOURS: list[dict[str, Any]] = [{"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.1}]
 # Detectron2's for Mask R-CNN, relative to 800 pixels: the shorter side is one of 640, 672, ... 800, the longer at most 1333.
 SHORTER_SIDES = (0.8, 0.84, 0.88, 0.92, 0.96, 1.0)
 LONGER_SIDE = 1333 / 800
@@ -182,6 +177,7 @@ class DetectionPreparation(DensePreparation):
 
     Raises:
         BadImageError: an image or an annotation that cannot be used.
+        ImportError: masks without faster-coco-eval.
     """
 
     def __init__(
@@ -197,6 +193,8 @@ class DetectionPreparation(DensePreparation):
     ):
         super().__init__(spec, training, num_classes, **others)
         check_box_format(box_format)
+        if masks:
+            mask_api()  # here, and not first in a worker
         self.box_format, self.masks = box_format, masks
         self.places = class_places(class_names) if class_names else None
         random = _at_random(spec, square) if training else []
@@ -209,7 +207,7 @@ class DetectionPreparation(DensePreparation):
         if objects.clipped:
             _say_clipped(self.label_column)
         target = self._target(objects, size)
-        kept = ~target["iscrowd"] if self.training else torch.ones_like(target["iscrowd"])
+        kept = ~target["iscrowd"]
         entry = {"boxes": tv_tensors.BoundingBoxes(target["boxes"][kept], format="XYXY", canvas_size=size)}
         entry["labels"] = target["labels"][kept]
         if self.masks and self.training:
