@@ -43,7 +43,7 @@ _MODULES = {
     "plan": "tools.plan",
     "spatial_mimicking_loss": "method.losses",
 }
-_PACKAGES = ("borrowed", "cli", "data", "images", "method", "models", "publishing", "tools", "training")
+_PACKAGES = ("borrowed", "cli", "data", "images", "method", "models", "publishing", "tools", "training", "transfer")
 
 __all__ = [
     "CrossAttentionProjector",

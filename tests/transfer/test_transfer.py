@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from helpers import some_slow
+from hub_server import WRITE
 from processes import in_processes
 from safetensors.torch import load_file
 from scenes import dense_data, model_for, trainer_for
@@ -141,7 +142,7 @@ def test_the_card_says_what_is_known(tmp_path, scenes):
 
 def test_a_push_publishes_the_model_alone(tmp_path, scenes, hub):
     trainer = trainer_for(
-        scenes, tmp_path, max_steps=2, push_to_hub=True, hub_model_id="somebody/segmenter", hub_token="a-token"
+        scenes, tmp_path, max_steps=2, push_to_hub=True, hub_model_id="somebody/segmenter", hub_token=WRITE
     )
     trainer.train()
     trainer.push_to_hub()

@@ -51,9 +51,7 @@ class DenseDataArguments(DataArguments):
     eval_images: str | None = field(default=None, metadata={"help": "The same for evaluation."})
     image_column: str = field(default="image", metadata={"help": "Column of the data set that holds the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column that holds masks, or objects."})
-    class_names: list | str | None = field(
-        default=None, metadata={"help": "Names of the classes, or their file."}
-    )
+    class_names: list | str | None = field(default=None, metadata={"help": "Names of the classes, or their file."})
     num_classes: int | None = field(default=None, metadata={"help": "Number of classes, where they have no names."})
     box_format: str | None = field(
         default=None, metadata={"help": "What the four numbers of a box are.", "choices": list(BOX_FORMATS)}

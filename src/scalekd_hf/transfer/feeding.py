@@ -56,11 +56,10 @@ class DenseFeed(Feed):
         """A batch as the model trains on it: on the device, normalised, zero where it is padded."""
         return self.task.inputs(self._on_device(batch))
 
-    def evaluation_inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A batch as the model is evaluated on it, and the whole of it."""
+    def evaluation_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as the model is evaluated on it; what it is compared with stays where it is."""
         self.bad_images["evaluation"].add("evaluation", batch.pop("bad_images", []))
-        batch = self._on_device(batch)
-        return self.task.inputs({name: value for name, value in batch.items() if name != "labels"}), batch
+        return self._on_device({name: value for name, value in batch.items() if name != "labels"})
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch = {name: self._moved(value) if name != "targets" else value for name, value in batch.items()}

@@ -11,7 +11,7 @@ from ..images import ImageSpec
 from .annotations import DenseData
 from .collation import DenseCollator
 from .detector import detect, detection_processor
-from .mask_rcnn import StudentMaskRCNN
+from .mask_rcnn import StudentMaskRCNN, image_sizes
 from .metrics import DetectionMetrics, SegmentationMetrics, class_maps
 from .segmenter import segmentation_processor
 
@@ -63,8 +63,20 @@ class Task:
         """The terms of the loss that the log shows."""
         return {}
 
-    def predictions(self, model: Any, outputs: Any, batch: dict[str, Any]) -> list[Any]:
-        """What the metrics take, image by image."""
+    def predict(self, model: Any, batch: dict[str, Any]) -> list[Any]:
+        """What a model finds in each image of a batch, for the metrics. Images of different sizes are looked at one by one and
+        without padding, which heads see, so that no other image has a part in it."""
+        pixels, sizes = batch["pixel_values"], image_sizes(batch["pixel_values"], batch["pixel_mask"])
+        every = list(range(len(sizes)))
+        found: list[Any] = []
+        for places in [every] if len(set(sizes)) == 1 else [[place] for place in every]:
+            height, width = sizes[places[0]]
+            outputs = model(pixel_values=pixels[places, :, :height, :width])
+            found += self.read(model, outputs, batch["sizes"][places])
+        return found
+
+    def read(self, model: Any, outputs: Any, sizes: Tensor) -> list[Any]:
+        """What the outputs mean at the original sizes (B, 2), heights and widths in pixels."""
         raise NotImplementedError
 
 
@@ -90,9 +102,10 @@ class Segmentation(Task):
         """See `Task.inputs`: padding has no class."""
         return {name: batch[name] for name in ("pixel_values", "labels") if name in batch}
 
-    def predictions(self, model: Any, outputs: Any, batch: dict[str, Any]) -> list[Any]:
-        """See `Task.predictions`."""
-        return class_maps(outputs.logits, batch["pixel_mask"], batch["sizes"])
+    def read(self, model: Any, outputs: Any, sizes: Tensor) -> list[Any]:
+        """See `Task.read`."""
+        whole = torch.ones_like(outputs.logits[:, 0], dtype=torch.uint8)
+        return class_maps(outputs.logits, whole, sizes)
 
 
 class Detection(Task):
@@ -118,9 +131,9 @@ class Detection(Task):
         terms = outputs.loss_dict or {}
         return {name: value for name, value in terms.items() if not any(letter.isdigit() for letter in name)}
 
-    def predictions(self, model: Any, outputs: Any, batch: dict[str, Any]) -> list[Any]:
-        """See `Task.predictions`."""
-        return detect(model, outputs, batch["sizes"])
+    def read(self, model: Any, outputs: Any, sizes: Tensor) -> list[Any]:
+        """See `Task.read`."""
+        return detect(self.model, outputs, sizes)
 
 
 def backbone_of(model: Any) -> Any:

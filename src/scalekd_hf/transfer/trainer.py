@@ -162,10 +162,10 @@ class TransferTrainer(RunTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         """Takes a batch into the metrics; there is no loss of an evaluation, and nothing is gathered."""
         self.stopping.leave_evaluation_if_asked(self.args.world_size)
-        inputs, batch = self.feed.evaluation_inputs(inputs)
+        batch = self.feed.evaluation_inputs(inputs)
         with self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        self._metrics.update(self.task.predictions(self.trained, outputs, batch), batch["targets"])
+            found = self.task.predict(model, batch)
+        self._metrics.update(found, batch["targets"])
         return None, None, None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
