@@ -21,13 +21,12 @@ from ..images import ImageSpec
 from ..models.loading import patch_size
 from ..models.students import Student, load_student
 from .copying import copy_weights, shown
-from .pyramid import SimpleFeaturePyramid, pyramid_strides
+from .pyramid import LEVELS, SimpleFeaturePyramid, pyramid_strides
 from .student_backbone import HiddenMaps, StudentBackboneConfig
 
 
 __all__ = ["Origin", "load_backbone"]
 
-MAPS = 4  # that heads take at most
 OTHER_SIZES: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 NOT_OF_MAPS = (
     "num_classes",
@@ -68,8 +67,8 @@ class Stages:
     channels: list[int]
 
     def last_of_each_stride(self) -> list[int]:
-        """Positions of the stages after which the grid changes, at most the last four."""
-        return sorted({stride: place for place, stride in enumerate(self.strides)}.values())[-MAPS:]
+        """Positions of the stages after which the grid changes."""
+        return sorted({stride: place for place, stride in enumerate(self.strides)}.values())
 
 
 @whole_models()
@@ -81,6 +80,7 @@ def load_backbone(
     drop_path_rate: float = 0.0,
     pretrained: bool = True,
     freeze_batch_norm: bool = False,
+    maps: int = 4,
 ) -> Any:
     """A student as a backbone of transformers, with every tensor of it equal to the student's.
 
@@ -90,11 +90,12 @@ def load_backbone(
     Args:
         student: what `load_student` takes: a folder that `save_student` wrote, a name, or a student.
         out_indices: which stages give maps, ascending, as their library counts them, or of a pyramid 0 to 3; by default the last stage of
-            each stride, at most four.
+            each stride.
         image_size: pixels, one side or (height, width), of the images that are to come; by default the student's own.
         drop_path_rate: of the last block, rising from 0 at the first.
         pretrained: with the student's weights; otherwise with fresh ones.
         freeze_batch_norm: replace BatchNorm by one that keeps its statistics and weights.
+        maps: how many there are by default, at most: those of the coarsest strides.
 
     Returns:
         A `PreTrainedModel` with `channels`, `forward(pixel_values).feature_maps`, a tuple of (B, C, H / stride, W / stride), finest first, and
@@ -106,7 +107,7 @@ def load_backbone(
     """
     loaded = student if isinstance(student, Student) else load_student(str(student), pretrained=pretrained)
     size = loaded.spec.updated(size=image_size).size
-    config, options = _configuration(loaded, out_indices, size, drop_path_rate, freeze_batch_norm)
+    config, options = _configuration(loaded, out_indices, size, drop_path_rate, freeze_batch_norm, maps)
     backbone: Any = _built(loaded, config, options, drop_path_rate)
     if freeze_batch_norm:
         backbone = freeze_batch_norm_2d(backbone)
@@ -130,7 +131,7 @@ def load_backbone(
 
 
 def _configuration(
-    student: Student, out_indices: Sequence[int] | None, size: tuple[int, int], rate: float, freeze: bool
+    student: Student, out_indices: Sequence[int] | None, size: tuple[int, int], rate: float, freeze: bool, maps: int
 ) -> tuple[Any, dict[str, Any]]:
     """A backbone's configuration, and arguments for building it that are not saved."""
     if student.classifier.library == "timm":
@@ -138,16 +139,16 @@ def _configuration(
         places = stages.last_of_each_stride()
         own = {name: value for name, value in student.classifier.model_args.items() if name not in NOT_OF_MAPS}
         if len(places) > 1 and not own and "feature_cls" not in arguments:
-            chosen = _chosen(student, stages, places, out_indices)
+            chosen = _chosen(student, stages, places[-maps:], out_indices)
             config = AutoConfig.for_model(
                 "timm_backbone",
                 backbone=student.model.pretrained_cfg["architecture"],
                 out_indices=chosen,
                 freeze_batch_norm_2d=freeze,
             )
-            return config, {"drop_path_rate": rate} if rate else {}
+            return config, {"drop_path_rate": rate}
         name, arguments = student.model.pretrained_cfg["architecture"], {**own, **arguments}
-        arguments |= {"drop_path_rate": rate} if rate else {}
+        arguments["drop_path_rate"] = rate  # 0, too: Swin has another default
     else:
         name, arguments = student.model.config.model_type, _plain(student.model.config)
         if "drop_path_rate" in arguments or hasattr(student.model.config, "drop_path_rate"):
@@ -155,9 +156,9 @@ def _configuration(
         stages, with_class = _transformers_stages(student, name, arguments, size)
         places = stages.last_of_each_stride()
         if len(places) > 1 and with_class:
-            chosen = _chosen(student, stages, places, out_indices)
+            chosen = _chosen(student, stages, places[-maps:], out_indices)
             return AutoConfig.for_model(name, **{**arguments, "out_indices": chosen, "out_features": None}), {}
-    return _own(student, stages, places, out_indices, name, arguments, freeze), {}
+    return _own(student, stages, places, out_indices, name, arguments, freeze, maps), {}
 
 
 def _own(
@@ -168,13 +169,14 @@ def _own(
     name: str,
     arguments: dict[str, Any],
     freeze: bool,
+    maps: int,
 ) -> Any:
     numbers, pyramid = stages.numbers, len(places) == 1
     patch = max(patch_size(student.classifier) or (0,)) or None
     if pyramid:
         patch = round(stages.strides[-1])
         channels = SimpleFeaturePyramid(stages.channels[-1], patch).channels
-        stages = Stages(list(range(MAPS)), pyramid_strides(patch), channels)
+        stages = Stages(list(range(len(LEVELS))), pyramid_strides(patch), channels)
         places = stages.numbers
     return AutoConfig.for_model(
         StudentBackboneConfig.model_type,
@@ -187,7 +189,7 @@ def _own(
         patch=patch,
         pyramid=pyramid,
         freeze_batch_norm_2d=freeze,
-        out_indices=_chosen(student, stages, places, out_indices),
+        out_indices=_chosen(student, stages, places[-maps:], out_indices),
     )
 
 
@@ -215,8 +217,7 @@ def _timm_stages(student: Student, size: tuple[int, int]) -> tuple[dict[str, Any
         if all(x.ndim == 4 and x.shape[1] == width for x, width in zip(maps, channels, strict=True)):
             strides = [float(stride) for stride in network.feature_info.reduction()]
             stages = Stages(list(range(len(maps))), strides, channels)
-            single = len(stages.last_of_each_stride()) == 1
-            if single and not kind and size != student.spec.size:
+            if not kind and len(stages.last_of_each_stride()) == 1:
                 continue  # a ViT may take this size only because it was built for it
             return kind, stages
     raise ValueError(_no_maps(student, size, failed))
@@ -289,6 +290,9 @@ def _built(student: Student, config: Any, options: dict[str, Any], rate: float) 
         if "drop_path_rate" not in str(error):
             raise
         backbone = None
+        if not rate:
+            (getattr(config, "model_args", None) or {}).pop("drop_path_rate", None)
+            backbone = AutoBackbone.from_config(config)
     if rate and (backbone is None or not any(getattr(module, "drop_prob", 0) for module in backbone.modules())):
         raise ValueError(
             f"`drop_path_rate` {rate}: `student` {student.name!r} ({type(student.model).__name__}) has no blocks that it could drop. Leave it 0."
@@ -304,14 +308,16 @@ def _checked(student: Student, backbone: Any, size: tuple[int, int]) -> tuple[fl
         ValueError: other channels than the library says.
     """
     shadow = copy.deepcopy(backbone).to("meta").eval()
-    maps = shadow(torch.zeros(1, 3, *size, device="meta")).feature_maps
+    with torch.enable_grad():
+        maps = shadow(torch.zeros(1, 3, *size, device="meta")).feature_maps
+        total = sum(x.sum() for x in maps)
     if [x.shape[1] for x in maps] != list(backbone.channels):
         raise ValueError(
             f"`student` {student.name!r}: its maps have {[x.shape[1] for x in maps]} channels, but its library says {backbone.channels}. "
             "Choose another student."
         )
     names, parameters = zip(*[(n, p) for n, p in shadow.named_parameters() if p.requires_grad], strict=True)
-    gradients = torch.autograd.grad(sum(x.sum() for x in maps), parameters, allow_unused=True)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is None:
             backbone.get_parameter(name).requires_grad_(False)

@@ -54,19 +54,27 @@ class StudentRTDetr(RTDetrV2ForObjectDetection):
         Raises:
             ValueError: images whose sides are no multiples of the coarsest stride, 32 px in most networks: maps are doubled exactly.
         """
-        height, width = pixel_values.shape[-2:]
-        multiple = list(self.config.feat_strides)[-1]
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"`pixel_values` are of {height}x{width} px, but RT-DETR takes sides that {multiple} divides. Choose such an `image_size`, or pad to it."
-            )
-        sizes = pixel_values.new_tensor(image_sizes(pixel_values, pixel_mask), dtype=torch.float32)
-        shares = (sizes / sizes.new_tensor([height, width])).flip(1).repeat(1, 2)  # of width, height, width, height
+        _check_sides("pixel_values", pixel_values.shape[-2:], self)
+        shares = _shares(pixel_values, pixel_mask)
         if labels is not None:
             labels = [{**label, "boxes": label["boxes"] * share} for label, share in zip(labels, shares, strict=True)]
         outputs = super().forward(pixel_values, pixel_mask=pixel_mask, labels=labels, **kwargs)
         outputs.pred_boxes = outputs.pred_boxes / shares[:, None]
         return outputs
+
+
+def _check_sides(argument: str, size: Sequence[int], model: Any) -> None:
+    multiple = list(model.config.feat_strides)[-1]
+    if any(side % multiple for side in size):
+        raise ValueError(
+            f"`{argument}` {size[0]}x{size[1]} px: RT-DETR doubles maps exactly and takes images with sides that {multiple} divides. Choose such ones."
+        )
+
+
+def _shares(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """Which share of width, height, width, height is no padding, (B, 4)."""
+    sizes = torch.tensor(image_sizes(pixel_values, pixel_mask), device=pixel_values.device, dtype=torch.float32)
+    return (sizes / sizes.new_tensor(pixel_values.shape[-2:])).flip(1).repeat(1, 2)
 
 
 def build_detector(
@@ -100,8 +108,14 @@ def build_detector(
     labels = named(class_names)
     if head not in HEADS:
         raise ValueError(f"`head` {head!r} is none of {', '.join(HEADS)}. Choose one of them.")
-    options: dict[str, Any] = {"image_size": image_size, "drop_path_rate": drop_path_rate, "pretrained": pretrained}
-    backbone = load_backbone(student, freeze_batch_norm=pretrained, **options)
+    backbone = load_backbone(
+        student,
+        image_size=image_size,
+        drop_path_rate=drop_path_rate,
+        pretrained=pretrained,
+        freeze_batch_norm=pretrained,
+        maps=4 if head == "mask_rcnn" else DETR_MAPS,
+    )
     model: PreTrainedModel
     if head == "mask_rcnn":
         mask_rcnn = StudentMaskRCNNConfig(
@@ -115,12 +129,10 @@ def build_detector(
         model = StudentMaskRCNN(mask_rcnn)
         model.detector.backbone.backbone = backbone  # the one that was built has fresh weights and drops no paths
     else:
-        if len(backbone.channels) > DETR_MAPS:
-            backbone = load_backbone(
-                student, backbone.config.out_indices[-DETR_MAPS:], freeze_batch_norm=pretrained, **options
-            )
         model = StudentRTDetr(_detr_config(backbone, hidden_size, labels, settings, pretrained))
         model.model.backbone.model = backbone
+        size = backbone.origin.spec.updated(size=image_size).size
+        _check_sides("image_size", size, model)
     model.origin = backbone.origin
     return model
 
@@ -161,7 +173,10 @@ def detect(model: Any, outputs: Any, sizes: Tensor) -> list[dict[str, Tensor]]:
         For each image `scores` (m,), falling, `labels` (m,), `boxes` (m, 4) as x1, y1, x2, y2, and of Mask R-CNN `masks` (m, height, width), booleans.
     """
     if "pixel_values" in outputs:
-        outputs = model(**{name: outputs[name] for name in ("pixel_values", "pixel_mask") if name in outputs})
+        inputs = {name: outputs.get(name) for name in ("pixel_values", "pixel_mask")}
+        outputs = model(**inputs)
+        if not isinstance(model, (StudentMaskRCNN, StudentRTDetr)):  # as `from_pretrained` loads the latter
+            outputs.pred_boxes = outputs.pred_boxes / _shares(**inputs)[:, None]
     if not isinstance(model, StudentMaskRCNN):
         found = RTDetrImageProcessor().post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
         return [dict(image) for image in found]

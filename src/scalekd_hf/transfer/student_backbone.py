@@ -67,7 +67,7 @@ class StudentBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 class StudentBackbone(BackboneMixin, PreTrainedModel):
-    """A student of timm or transformers whose maps come out as (B, C, H / stride, W / stride), rounded up."""
+    """A student of timm or transformers whose maps come out as (B, C, H / stride, W / stride)."""
 
     config: StudentBackboneConfig
     config_class = StudentBackboneConfig
@@ -83,7 +83,9 @@ class StudentBackbone(BackboneMixin, PreTrainedModel):
         if config.pyramid:
             dim = max(config.channels or [1])  # a pyramid's coarsest map is as wide as the network's
             self.pyramid = SimpleFeaturePyramid(dim, config.patch or 1, config.out_indices)
-        self.post_init()
+        PreTrainedModel.post_init(
+            self
+        )  # the mixin's would have a network inside record its states twice, and take others for maps
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
