@@ -50,11 +50,11 @@ def write_scenes(folder, training=14, validation=5):
     save_student(small_student(), folder / "student")
 
 
-def dense_data(folder, task, **changes):
+def dense_data(folder, task, masks=False, **changes):
     """What `load_dense_data` makes of the scenes."""
     names = {"class_names": str(folder / "classes.txt")} if task == "segment" else {}
     arguments = {"dataset": str(folder), "train_split": "training", "eval_split": "validation", **names, **changes}
-    return load_dense_data(DenseDataArguments(**arguments), task)
+    return load_dense_data(DenseDataArguments(**arguments), task, masks=masks)
 
 
 def model_for(folder, task, names, **changes):

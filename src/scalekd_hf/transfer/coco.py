@@ -22,20 +22,21 @@ logger = logging.getLogger(__name__)
 
 LISTED = "_annotations.coco.json"  # of Roboflow, beside the images
 PREFIX = "instances_"
+ANNOTATIONS = "annotations"
 LOOKED_FOR = 20  # images, to find their folder
 
 
 def coco_files(root: Path) -> dict[str, Path]:
     """The annotation files of a folder by their splits: `annotations/instances_<split>.json`, other JSON in `annotations`,
     `<split>/_annotations.coco.json`, or `instances_<split>.json` in the folder itself; none where it is laid out otherwise."""
-    for folder in (root / "annotations", root):
+    for folder in (root / ANNOTATIONS, root):
         files = sorted(folder.glob(f"{PREFIX}*.json"))
         if files:
             return {file.stem.removeprefix(PREFIX): file for file in files}
     files = sorted(root.glob(f"*/{LISTED}"))
     if files:
         return {file.parent.name: file for file in files}
-    return {file.stem: file for file in sorted((root / "annotations").glob("*.json"))}
+    return {file.stem: file for file in sorted((root / ANNOTATIONS).glob("*.json"))}
 
 
 def of_split(known: dict[str, Any], split: str, argument: str, root: Path) -> Any:
@@ -177,8 +178,10 @@ class CocoFile:
         names = [entry["file_name"] for entry in list(self.images.values())[:LOOKED_FOR]]
         beside, split = self.file.parent, self.file.stem.removeprefix(PREFIX)
         above = beside.parent
-        tried = [beside, beside / "images", above / split, above / "images" / split, above / "images", above]
-        tried = [beside / split, *tried] if images is None else [Path(images)]
+        tried = [above / split, above / "images" / split, above / "images", above]
+        if beside.name != ANNOTATIONS:  # where masks may lie by the names of their images
+            tried = [beside / split, beside, beside / "images", *tried]
+        tried = tried if images is None else [Path(images)]
         found = next((folder for folder in tried if any((folder / name).is_file() for name in names)), None)
         if found is None:
             argument = "none" if images is None else repr(str(images))
