@@ -93,9 +93,16 @@ def test_training_and_validation_share_no_object_and_no_photograph(tmp_path, mon
         used[split] = load_dataset(path, split=split)
         return used[split]
 
+    compose, drawers = make_scenes.compose, []
     monkeypatch.setattr(make_scenes.datasets, "load_dataset", load)
+    monkeypatch.setattr(make_scenes, "compose", lambda *words: drawers.append(words[1]) or compose(*words))
     make_scenes.write(tmp_path / "scenes", str(CIFAR10), {"training": 1, "validation": 1}, SIDE)
     assert list(used) == ["train", "test"]
+    for draw, split in zip(drawers, used.values(), strict=True):
+        for number in range(20):
+            picture, label = draw(number)
+            assert make_scenes.NAMES[label] == split.features["label"].names[split[number]["label"]]
+            assert np.array_equal(picture, split[number]["image"])
     train, test = ({row["bytes"] for row in split.data["image"].to_pylist()} for split in used.values())
     assert (len(train), len(test)) == (50_000, 10_000) and not train & test
     photos = [photo.tobytes() for split in SCENES for photo in make_scenes.photographs(split)]
