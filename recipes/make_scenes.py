@@ -2,7 +2,7 @@
 
     pip install -e ".[dev]" && python recipes/make_scenes.py --cifar10 uoft-cs/cifar10 --output_dir outputs/scenes
 
-The folder is two data sets in one: like ADE20K (`images/training/*.png`, `annotations/training/*.png` with the class of
+The folder is two data sets in one: like ADE20K (`images/training/*.jpg`, `annotations/training/*.png` with the class of
 each pixel, `classes.txt` with the names in their order), and like COCO (`annotations/instances_training.json`), the same
 for `validation`. Here 0 is the class `background`, not to be ignored, and every pixel has a class; a category of the JSON
 has the number that its pixels have in the masks.
@@ -173,10 +173,10 @@ def write_split(folder: Path, split: str, scenes: int, cifar10: str, size: int, 
     for number in range(scenes):
         generator = np.random.default_rng([seed, list(OBJECTS).index(split), number])
         scene = compose(photos, draw, len(objects), size, generator)
-        name = f"{number:06}.png"
-        Image.fromarray(scene.image).save(folder / "images" / split / name)
-        Image.fromarray(scene.classes()).save(folder / "annotations" / split / name)
-        images.append({"id": number + 1, "file_name": name, "width": size, "height": size})
+        name = f"{number:06}"
+        Image.fromarray(scene.image).save(folder / "images" / split / f"{name}.jpg", quality=95)
+        Image.fromarray(scene.classes()).save(folder / "annotations" / split / f"{name}.png")
+        images.append({"id": number + 1, "file_name": f"{name}.jpg", "width": size, "height": size})
         found += annotations(scene, number + 1, len(found) + 1)
     categories = [{"id": number, "name": name} for number, name in enumerate(NAMES) if number]
     return {"images": images, "annotations": found, "categories": categories}

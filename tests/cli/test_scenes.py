@@ -20,6 +20,7 @@ SCENES = {"training": 12, "validation": 6}
 
 needs_cifar10 = pytest.mark.skipif(not CIFAR10.is_dir(), reason="CIFAR-10's images, the scenes' objects, are not here")
 SIDE = 100
+IMAGES = (".jpg", ".png")
 
 
 def needs_photographs():
@@ -38,8 +39,9 @@ def made(tmp_path_factory):
     return folder, write(folder)
 
 
-def pixels(folder, part, split, name):
-    return np.asarray(Image.open(folder / part / split / name))
+def pixels(file):
+    with Image.open(file) as image:
+        return np.asarray(image)
 
 
 @needs_cifar10
@@ -48,10 +50,10 @@ def test_a_seed_makes_the_same_files_and_another_seed_others(made, tmp_path):
     assert len(files) == 2 * sum(SCENES.values()) + 3
     assert write(tmp_path / "again") == files
     fewer = write(tmp_path / "fewer", {"training": 2})
-    scenes = {name: data for name, data in fewer.items() if name.endswith(".png")}
+    scenes = {name: data for name, data in fewer.items() if name.endswith(IMAGES)}
     assert len(scenes) == 4 and all(files[name] == data for name, data in scenes.items())
     other = write(tmp_path / "other", {"training": 2}, seed=1)
-    assert all(files[name] != data for name, data in other.items() if name.endswith(".png"))
+    assert all(files[name] != data for name, data in other.items() if name.endswith(IMAGES))
 
 
 @needs_cifar10
@@ -67,8 +69,8 @@ def test_masks_boxes_and_areas_agree_as_pycocotools_reads_them(made, split):
     assert coco.getCatIds() == list(range(1, 11)) and len(coco.getImgIds()) == SCENES[split]
     overlapping = 0
     for image in coco.loadImgs(coco.getImgIds()):
-        classes = pixels(folder, "annotations", split, image["file_name"])
-        assert pixels(folder, "images", split, image["file_name"]).shape == (SIDE, SIDE, 3)
+        classes = pixels(folder / "annotations" / split / image["file_name"].replace(".jpg", ".png"))
+        assert pixels(folder / "images" / split / image["file_name"]).shape == (SIDE, SIDE, 3)
         assert classes.shape == (image["height"], image["width"]) == (SIDE, SIDE)
         found = coco.loadAnns(coco.getAnnIds(image["id"]))
         masks = [coco.annToMask(annotation).astype(bool) for annotation in found]
