@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import yaml
@@ -55,6 +56,7 @@ class Run:
     folder: Path
     command: tuple[str, ...]
     teacher: Path | None = None  # the folder of the teacher that must be there first
+    measure: ClassVar[str] = "top-1"
 
     @property
     def log(self) -> Path:
@@ -109,6 +111,15 @@ def recipe(script: str, config: str, folder: Path, arguments: argparse.Namespace
     return tuple(words)
 
 
+def refuse_others(runs: list[Run], output_dir: Path) -> None:
+    """End here if the folder holds runs of these names that were made with other options."""
+    if others := [run.title for run in runs if run.folder.exists() and run.is_another()]:
+        raise SystemExit(
+            f"`output_dir` {str(output_dir)!r} holds runs that were made with other options "
+            f"({'; '.join(others)}): they are kept. Take another `output_dir`, or remove those runs' folders."
+        )
+
+
 def train(runs: list[Run], jobs: int) -> list[str]:
     """Train what has no result yet, so many at once; returns the titles of the runs that failed."""
     waiting = [run for run in runs if run.top1() is None]
@@ -152,7 +163,7 @@ def finish(run: Run, process: subprocess.Popen, started: float) -> list[str]:
     """Say how a run ended; returns its title if it failed."""
     top1, minutes = run.top1(), (time.monotonic() - started) / 60
     if process.returncode == 0 and top1 is not None:
-        print(f"ended: {run.title}, top-1 {top1:.2%}, {minutes:.1f} minutes", flush=True)
+        print(f"ended: {run.title}, {run.measure} {top1:.2%}, {minutes:.1f} minutes", flush=True)
         return []
     lines = run.log.read_text(errors="replace", encoding="utf-8").splitlines()[-15:]
     print(f"FAILED: {run.title}, status {process.returncode}; the end of {run.log}:", *lines, sep="\n    ", flush=True)
@@ -202,11 +213,7 @@ def main() -> None:
     arms = [arm for in_table in tables.values() for arm in in_table]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runs = plan_runs(arms, arguments)
-    if others := [run.title for run in runs if run.folder.exists() and run.is_another()]:
-        raise SystemExit(
-            f"`output_dir` {str(arguments.output_dir)!r} holds runs that were made with other options "
-            f"({'; '.join(others)}): they are kept. Take another `output_dir`, or remove those runs' folders."
-        )
+    refuse_others(runs, arguments.output_dir)
     failed = [] if arguments.report_only else train(runs, arguments.jobs)
     # The student alone and full ScaleKD are in more tables than those that train them.
     outcomes = read_outcomes([*arms, *(SCALEKD[arm.student] for arm in arms)], arguments.output_dir, arguments.seeds)
