@@ -33,6 +33,9 @@ RUN = {  # blocks that are run elsewhere, by page and place in it
     ("docs/index.md", 1): "what the quickstart prints",
     ("docs/own_photos.md", 0): "the folder that the test makes",
     ("docs/results.md", 0): "tests/cli/test_results.py",
+    ("docs/transfer.md", 0): "tests/transfer/test_recipes.py",
+    ("docs/transfer.md", 1): "tests/transfer/test_recipes.py",
+    ("docs/transfer.md", 2): "tests/cli/test_scenes.py",
 }
 SCALEKD = "scalekd_hf.cli.main"
 RESNET18 = '"timm/resnet18", num_classes=10, image_size=32, channels=(8, 16, 24, 32)'

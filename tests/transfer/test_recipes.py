@@ -1,6 +1,8 @@
 """The command `scalekd transfer`, and its recipes in small."""
 
 import json
+import re
+import shlex
 
 import pytest
 import yaml
@@ -113,3 +115,33 @@ def test_help_lists_the_settings_by_groups():
     for title in ("The student and its head", "Annotations", "Transfer", "Optimisation", "Run"):
         assert f"\n{title}\n" in text
     assert "--layer_decay" in text and "--box_format" in text and "--spatial_weight" not in text
+
+
+def test_the_page_is_run_as_it_stands(tmp_path, scenes, monkeypatch):
+    page = (ROOT / "docs" / "transfer.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^scalekd (transfer .+)$", page, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        command, task, recipe, *given = shlex.split(line)
+        folders = {"--student": str(scenes / "student"), "--dataset": str(scenes)}
+        given = [folders.get(before, word) for before, word in zip(["", *given], given, strict=False)]
+        names = ["--class_names", str(scenes / "classes.txt")] if task == "segment" else []
+        more = [*words(scenes, tmp_path / task), *names, "--head_args", '{"hidden_size": 8}', "--max_steps", "1"]
+        main([command, task, recipe, *given, *more])
+        assert (tmp_path / task / "model.safetensors").exists()
+    code = next(
+        block for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "TransferTrainer" in block
+    )
+    changes = {
+        'dataset="data/ADEChallengeData2016"': f"dataset={str(scenes)!r}, class_names={str(scenes / 'classes.txt')!r}",
+        '"outputs/swin_l_to_resnet50"': repr(str(scenes / "student")),
+        "image_size=512)": "image_size=64, hidden_size=8)",
+        "image_size=512,": "image_size=64, use_cpu=True, report_to='none',",
+        "max_steps=160_000": "max_steps=1",
+    }
+    for given, instead in changes.items():
+        assert given in code
+        code = code.replace(given, instead)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/transfer.md", "exec"), {})
+    assert (tmp_path / "segmenter" / "model.safetensors").exists()

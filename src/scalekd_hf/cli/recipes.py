@@ -13,6 +13,7 @@ from ..tools.words import find_config, shipped_configs
 
 __all__ = ["main", "published"]
 
+TRANSFER = "transfer/"  # begins the names of recipes for backbones
 PAIR = re.compile(r"# (?P<pair>.+?): as run by the authors")
 RESULT = re.compile(r"# Top-1 of the paper: alone (?P<alone>[\d.]+), ScaleKD (?P<distilled>[\d.]+)")
 
@@ -31,14 +32,17 @@ def table() -> str:
     rows = {name: published(file) for name, file in shipped_configs().items()}
     lines = [f"{'recipe':<36}{'pair':<44}{'alone':>7}{'ScaleKD':>9}"]
     lines += [f"{name:<36}{row[0]:<44}{row[1]:>7}{row[2]:>9}" for name, row in rows.items() if row]
-    others = ", ".join(name for name, row in rows.items() if not row)
+    others = ", ".join(name for name, row in rows.items() if not row and not name.startswith(TRANSFER))
+    transfers = ", ".join(name for name in rows if name.startswith(TRANSFER))
     return "\n".join(
         [
             *lines,
             "",
             "Top-1 on ImageNet-1K in per cent; all numbers are the paper's, none is reproduced.",
             f"Others: {others}.",
-            "`scalekd recipes NAME` prints one, `--copy FILE` writes it; `scalekd distill NAME` runs it.",
+            f"Students as backbones: {transfers}.",
+            "`scalekd recipes NAME` prints one, `--copy FILE` writes it; `scalekd distill NAME` runs it, and `scalekd transfer "
+            "segment NAME` or `detect NAME` one of a backbone.",
         ]
     )
 
