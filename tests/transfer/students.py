@@ -36,6 +36,13 @@ STUDENTS = {
     ),
     "timm_swin": (timm_swin, 32, "StudentBackbone", [12, 24, 48], (2, 4, 8)),
     "timm_vit": (timm_vit, 32, "StudentBackbone", [12, 24, 24, 24], FOUR),
+    "timm_vit_mean": (
+        lambda: timm_vit(class_token=False, global_pool="avg", fc_norm=False),
+        32,
+        "StudentBackbone",
+        [12, 24, 24, 24],
+        FOUR,
+    ),
     "timm_eva02": (
         of_timm("eva02_tiny_patch14_224", **SMALL_EVA),
         32,
@@ -71,7 +78,7 @@ STUDENTS = {
         FOUR,
     ),
 }
-PYRAMIDS = ("timm_vit", "timm_eva02", "timm_mixer", "transformers_vit", "transformers_dinov2")
+PYRAMIDS = ("timm_vit", "timm_vit_mean", "timm_eva02", "timm_mixer", "transformers_vit", "transformers_dinov2")
 ONE_SIZE = ("timm_mixer",)
 
 

@@ -85,6 +85,7 @@ STAGES = {
     "timm_convnext_args": ["stages.0", "stages.1", "stages.2", "stages.3"],
     "timm_swin": ["layers.0", "layers.1", "layers.2"],
     "timm_vit": ["blocks.3"],
+    "timm_vit_mean": ["blocks.3"],
     "timm_eva02": ["blocks.1"],
     "timm_mixer": ["blocks.7"],
     "transformers_resnet": [f"resnet.encoder.stages.{stage}" for stage in range(4)],
