@@ -39,6 +39,12 @@ BORROWED = {
     "method/distiller.py": {
         "Module._apply": "the teacher does not move with the model that it teaches",
     },
+    "transfer/mask_rcnn.py": {
+        "PreTrainedModel._init_weights": "a new Mask R-CNN starts with transformers' weights in place of torchvision's",
+    },
+    "transfer/student_backbone.py": {
+        "PreTrainedModel._init_weights": "after loading, a Swin's or BEiT's indices of positions are what was in memory",
+    },
     "training/model.py": {
         "_keys_to_ignore_on_save": "FSDP cannot load the best model at the end",
     },

@@ -58,13 +58,13 @@ def dense_data(folder, task, masks=False, **changes):
 
 
 def model_for(folder, task, names, **changes):
-    """A segmenter or an RT-DETR v2, small."""
+    """A segmenter or an D-FINE, small."""
     torch.manual_seed(0)
     if task == "segment":
         return build_segmenter(folder / "student", names, image_size=64, hidden_size=8, **changes)
     small = {"decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_queries": 12, "num_denoising": 4}
     small |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "hidden_size": 16}
-    return build_detector(folder / "student", names, head="rt_detr_v2", image_size=64, **{**small, **changes})
+    return build_detector(folder / "student", names, head="d_fine", image_size=64, **{**small, **changes})
 
 
 def trainer_for(folder, output, task="segment", model=None, data=None, callbacks=(), **changes):

@@ -17,7 +17,6 @@ def of_timm(name, **changes):
 STAGES = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 2, 1], "image_size": 64, "num_labels": 10}
 SMALL_CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "drop_path_rate": 0.3}
 DINOV2 = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
-SMALL_MIXER = {"img_size": 64, "embed_dim": 24}
 SMALL_EVA = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 # name: (model built small, image size, class of the backbone, channels of its maps, strides)
@@ -37,6 +36,13 @@ STUDENTS = {
     ),
     "timm_swin": (timm_swin, 32, "StudentBackbone", [12, 24, 48], (2, 4, 8)),
     "timm_vit": (timm_vit, 32, "StudentBackbone", [12, 24, 24, 24], FOUR),
+    "timm_vit_mean": (
+        lambda: timm_vit(class_token=False, global_pool="avg", fc_norm=False),
+        32,
+        "StudentBackbone",
+        [12, 24, 24, 24],
+        FOUR,
+    ),
     "timm_eva02": (
         of_timm("eva02_tiny_patch14_224", **SMALL_EVA),
         32,
@@ -44,7 +50,7 @@ STUDENTS = {
         [12, 24, 24, 24],
         FOUR,
     ),
-    "timm_mixer": (of_timm("mixer_s32_224", **SMALL_MIXER), 64, "StudentBackbone", [3, 6, 12, 24], FOUR),
+    "timm_mixer": (of_timm("mixer_s32_224", img_size=64), 64, "StudentBackbone", [64, 128, 256, 512], FOUR),
     "transformers_resnet": (
         lambda: build(
             ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], num_labels=10)
@@ -72,7 +78,7 @@ STUDENTS = {
         FOUR,
     ),
 }
-PYRAMIDS = ("timm_vit", "timm_eva02", "timm_mixer", "transformers_vit", "transformers_dinov2")
+PYRAMIDS = ("timm_vit", "timm_vit_mean", "timm_eva02", "timm_mixer", "transformers_vit", "transformers_dinov2")
 ONE_SIZE = ("timm_mixer",)
 
 

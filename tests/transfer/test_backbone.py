@@ -85,6 +85,7 @@ STAGES = {
     "timm_convnext_args": ["stages.0", "stages.1", "stages.2", "stages.3"],
     "timm_swin": ["layers.0", "layers.1", "layers.2"],
     "timm_vit": ["blocks.3"],
+    "timm_vit_mean": ["blocks.3"],
     "timm_eva02": ["blocks.1"],
     "timm_mixer": ["blocks.7"],
     "transformers_resnet": [f"resnet.encoder.stages.{stage}" for stage in range(4)],
@@ -237,7 +238,7 @@ def test_no_parameter_waits_for_a_gradient(built, family):
 
 @pytest.mark.parametrize("family", ["timm_mobilenetv3", "timm_resnet_args", "transformers_resnet"])
 def test_batchnorm_is_frozen_with_its_activations(built, family):
-    """Those of timm have activations in them, which RT-DETR's own way of freezing takes out."""
+    """Those of timm have activations in them, which D-FINE's own way of freezing takes out."""
     _, folder, plain = built(family)
     frozen = load_backbone(folder, freeze_batch_norm=True).train()
     with torch.no_grad():

@@ -190,5 +190,5 @@ def test_a_checkpoint_of_other_settings_or_classes_is_refused(tmp_path, scenes):
     trainer_for(scenes, tmp_path, max_steps=2).train()
     with pytest.raises(ValueError, match="layer_decay 1.0 to 0.5"):
         trainer_for(scenes, tmp_path, layer_decay=0.5).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="model UperNetForSemanticSegmentation to StudentRTDetr"):
+    with pytest.raises(ValueError, match="model UperNetForSemanticSegmentation to StudentDFine"):
         trainer_for(scenes, tmp_path, "detect").train(resume_from_checkpoint=True)

@@ -31,9 +31,9 @@ OTHER_SIZES: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_
 NOT_OF_MAPS = (
     "num_classes",
     "drop_path_rate",
-    "global_pool",
     "in_chans",
 )  # arguments of timm: of the head, asked for anew, always RGB
+POOLING = "global_pool"  # of no maps, but a ViT without a class token is not built without it
 OF_MACHINES = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version")
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _configuration(
         arguments, stages = _timm_stages(student, size)
         places = stages.last_of_each_stride()
         own = {name: value for name, value in student.classifier.model_args.items() if name not in NOT_OF_MAPS}
-        if len(places) > 1 and not own and "feature_cls" not in arguments:
+        if len(places) > 1 and not set(own) - {POOLING} and "feature_cls" not in arguments:
             chosen = _chosen(student, stages, places[-maps:], out_indices)
             config = AutoConfig.for_model(
                 "timm_backbone",

@@ -11,7 +11,7 @@ from .annotations import DenseDataArguments
 
 __all__ = ["HEADS", "TransferArguments", "TransferConfig"]
 
-HEADS = {"segment": ("upernet",), "detect": ("mask_rcnn", "rt_detr_v2")}  # the first is the default
+HEADS = {"segment": ("upernet",), "detect": ("mask_rcnn", "d_fine")}  # the first is the default
 
 
 @dataclass
@@ -20,7 +20,7 @@ class TransferConfig(RunConfig):
 
     Args:
         image_size (`int`, *optional*, defaults to `512`):
-            Of segmentation: side of the training crops, and the shorter side in evaluation. Of RT-DETR v2: side of the square
+            Of segmentation: side of the training crops, and the shorter side in evaluation. Of D-FINE: side of the square
             that images are squeezed to. Of Mask R-CNN: the shorter side in evaluation, at most which it has in training.
         layer_decay (`float`, *optional*, defaults to `1.0`):
             The learning rate of each block of the backbone is this share of the next one's; the head has `learning_rate`.
@@ -64,7 +64,7 @@ class TransferArguments(DenseDataArguments):
         student: name or folder, as `load_student` takes it.
         student_args: further arguments of the student, as JSON or a mapping.
         backbone_pretrained: begin with the student's weights; false for fresh ones, to compare with.
-        head: of segmentation "upernet"; of detection "mask_rcnn", which papers compare, or "rt_detr_v2".
+        head: of segmentation "upernet"; of detection "mask_rcnn", which papers compare, or "d_fine".
         head_args: further arguments of the head, as JSON or a mapping, such as its `hidden_size`.
         drop_path_rate: of stochastic depth in the backbone while it trains.
         license: of the model, for its card.

@@ -1,4 +1,4 @@
-"""Detection: torchvision's Mask R-CNN, which papers compare, or transformers' RT-DETR v2, on a student.
+"""Detection: torchvision's Mask R-CNN, which papers compare, or transformers' D-FINE, on a student.
 
 Shapes in this file: B images of H x W pixels, padded at right and bottom; n objects of an image, m detections.
 """
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    DFineConfig,
+    DFineForObjectDetection,
     PreTrainedModel,
     RTDetrImageProcessor,
-    RTDetrV2Config,
-    RTDetrV2ForObjectDetection,
 )
 
 from ..images import ImageSpec
@@ -26,21 +26,21 @@ from .preparation import LONGER_SIDE
 from .segmenter import named
 
 
-__all__ = ["HEADS", "StudentRTDetr", "build_detector", "detect", "detection_processor"]
+__all__ = ["HEADS", "StudentDFine", "build_detector", "detect", "detection_processor"]
 
-HEADS = ("mask_rcnn", "rt_detr_v2")
-DETR_MAPS = 3  # that RT-DETR looks at
+HEADS = ("mask_rcnn", "d_fine")
+DETR_MAPS = 3  # that D-FINE looks at
 THRESHOLD = 0.5  # above which a place belongs to a mask
 BILINEAR = 2  # by PIL's number
 
 
-class StudentRTDetr(RTDetrV2ForObjectDetection):
-    """RT-DETR v2 (Lv et al. 2024) whose boxes are relative to the images without padding, in labels and in predictions; without padding it is
+class StudentDFine(DFineForObjectDetection):
+    """D-FINE (Peng et al. 2024) whose boxes are relative to the images without padding, in labels and in predictions; without padding it is
     what transformers has, as which it is also loaded."""
 
-    def __init__(self, config: RTDetrV2Config):
+    def __init__(self, config: DFineConfig):
         super().__init__(config)
-        self.loss_type = RTDetrV2ForObjectDetection.__name__  # transformers knows losses by the name of the class
+        self.loss_type = DFineForObjectDetection.__name__  # transformers knows losses by the name of the class
 
     def forward(
         self,
@@ -67,7 +67,7 @@ def _check_sides(argument: str, size: Sequence[int], model: Any) -> None:
     multiple = list(model.config.feat_strides)[-1]
     if any(side % multiple for side in size):
         raise ValueError(
-            f"`{argument}` {size[0]}x{size[1]} px: RT-DETR doubles maps exactly and takes images with sides that {multiple} divides. Choose such ones."
+            f"`{argument}` {size[0]}x{size[1]} px: D-FINE doubles maps exactly and takes images with sides that {multiple} divides. Choose such ones."
         )
 
 
@@ -93,9 +93,9 @@ def build_detector(
     Args:
         student, image_size, drop_path_rate, pretrained: see `load_backbone`.
         class_names: of the K classes, by their number in `class_labels`.
-        head: "mask_rcnn", with boxes and masks, or "rt_detr_v2", with boxes.
+        head: "mask_rcnn", with boxes and masks, or "d_fine", with boxes.
         hidden_size: channels of the head.
-        **settings: others of `RTDetrV2Config`.
+        **settings: others of torchvision's `MaskRCNN`, or of `DFineConfig`.
 
     Returns:
         A model that takes `pixel_values` (B, 3, H, W), normalised and padded with zeros, `pixel_mask` (B, H, W), 1 where there is image, and `labels`, for
@@ -123,13 +123,13 @@ def build_detector(
             strides=list(backbone.origin.strides),
             hidden_size=hidden_size,
             freeze_batch_norm=pretrained,
+            settings=settings,
             **labels,
-            **settings,
         )
         model = StudentMaskRCNN(mask_rcnn)
         model.detector.backbone.backbone = backbone  # the one that was built has fresh weights and drops no paths
     else:
-        model = StudentRTDetr(_detr_config(backbone, hidden_size, labels, settings, pretrained))
+        model = StudentDFine(_detr_config(backbone, hidden_size, labels, settings, pretrained))
         model.model.backbone.model = backbone
         size = backbone.origin.spec.updated(size=image_size).size
         _check_sides("image_size", size, model)
@@ -139,16 +139,16 @@ def build_detector(
 
 def _detr_config(
     backbone: Any, hidden_size: int, labels: dict[str, Any], settings: dict[str, Any], freeze: bool
-) -> RTDetrV2Config:
+) -> DFineConfig:
     origin = backbone.origin
     if len(backbone.channels) < DETR_MAPS:
         raise ValueError(
-            f"`head` 'rt_detr_v2' looks at {DETR_MAPS} maps, but `student` {origin.student!r} has {len(backbone.channels)}, of strides {origin.strides}. "
+            f"`head` 'd_fine' looks at {DETR_MAPS} maps, but `student` {origin.student!r} has {len(backbone.channels)}, of strides {origin.strides}. "
             "Choose 'mask_rcnn', or another student."
         )
-    return RTDetrV2Config(
+    return DFineConfig(
         backbone_config=backbone.config,
-        # timm's backbones are frozen by their own configuration: RT-DETR would leave out the activations that timm has in BatchNorm.
+        # timm's backbones are frozen by their own configuration: D-FINE would leave out the activations that timm has in BatchNorm.
         freeze_backbone_batch_norms=freeze and not hasattr(backbone.config, "freeze_batch_norm_2d"),
         encoder_in_channels=list(backbone.channels),
         feat_strides=[round(stride) for stride in origin.strides],
@@ -175,7 +175,7 @@ def detect(model: Any, outputs: Any, sizes: Tensor) -> list[dict[str, Tensor]]:
     if "pixel_values" in outputs:
         inputs = {name: outputs.get(name) for name in ("pixel_values", "pixel_mask")}
         outputs = model(**inputs)
-        if not isinstance(model, (StudentMaskRCNN, StudentRTDetr)):  # as `from_pretrained` loads the latter
+        if not isinstance(model, (StudentMaskRCNN, StudentDFine)):  # as `from_pretrained` loads the latter
             outputs.pred_boxes = outputs.pred_boxes / _shares(**inputs)[:, None]
     if not isinstance(model, StudentMaskRCNN):
         found = RTDetrImageProcessor().post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
@@ -199,7 +199,7 @@ def detection_processor(spec: ImageSpec, image_size: int, *, square: bool = True
     Args:
         spec: of the student, for its mean and standard deviation.
         image_size: pixels of the square's side that images are squeezed to, or of the shorter side.
-        square: as RT-DETR has it; otherwise the shape is kept, and the longer side is at most 5/3 of the shorter, as Mask R-CNN has it.
+        square: as D-FINE has it; otherwise the shape is kept, and the longer side is at most 5/3 of the shorter, as Mask R-CNN has it.
     """
     sides = ("height", "width") if square else ("shortest_edge", "longest_edge")
     size = dict(zip(sides, (image_size, image_size if square else round(LONGER_SIDE * image_size)), strict=True))

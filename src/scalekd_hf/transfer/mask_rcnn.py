@@ -36,6 +36,7 @@ class StudentMaskRCNNConfig(PreTrainedConfig):
         strides: of its maps, in pixels, finest first.
         hidden_size: channels of the feature pyramid.
         freeze_batch_norm: the backbone's BatchNorm keeps its statistics and weights.
+        settings: other arguments of `torchvision.models.detection.MaskRCNN`, numbers of proposals for example.
     """
 
     model_type = "scalekd_mask_rcnn"
@@ -44,6 +45,7 @@ class StudentMaskRCNNConfig(PreTrainedConfig):
     strides: list[float] | None = None
     hidden_size: int = 256
     freeze_batch_norm: bool = True
+    settings: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.backbone_config, dict):
@@ -97,6 +99,7 @@ class StudentMaskRCNN(PreTrainedModel):
             rpn_anchor_generator=AnchorGenerator(sizes, (RATIOS,) * len(sizes)),
             box_roi_pool=MultiScaleRoIAlign(levels, BOX_CELLS, SAMPLES),
             mask_roi_pool=MultiScaleRoIAlign(levels, MASK_CELLS, SAMPLES),
+            **(config.settings or {}),
         )
         self.post_init()
 
