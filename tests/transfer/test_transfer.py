@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from scenes import dense_data, model_for, trainer_for
 from transformers import TrainerCallback, UperNetForSemanticSegmentation
 
+from scalekd_hf import load_student
 from scalekd_hf.training.stopping import RunInterrupted
+from scalekd_hf.transfer.detector import build_detector
+from scalekd_hf.transfer.segmenter import build_segmenter
 from scalekd_hf.transfer.tasks import backbone_of
 
 
@@ -192,3 +195,17 @@ def test_a_checkpoint_of_other_settings_or_classes_is_refused(tmp_path, scenes):
         trainer_for(scenes, tmp_path, layer_decay=0.5).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="model UperNetForSemanticSegmentation to StudentDFine"):
         trainer_for(scenes, tmp_path, "detect").train(resume_from_checkpoint=True)
+
+
+def test_a_network_of_one_size_segments_squares_and_is_refused_by_mask_rcnn(tmp_path, scenes):
+    small = {"img_size": 64, "patch_size": 8, "embed_dim": 16, "num_blocks": 4}
+    mixer = load_student("timm/mixer_b14_224", labels=["a", "b"], **small)
+    data = dense_data(scenes, "segment")
+    model = build_segmenter(mixer, data.class_names, image_size=64, hidden_size=8)
+    trainer = trainer_for(scenes, tmp_path, model=model, data=data, max_steps=1, save_strategy="no")
+    trainer.train()
+    assert 0 <= trainer.evaluate()["eval_mean_iou"] <= 1
+    assert dict(trainer.task.processor().size) == {"height": 64, "width": 64}
+    boxes = dense_data(scenes, "detect", masks=True)
+    with pytest.raises(ValueError, match="takes images of 64 px alone, and Mask R-CNN"):
+        trainer_for(scenes, tmp_path, data=boxes, model=build_detector(mixer, boxes.class_names, image_size=64))

@@ -92,6 +92,7 @@ class SegmentationPreparation(DensePreparation):
 
     Args:
         zero_is_ignored: see `read_mask`.
+        square: squeeze images of an evaluation to `spec.size`, for networks of one size.
         others: see `DensePreparation`.
 
     Raises:
@@ -100,7 +101,13 @@ class SegmentationPreparation(DensePreparation):
     """
 
     def __init__(
-        self, spec: ImageSpec, training: bool, num_classes: int, zero_is_ignored: bool = False, **others: Any
+        self,
+        spec: ImageSpec,
+        training: bool,
+        num_classes: int,
+        zero_is_ignored: bool = False,
+        square: bool = False,
+        **others: Any,
     ):
         super().__init__(spec, training, num_classes, **others)
         if num_classes > MAX_CLASSES:
@@ -109,6 +116,9 @@ class SegmentationPreparation(DensePreparation):
                 "not count. Merge some."
             )
         self.zero_is_ignored = zero_is_ignored
+        shorter = min(spec.size)
+        whole = v2.RandomShortestSize(shorter, round(LONGEST * shorter))
+        self.resize = v2.Resize(list(spec.size)) if square else whole
         changes = [v2.RandomApply([v2.ColorJitter(**change)]) for change in COLOURS]
         self.distort = v2.Compose([v2.RandomHorizontalFlip(), *changes])
 
@@ -126,10 +136,8 @@ class SegmentationPreparation(DensePreparation):
             with _seeded(self.seed, pass_number, identity):
                 image, labels = self.distort(*self._crop(image, labels))
             return {"pixel_values": _plain(image), "labels": _plain(labels)}
-        shorter = min(self.spec.size)
-        resize = v2.RandomShortestSize(shorter, round(LONGEST * shorter))
-        with _seeded(self.seed):  # it draws one of one, from the generator that a run draws from
-            image, labels = resize(image, labels)
+        with _seeded(self.seed):  # it may draw one of one, from the generator that a run draws from
+            image, labels = self.resize(image, labels)
         return {"pixel_values": _plain(image), "labels": _plain(labels), "target": {"mask": mask}, "size": size}
 
     def _crop(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .metrics import DetectionMetrics, SegmentationMetrics, class_maps
 from .segmenter import segmentation_processor
 
 
-__all__ = ["Detection", "Segmentation", "Task", "backbone_of", "task_of"]
+__all__ = ["Detection", "Segmentation", "Task", "backbone_of", "has_one_size", "task_of"]
 
 
 class Task:
@@ -85,6 +86,10 @@ class Segmentation(Task):
 
     best, pipeline = "mean_iou", "image-segmentation"
 
+    def __init__(self, model: Any, data: DenseData, spec: ImageSpec):
+        super().__init__(model, data, spec)
+        self.options = {"square": has_one_size(model, spec)}
+
     @property
     def collator(self) -> DenseCollator:
         """Batches of one shape in training."""
@@ -92,7 +97,7 @@ class Segmentation(Task):
 
     def processor(self) -> Any:
         """See `Task.processor`."""
-        return segmentation_processor(self.spec, min(self.spec.size))
+        return segmentation_processor(self.spec, min(self.spec.size), **self.options)
 
     def metrics(self, device: torch.device) -> Any:
         """See `Task.metrics`."""
@@ -116,6 +121,11 @@ class Detection(Task):
     def __init__(self, model: Any, data: DenseData, spec: ImageSpec):
         super().__init__(model, data, spec)
         self.masks = isinstance(model, StudentMaskRCNN)
+        if self.masks and has_one_size(model, spec):
+            raise ValueError(
+                f"`student` {backbone_of(model).origin.student!r} takes images of {spec.size[0]} px alone, and Mask R-CNN shows it images "
+                "of all shapes. Choose `head` 'd_fine', which squeezes them to a square, or another student."
+            )
         self.options = {"masks": self.masks, "square": not self.masks}
 
     def processor(self) -> Any:
@@ -141,6 +151,17 @@ def backbone_of(model: Any) -> Any:
     if isinstance(model, StudentMaskRCNN):
         return model.detector.backbone.backbone
     return model.model.backbone.model if hasattr(model, "model") else model.backbone
+
+
+def has_one_size(model: Any, spec: ImageSpec) -> bool:
+    """Whether a model's backbone takes images of one size alone, as mixers do; from a run without values."""
+    shadow = copy.deepcopy(backbone_of(model)).to("meta").eval()
+    height, width = spec.size
+    try:
+        shadow(torch.zeros(1, 3, height, 2 * width, device="meta"))
+    except (AssertionError, RuntimeError, ValueError):
+        return True
+    return False
 
 
 def task_of(model: Any, data: DenseData, image_size: int) -> Task:
