@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": "say what a distillation would do and cost, or why it would fail",
     "evaluate": "evaluate a classifier or a backbone on labelled images",
     "export": "write a student as ONNX and `torch.export`",
+    "convert": "make a student of a checkpoint that others have published, or one for OpenMMLab of a student",
     "visualize": "draw where teacher and student agree",
     "recipes": "list the published pairs; print or copy one",
     "quickstart": "distil a small student that reads numbers, in a minute",

@@ -53,12 +53,21 @@ class _Rotary(nn.Module):
 
     def __init__(self, channels: int, grid: tuple[int, int]):
         super().__init__()
-        half = channels // 2
-        frequencies = 10000.0 ** -(torch.arange(0, half, 2).float() / half)
-        rows, columns = (torch.outer(torch.arange(side) / side * half, frequencies).repeat(1, 2) for side in grid)
-        angles = torch.cat((rows.repeat_interleave(grid[1], 0), columns.repeat(grid[0], 1)), dim=-1)
+        self.channels, self.grid = channels, grid
         self.table: Tensor
-        self.register_buffer("table", torch.cat((angles.sin(), angles.cos()), dim=-1), persistent=False)
+        self.register_buffer("table", torch.empty(grid[0] * grid[1], 2 * channels), persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill in the table, also after a model was made without memory: transformers calls this by its name."""
+        half = self.channels // 2
+        frequencies = 10000.0 ** -(torch.arange(0, half, 2, device=self.table.device).float() / half)
+        rows, columns = (
+            torch.outer(torch.arange(side, device=self.table.device) / side * half, frequencies).repeat(1, 2)
+            for side in self.grid
+        )
+        angles = torch.cat((rows.repeat_interleave(self.grid[1], 0), columns.repeat(self.grid[0], 1)), dim=-1)
+        self.table.copy_(torch.cat((angles.sin(), angles.cos()), dim=-1))
 
     def get_embed(self, shape: Any = None) -> Tensor:
         """The table, as timm asks for it."""
@@ -68,9 +77,9 @@ class _Rotary(nn.Module):
 class RotatedEva(Eva):
     """EVA-02 with these rotary positions."""
 
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.rope = _Rotary(self.embed_dim // self.blocks[0].attn.num_heads, self.patch_embed.grid_size)
+    def __init__(self, *, embed_dim: int, num_heads: int, **options: Any):
+        super().__init__(embed_dim=embed_dim, num_heads=num_heads, **options)
+        self.rope = _Rotary(embed_dim // num_heads, self.patch_embed.grid_size)
 
 
 @register_model
@@ -79,7 +88,7 @@ def vit_base_patch14_224_openmmlab(pretrained: bool = False, **kwargs: Any) -> N
 
     OpenMMLab builds it with `avg_token`; it is the student of the pair `eva_l_to_vit_b14` as the authors ran it.
     """
-    options = {"patch_size": 14, "embed_dim": 768, "depth": 12, "num_heads": 12, "class_token": False}
+    options: dict[str, Any] = {"patch_size": 14, "embed_dim": 768, "depth": 12, "num_heads": 12, "class_token": False}
     options |= {"global_pool": "avg", "fc_norm": False, **kwargs}
     name = "vit_base_patch14_224_openmmlab"
     return build_model_with_cfg(NormedTwice, name, pretrained, **options)
@@ -91,7 +100,14 @@ def eva02_small_patch14_336_openmmlab(pretrained: bool = False, **kwargs: Any) -
 
     It differs from EVA-02 in its rotary positions, in a bias of the attention's keys, and in the epsilon of its LayerNorms.
     """
-    options = {"img_size": 336, "patch_size": 14, "embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 8 / 3}
+    options: dict[str, Any] = {
+        "img_size": 336,
+        "patch_size": 14,
+        "embed_dim": 384,
+        "depth": 12,
+        "num_heads": 6,
+        "mlp_ratio": 8 / 3,
+    }
     options |= {"swiglu_mlp": True, "scale_mlp": True, "attn_type": "rope", "scale_attn_inner": False}
     options |= {"global_pool": "avg", "norm_layer": partial(nn.LayerNorm, eps=1e-5), **kwargs}
     name = "eva02_small_patch14_336_openmmlab"
