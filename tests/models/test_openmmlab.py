@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import itertools
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from scalekd_hf.cli.main import main
 from scalekd_hf.models.openmmlab import find_weights, from_openmmlab, is_openmmlab, to_openmmlab
+from scalekd_hf.models.saving import save_student
 from scalekd_hf.models.students import load_student
 
 
@@ -69,6 +71,34 @@ def test_mmpretrain_loads_what_is_written_for_it_and_puts_out_our_logits(name, t
     again, others = theirs(tmp_path, name)
     assert torch.equal(again, images) and (logits - others).abs().max() > 0.05
     assert (ours - others).abs().max() < 1e-5
+
+
+@pytest.mark.openmmlab
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+def test_the_lines_on_the_page_load_what_is_written_for_mmpretrain(tmp_path):
+    page = (ROOT / "docs/published.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    save_student(load_student("timm/resnet50"), tmp_path / "student")
+    main(
+        [
+            "convert",
+            str(tmp_path / "student"),
+            "--to",
+            "openmmlab",
+            "--output_dir",
+            str(tmp_path / "resnet50-openmmlab"),
+        ]
+    )
+    (tmp_path / "page.py").write_text(
+        f"{block}\nimport torch\ntorch.save(model.state_dict(), 'loaded.pth')\n", encoding="utf-8"
+    )
+    result = subprocess.run(
+        [sys.executable, SCRIPT, ".", "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    written = torch.load(tmp_path / "resnet50-openmmlab/student.pth", weights_only=True)["state_dict"]
+    loaded = torch.load(tmp_path / "loaded.pth", weights_only=True)
+    assert set(loaded) == set(written) and all(torch.equal(loaded[name], value) for name, value in written.items())
 
 
 # Without it: names and numbers by hand

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor
@@ -50,8 +49,6 @@ OTHER_STYLES = {
 POOLED_FIRST = "head_norm_first"  # timm's argument of ConvNeXt
 OWN = (*mixers.__all__, *variants.__all__)  # that timm does not know
 WRITTEN = "student.pth"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -239,11 +236,17 @@ def _fitting(builds: list[Build], weights: dict[str, Tensor], student: str) -> t
     errors = []
     for build in builds:
         try:
-            return _loaded(build, weights)
+            state = _renamed(build, weights)
         except _Unfit as error:
             errors.append(f"{build.name}: {error}")
-    others = [name for name in known_students() if name != student and _fits_any(name, weights)]
-    remedy = f"It fits `--student {others[0]}`." if others else f"It fits none of {', '.join(known_students())}."
+            continue
+        made = load_student(build.name, **_arguments(build, weights))
+        made.spec = made.classifier.spec = made.spec.updated(**build.spec)
+        if made.num_labels == CLASSES and made.labels is None:
+            made.name_labels(class_names())
+        return made, state
+    other = next((name for name in known_students() if name != student and _fits_any(name, weights)), None)
+    remedy = f"It fits `--student {other}`." if other else f"It fits none of {', '.join(known_students())}."
     raise ValueError(f"The checkpoint does not fit `student` {student!r} ({'; '.join(errors)}). {remedy}")
 
 
@@ -251,29 +254,31 @@ class _Unfit(ValueError):
     """Weights of another network."""
 
 
-def _loaded(build: Build, weights: dict[str, Tensor]) -> tuple[Student, dict[str, Tensor]]:
+def _arguments(build: Build, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Those of `load_student`, with as many classes as the weights have."""
     classes = _classes(weights)
-    arguments = dict(build.arguments)
-    if classes == CLASSES:
-        arguments["labels"] = class_names()
-    elif classes is not None:
-        arguments["num_classes"] = classes
-    made = load_student(build.name, **arguments)
-    made.spec = made.classifier.spec = made.spec.updated(**build.spec)
-    return made, _renamed(made.model, weights)
+    return build.arguments if classes is None else {**build.arguments, "num_classes": classes}
 
 
-def _renamed(module: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in a module's own names.
+@cache
+def _network(name: str, arguments: str) -> tuple[str, str | None, dict[str, tuple[int, ...]]]:
+    """Class, family and shapes of a network, of which no weight is made; `arguments` as JSON."""
+    with torch.device("meta"):
+        module = load_student(name, **json.loads(arguments)).model
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    return type(module).__name__, _family(module), shapes
+
+
+def _renamed(build: Build, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in the names of a network.
 
     Raises:
-        _Unfit: they are of another module.
+        _Unfit: they are of another one.
     """
-    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    kind, family, shapes = _network(build.name, json.dumps(_arguments(build, weights)))
     if is_openmmlab(weights):
-        family = _family(module)
         if family is None:
-            raise _Unfit(f"a {type(module).__name__} is not known in OpenMMLab's layout")
+            raise _Unfit(f"a {kind} is not known in OpenMMLab's layout")
         try:
             return from_openmmlab(family, shapes, weights)
         except ValueError as error:
@@ -283,18 +288,15 @@ def _renamed(module: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         raise _Unfit(
             f"{len(wrong)} weights are missing, left over or of another shape, such as {', '.join(wrong[:6])}"
         )
-    return dict(weights)
+    return weights
 
 
 def _fits_any(student: str, weights: dict[str, Tensor]) -> bool:
+    """Whether weights are of one of the builds of a published student."""
     shapes = {name: value.to("meta") for name, value in weights.items()}
-    classes = _classes(weights) or CLASSES
     for build in _published(student):
-        arguments = {name: value for name, value in build.arguments.items() if name not in ("mean", "std", "taps")}
-        with torch.device("meta"):
-            module = timm.create_model(build.name.removeprefix("timm/"), **{**arguments, "num_classes": classes})
         try:
-            _renamed(module, shapes)
+            _renamed(build, shapes)
             return True
         except _Unfit:
             continue
@@ -325,6 +327,7 @@ def _teacher(recipe: str | None) -> Source | None:
 def _describe(student: Student, folder: Path, recipe: str | None, checkpoint: str, facts: dict[str, Any]) -> None:
     spec, classifier = student.spec, student.classifier
     architecture = getattr(student.model, "pretrained_cfg", {}).get("architecture", "")
+    named = student.labels == class_names()
     side = int(min(spec.size) / spec.crop_pct)
     known = {name: value for name, value in classifier.model_args.items() if name != "num_classes"}
     card = CardFacts(
@@ -340,6 +343,7 @@ def _describe(student: Student, folder: Path, recipe: str | None, checkpoint: st
             "student": student.name,
             "its arguments": f"`{known}`" if known else None,
             **facts,
+            "classes": "1000, which are taken for ImageNet-1K's in their usual order" if named else None,
             "recipe of the pair": f"`{recipe}`" if recipe else None,
             "before it is loaded": f"`from scalekd_hf import {architecture}`" if architecture in OWN else None,
             "images": f"shorter side to {side} px ({spec.interpolation}), centre crop {spec.size[0]}x{spec.size[1]}",
