@@ -34,7 +34,7 @@ RUN = {  # blocks that are run elsewhere, by page and place in it
     ("docs/export.md", 2): "tests/tools/test_export.py",
     ("docs/index.md", 1): "what the quickstart prints",
     ("docs/own_photos.md", 0): "the folder that the test makes",
-    ("docs/published.md", 3): "tests/models/test_openmmlab.py",
+    ("docs/published.md", 3): "tests/models/test_mmpretrain.py",
     ("docs/results.md", 0): "tests/cli/test_results.py",
 }
 SCALEKD = "scalekd_hf.cli.main"

@@ -1,4 +1,4 @@
-"""Networks as mmpretrain builds them, with random weights and statistics: their checkpoints and their logits, for `test_openmmlab.py`.
+"""Networks as mmpretrain builds them, with random weights and statistics: their checkpoints and their logits, for `test_mmpretrain.py`.
 
 A process of its own, in which transformers cannot be imported: mmpretrain 1.2 does not know its version 5.
 """

@@ -214,10 +214,8 @@ def test_a_student_folder_is_left_alone_and_one_is_not_replaced_unasked(model, t
     convert(tmp_path / "student", "--student", "convnext_t", "--output_dir", tmp_path / "new")
     assert "is a student folder already" in capsys.readouterr().out and not (tmp_path / "new").exists()
     file = save(tmp_path, theirs(model))
-    assert "holds a student" in refused(capsys, file, *RESNET18, "--output_dir", tmp_path / "student")
+    assert "holds something already" in refused(capsys, file, *RESNET18, "--output_dir", tmp_path / "student")
     assert {file: file.read_bytes() for file in (tmp_path / "student").iterdir()} == before
-    convert(file, *RESNET18, "--output_dir", tmp_path / "student", "--overwrite_output_dir")
-    assert load_student(str(tmp_path / "student"), pretrained=True).num_labels == 10
 
 
 def test_a_converted_student_is_evaluated_and_written_for_openmmlab(model, tmp_path, capsys):

@@ -28,10 +28,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="File to convert; with `--to openmmlab` the folder of a student.")
     parser.add_argument("--student", help=f"What it is of: {', '.join(known_students())}, or timm/<name>.")
     parser.add_argument("--teacher", help="For the card: swin_l or eva_l, or the recipe of the pair.")
-    parser.add_argument("--output_dir", help="Folder to write into.", required=True)
+    parser.add_argument("--output_dir", help="Folder to write into: a new or an empty one.", required=True)
     parser.add_argument("--raw", action="store_true", help="Take the last step's weights, not the moving average.")
     parser.add_argument("--student_args", help="Further arguments of the model, as JSON.")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace a student that is there.")
     parser.add_argument("--to", choices=["student", "openmmlab"], default="student", help="What to write.")
     arguments = parser.parse_args(words)
     is_folder = _is_student(Path(arguments.checkpoint))
@@ -52,7 +51,6 @@ def main(words: Sequence[str] | None = None) -> None:
         teacher=arguments.teacher,
         raw=arguments.raw,
         student_args=mapping(arguments.student_args, "student_args"),
-        overwrite=arguments.overwrite_output_dir,
     )
     student = converted.student
     millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
@@ -66,7 +64,9 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _is_student(path: Path) -> bool:
     config = path / "config.json"
-    return config.is_file() and bool({"architecture", "model_type"} & set(json.loads(config.read_text("utf-8"))))
+    return config.is_file() and bool(
+        {"architecture", "model_type"} & set(json.loads(config.read_text(encoding="utf-8")))
+    )
 
 
 def _to_openmmlab(arguments: argparse.Namespace, is_folder: bool) -> None:

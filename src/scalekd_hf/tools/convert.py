@@ -16,7 +16,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from ..data.imagenet import CLASSES, class_names
-from ..manifest import STUDENT_FILE, digest
+from ..manifest import digest
 from ..models import mixers, variants
 from ..models.foreign_pickle import read_foreign
 from ..models.openmmlab import FAMILIES, find_weights, from_openmmlab, is_openmmlab, to_openmmlab
@@ -96,27 +96,22 @@ def convert(
     teacher: str | None = None,
     raw: bool = False,
     student_args: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
 ) -> Converted:
     """Write the student folder of a checkpoint of mmcls, mmpretrain or timm, as the trainer would write it, with a card.
 
     Args:
         checkpoint: a file of a classifier, or of a whole distillation with the student in it.
         student: one of `known_students`, which sets the authors' preparation of images, too; or a model, as `load_student` takes it.
-        folder: made where it does not exist.
+        folder: made where it does not exist; it must be empty.
         teacher: "swin_l" and so on, or the name of a recipe: whose student it is, for the card.
         raw: the weights of the last step, where the file has a moving average, too.
         student_args: further arguments of the model.
-        overwrite: replace a student that is in the folder.
 
     Raises:
-        ValueError: a file that cannot be read, weights that are missing, left over or of other shapes, or a student of another name.
+        ValueError: a folder that is not empty, a file that cannot be read, weights that are missing, left over or of other shapes, or a student of another name.
     """
     folder = Path(folder)
-    if (folder / STUDENT_FILE).exists() and not overwrite:
-        raise ValueError(
-            f"`output_dir` {str(folder)!r} holds a student. Name another folder, or give `--overwrite true`."
-        )
+    _check_empty(folder)
     recipe = _recipe(student, teacher)
     content, passed_over = read_foreign(checkpoint)
     weights, which = find_weights(content, raw)
@@ -147,7 +142,7 @@ def write_openmmlab(student: Student, folder: str | Path) -> Path:
         The file, `student.pth` in the folder.
 
     Raises:
-        ValueError: a student of an architecture that OpenMMLab has not, or not with these names.
+        ValueError: a folder that is not empty, or a student of an architecture that OpenMMLab has not under these names.
     """
     family = _family(student.model)
     if family is None:
@@ -156,12 +151,20 @@ def write_openmmlab(student: Student, folder: str | Path) -> Path:
             f"OpenMMLab. Those of timm that can: {', '.join(FAMILIES)}."
         )
     file = Path(folder, WRITTEN)
+    _check_empty(file.parent)
     file.parent.mkdir(parents=True, exist_ok=True)
     meta = {"CLASSES": student.labels, "student": student.classifier.module.pretrained_cfg.get("architecture")}
     unfinished = file.with_suffix(".part")
     torch.save({"meta": meta, "state_dict": to_openmmlab(family, student.model.state_dict())}, unfinished)
     unfinished.replace(file)
     return file
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"`output_dir` {str(folder)!r} holds something already, which stays as it is. Name another folder."
+        )
 
 
 # Which student it is
