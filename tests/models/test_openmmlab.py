@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from scalekd_hf.cli.main import main
-from scalekd_hf.models.openmmlab import find_weights, from_openmmlab, is_openmmlab, to_openmmlab
+from scalekd_hf.models.openmmlab import family_of, find_weights, from_openmmlab, is_openmmlab, to_openmmlab
 from scalekd_hf.models.students import load_student
 
 
@@ -129,6 +129,7 @@ def test_names_are_openmmlabs_and_the_way_back_is_exact(kind):
     model, family = small(kind)
     state = model.state_dict()
     written = to_openmmlab(family, state)
+    assert family_of(model) == family
     assert set(written) == {f"backbone.{name}" for name in SMALL[kind][2]} | linear("head.fc")
     assert is_openmmlab(written) and not is_openmmlab(state)
     written["backbone.norm1.weight"] = torch.ones(8)  # of maps that only distillation looks at, and what is computed
@@ -137,6 +138,27 @@ def test_names_are_openmmlabs_and_the_way_back_is_exact(kind):
     read = from_openmmlab(family, shapes(model), written)
     assert set(read) == set(state)
     assert all(torch.allclose(value, state[name], rtol=1e-6, atol=0) for name, value in read.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mobilenetv1_100", {}),  # with ReLU6
+        ("seresnet50", {}),
+        ("resnet50_gn", {}),
+        ("resnet50", {"act_layer": "silu"}),
+        ("convnextv2_atto", {}),
+        ("resmlp_12_224", {}),
+        ("vit_small_patch14_dinov2", {}),
+        ("vit_base_patch16_clip_224", {}),
+        ("eva02_small_patch14_336", {}),
+        ("efficientnet_b0", {}),
+        ("swinv2_tiny_window8_256", {}),
+    ],
+)
+def test_networks_with_other_parts_or_activations_are_of_no_family(name, options):
+    with torch.device("meta"):
+        assert family_of(timm.create_model(name, **options)) is None
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-__all__ = ["FAMILIES", "find_weights", "from_openmmlab", "is_openmmlab", "to_openmmlab"]
+__all__ = ["FAMILIES", "family_of", "find_weights", "from_openmmlab", "is_openmmlab", "to_openmmlab"]
 
 SHOWN = 6
 BACKBONE = "backbone."
@@ -69,6 +69,20 @@ RESNET_D = [
 ]
 MOBILENET = [(r"^conv_stem\.", "model.0.0."), (r"^bn1\.", "model.0.1.")]
 MOBILENET_LAYERS = {"conv_dw": 0, "bn1": 1, "conv_pw": 3, "bn2": 4}
+# Parts of timm's names for which there are others in these lists. A network with further ones is another than OpenMMLab's.
+TRANSFORMER = "pos_embed cls_token patch_embed proj blocks norm norm1 norm2 fc_norm attn qkv mlp fc1 fc2 head"
+WORDS = {
+    "ResNet": "conv1 conv2 conv3 bn1 bn2 bn3 downsample layer1 layer2 layer3 layer4 fc",
+    "EfficientNet": "conv_stem blocks conv_dw conv_pw bn1 bn2 classifier",
+    "ConvNeXt": "stem stages blocks conv_dw norm mlp fc1 fc2 gamma downsample norm_pre head fc",
+    "SwinTransformer": f"{TRANSFORMER} layers relative_position_bias_table downsample reduction fc",
+    "VisionTransformer": TRANSFORMER,
+    "NormedTwice": TRANSFORMER,
+    "MlpMixer": "stem proj blocks norm norm1 norm2 mlp_tokens mlp_channels fc1 fc2 head",
+    "RotatedEva": f"{TRANSFORMER} fc1_g fc1_x",
+}
+ENDS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+ACTIVATIONS = {"ResNet": "ReLU", "EfficientNet": "ReLU", "RotatedEva": "SiLU"}  # of the others GELU
 HEAD = re.compile(r"^(?:head\.fc|head|fc|classifier)\.(weight|bias)$")
 Names = list[tuple[str, Any]]
 
@@ -191,6 +205,18 @@ FAMILIES: dict[str, Callable[[list[str]], dict[str, str]]] = {  # by the class o
     "MlpMixer": _listed(MIXER),
     "RotatedEva": _listed(EVA02),
 }
+
+
+def family_of(module: nn.Module) -> str | None:
+    """The family of a classifier of timm, if OpenMMLab has its architecture; else None."""
+    family = type(module).__name__
+    if family not in FAMILIES or not hasattr(module, "pretrained_cfg"):
+        return None
+    words = {word for name in module.state_dict() for word in name.split(".") if not word.isdecimal()}
+    made = {type(part).__name__ for part in module.modules() if type(part).__module__.endswith("activation")}
+    normed = "running_mean" in words or ACTIVATIONS.get(family) != "ReLU"  # by BatchNorm, as others are by LayerNorm
+    same = normed and words <= {*WORDS[family].split(), *ENDS} and made <= {ACTIVATIONS.get(family, "GELU"), "Softmax"}
+    return family if same else None
 
 
 def _their_names(family: str, keys: list[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from ..data.imagenet import CLASSES, class_names
 from ..manifest import digest
 from ..models import mixers, variants
 from ..models.foreign_pickle import read_foreign
-from ..models.openmmlab import FAMILIES, find_weights, from_openmmlab, is_openmmlab, to_openmmlab
+from ..models.openmmlab import FAMILIES, family_of, find_weights, from_openmmlab, is_openmmlab, to_openmmlab
 from ..models.saving import check_rebuildable, save_student
 from ..models.students import Student, load_student
 from ..publishing.model_card import CardFacts, make_card
@@ -144,11 +144,11 @@ def write_openmmlab(student: Student, folder: str | Path) -> Path:
     Raises:
         ValueError: a folder that is not empty, or a student of an architecture that OpenMMLab has not under these names.
     """
-    family = _family(student.model)
+    family = family_of(student.model)
     if family is None:
         raise ValueError(
             f"`student` {student.name!r} is a {type(student.model).__name__} of {student.classifier.library}, which cannot be written for "
-            f"OpenMMLab. Those of timm that can: {', '.join(FAMILIES)}."
+            f"OpenMMLab. Those of timm that can, with its parts and activations: {', '.join(FAMILIES)}."
         )
     file = Path(folder, WRITTEN)
     _check_empty(file.parent)
@@ -269,7 +269,7 @@ def _network(name: str, arguments: str) -> tuple[str, str | None, dict[str, tupl
     with torch.device("meta"):
         module = load_student(name, **json.loads(arguments)).model
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    return type(module).__name__, _family(module), shapes
+    return type(module).__name__, family_of(module), shapes
 
 
 def _renamed(build: Build, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -281,7 +281,7 @@ def _renamed(build: Build, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     kind, family, shapes = _network(build.name, json.dumps(_arguments(build, weights)))
     if is_openmmlab(weights):
         if family is None:
-            raise _Unfit(f"a {kind} is not known in OpenMMLab's layout")
+            raise _Unfit(f"OpenMMLab has no such {kind}, with these parts and activations, that is known here")
         try:
             return from_openmmlab(family, shapes, weights)
         except ValueError as error:
@@ -304,11 +304,6 @@ def _fits_any(student: str, weights: dict[str, Tensor]) -> bool:
         except _Unfit:
             continue
     return False
-
-
-def _family(module: Any) -> str | None:
-    name = type(module).__name__
-    return name if name in FAMILIES and hasattr(module, "pretrained_cfg") else None
 
 
 def _classes(weights: Mapping[str, Tensor]) -> int | None:
