@@ -244,6 +244,23 @@ def test_the_rotary_positions_are_those_of_mmpretrain():
         assert torch.allclose(torch.stack(found), torch.stack((angle.sin(), angle.cos())), atol=1e-6)
 
 
+def test_eva02s_gate_is_the_first_half_of_what_openmmlab_has_in_one():
+    model, family = small("eva02")
+    state, inputs = to_openmmlab(family, model.state_dict()), torch.randn(2, 5, 16)
+
+    def by(name, values):
+        weight, bias = (state[f"backbone.layers.0.mlp.{name}.{part}"] for part in ("weight", "bias"))
+        return values @ weight.T + bias
+
+    gate, values = by("w12", inputs).chunk(2, dim=-1)
+    norm = model.blocks[0].mlp.norm
+    hidden = nn.functional.layer_norm(
+        nn.functional.silu(gate) * values, norm.normalized_shape, norm.weight, norm.bias, 1e-5
+    )
+    with torch.no_grad():
+        assert torch.allclose(model.blocks[0].mlp(inputs), by("w3", hidden), atol=1e-5)
+
+
 class PlainMobileNet(nn.Module):
     """MobileNet-V1 by table 1 of https://arxiv.org/abs/1704.04861, with the names of the authors' code."""
 
