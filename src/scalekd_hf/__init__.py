@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .models.mixers import mixer_b14_224
     from .models.students import Student, load_student
     from .models.teachers import Teacher, load_teacher
+    from .models.variants import eva02_small_patch14_336_openmmlab, vit_base_patch14_224_openmmlab
     from .tools.plan import Plan, plan
     from .training.config import ScaleKDConfig
     from .training.loss_log import NonFiniteLossError
@@ -35,6 +36,7 @@ _MODULES = {
     "Student": "models.students",
     "Teacher": "models.teachers",
     "TopKAccuracy": "training.metrics",
+    "eva02_small_patch14_336_openmmlab": "models.variants",
     "frequency_mimicking_loss": "method.losses",
     "load_student": "models.students",
     "load_teacher": "models.teachers",
@@ -42,6 +44,7 @@ _MODULES = {
     "mixer_b14_224": "models.mixers",
     "plan": "tools.plan",
     "spatial_mimicking_loss": "method.losses",
+    "vit_base_patch14_224_openmmlab": "models.variants",
 }
 _PACKAGES = ("borrowed", "cli", "data", "images", "method", "models", "publishing", "tools", "training", "transfer")
 
@@ -57,6 +60,7 @@ __all__ = [
     "Student",
     "Teacher",
     "TopKAccuracy",
+    "eva02_small_patch14_336_openmmlab",
     "frequency_mimicking_loss",
     "load_student",
     "load_teacher",
@@ -64,6 +68,7 @@ __all__ = [
     "mixer_b14_224",
     "plan",
     "spatial_mimicking_loss",
+    "vit_base_patch14_224_openmmlab",
 ]
 
 

@@ -9,6 +9,7 @@ import shutil
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from datasets import load_dataset
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from scalekd_hf import load_student
 from scalekd_hf.cli.main import main
+from scalekd_hf.models.openmmlab import to_openmmlab
 from scalekd_hf.models.saving import save_student
 from scalekd_hf.tools.words import shipped_configs, shipped_folder
 
@@ -32,6 +34,7 @@ RUN = {  # blocks that are run elsewhere, by page and place in it
     ("docs/export.md", 2): "tests/tools/test_export.py",
     ("docs/index.md", 1): "what the quickstart prints",
     ("docs/own_photos.md", 0): "the folder that the test makes",
+    ("docs/published.md", 3): "tests/models/test_mmpretrain.py",
     ("docs/results.md", 0): "tests/cli/test_results.py",
     ("docs/transfer.md", 0): "tests/transfer/test_recipes.py",
     ("docs/transfer.md", 1): "tests/transfer/test_recipes.py",
@@ -286,6 +289,30 @@ def test_the_backbone_on_the_pages_is_trained_loaded_and_measured(here, digits, 
     for given in (backbone, classifier):
         main([*given, "--use_cpu", "true", "--disable_tqdm", "true"])
         assert "linear probe" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@runs("docs/published.md", 0, 1, 2)
+def test_the_page_of_published_students_converts_measures_and_writes_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for place, synset in enumerate(("n01440764", "n01443537", "n02129165")):
+        (tmp_path / "imagenet/val" / synset).mkdir(parents=True)
+        Image.new("RGB", (300, 260), (90 * place, 40, 10)).save(tmp_path / f"imagenet/val/{synset}/{place}.jpg")
+    state = timm.create_model("resnet50").state_dict()
+    torch.save(
+        {"state_dict": {f"student.{n}": v for n, v in to_openmmlab("ResNet", state).items()}}, "resnet50_swin_l.pth"
+    )
+    for words in commands(blocks("docs/published.md")[0]):
+        main([*words, *(["--use_cpu", "true"] if words[0] == "evaluate" else [])])
+    assert "imagenet-1k" in capsys.readouterr().out
+    card = (tmp_path / "resnet50-scalekd/README.md").read_text(encoding="utf-8")
+    assert "reports 82.03% top-1" in card and "All evaluations" in card
+    torch.save({"state_dict": timm.create_model("resnet18").state_dict(), "epoch": 3}, "model_best.pth.tar")
+    main(commands(blocks("docs/published.md")[1])[0])
+    assert load_student("my-resnet18", pretrained=True).labels[1] == "goldfish, Carassius auratus"
+    main(commands(blocks("docs/published.md")[2])[0])
+    written = torch.load("resnet50-openmmlab/student.pth", weights_only=True)["state_dict"]
+    assert torch.equal(written["backbone.conv1.weight"], state["conv1.weight"])
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ COMMANDS = {
     "transfer": "teach a student to segment or to detect, as the backbone of a well-known head",
     "evaluate": "evaluate a classifier or a backbone on labelled images",
     "export": "write a student as ONNX and `torch.export`",
+    "convert": "make a student of a checkpoint that others have published, or one for OpenMMLab of a student",
     "visualize": "draw where teacher and student agree",
     "recipes": "list the published pairs; print or copy one",
     "quickstart": "distil a small student that reads numbers, in a minute",

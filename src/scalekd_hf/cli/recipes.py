@@ -8,23 +8,19 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..tools.words import find_config, shipped_configs
+from ..tools.words import find_config, paper_results, shipped_configs
 
 
 __all__ = ["main", "published"]
 
 TRANSFER = "transfer/"  # begins the names of recipes for backbones
 PAIR = re.compile(r"# (?P<pair>.+?): as run by the authors")
-RESULT = re.compile(r"# Top-1 of the paper: alone (?P<alone>[\d.]+), ScaleKD (?P<distilled>[\d.]+)")
 
 
 def published(file: Path) -> tuple[str, str, str] | None:
     """Pair and the paper's accuracies, alone and distilled, where it has any; None for a file that is no published pair."""
-    text = file.read_text(encoding="utf-8")
-    pair, result = PAIR.match(text), RESULT.search(text)
-    if pair is None:
-        return None
-    return pair["pair"], result["alone"] if result else "", result["distilled"] if result else ""
+    pair, results = PAIR.match(file.read_text(encoding="utf-8")), paper_results(file)
+    return (pair["pair"], results.get("alone", ""), results.get("distilled", "")) if pair else None
 
 
 def table() -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "ReaL",
     "benchmark",
     "check_classes",
+    "class_names",
     "class_places",
     "label_places",
     "read_real_labels",
@@ -101,6 +102,15 @@ def _words() -> dict[str, list[int]]:
         if first not in whole:
             places.setdefault(first, []).append(place)
     return places
+
+
+def class_names() -> list[str]:
+    """The 1000 classes by the words for them, in their usual order; a second one of the same words has its WordNet id behind them."""
+    info, seen, names = ImageNetInfo(), set[str](), []
+    for synset, words in zip(info.label_names(), info.label_descriptions(), strict=True):
+        names.append(f"{words} ({synset})" if words in seen else words)
+        seen.add(words)
+    return names
 
 
 def class_places(names: list[str], role: str) -> list[int]:

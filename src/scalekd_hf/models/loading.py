@@ -35,7 +35,7 @@ from ..images import INTERPOLATIONS, ImageSpec
 from ..manifest import STUDENT_FILE, check_file
 from ..network import lost_connection
 from ..texts import redacted, without_secrets
-from . import mixers  # noqa: F401  registers a mixer by its name
+from . import mixers, variants  # noqa: F401  which register students by their names
 from .dry_run import SIZE_OPTIONS
 from .vision_side import classifies, vision_side
 from .weights import (

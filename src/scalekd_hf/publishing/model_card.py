@@ -72,6 +72,8 @@ class CardFacts:
         configuration: all that differ and are not about where and how the run reports.
         curves: whether there is a picture.
         baseline_args: settings that the student alone had of its own.
+        converted: the checkpoint of others that the student was converted from; nothing was trained here then.
+        paper: of a converted student, top-1 in per cent as its paper has it: "distilled", and "alone" without a teacher.
     """
 
     repo: str
@@ -89,6 +91,8 @@ class CardFacts:
     configuration: dict[str, Any] = field(default_factory=dict)
     curves: bool = False
     baseline_args: dict[str, Any] = field(default_factory=dict)
+    converted: str | None = None
+    paper: dict[str, str] = field(default_factory=dict)
     license: str | None = None
     language: str | list[str] | None = None
     tags: list[str] = field(default_factory=list)
@@ -119,6 +123,8 @@ def make_card(facts: CardFacts) -> ModelCard:
         gain=gain,
         baseline_args=" and ".join(f"{code(name)} {inline(value)}" for name, value in facts.baseline_args.items()),
         curves=facts.curves,
+        converted=code(facts.converted) if facts.converted else None,
+        paper=facts.paper,
         facts=[(inline(name), inline(value)) for name, value in facts.facts.items() if value not in (None, "")],
         settings=[(code(name), code(value)) for name, value in facts.settings.items()],
         lighter_stems="stem" in facts.settings,

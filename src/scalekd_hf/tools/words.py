@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import re
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +22,14 @@ __all__ = [
     "find_config",
     "installed",
     "nearest",
+    "paper_results",
     "read_config",
     "shipped_configs",
     "shipped_folder",
     "take_configs",
 ]
 
+RESULT = re.compile(r"# Top-1 of the paper: alone (?P<alone>[\d.]+), ScaleKD (?P<distilled>[\d.]+)")
 SHIPPED = "recipes/"  # begins the paths of files beside the shipped configurations, in these
 
 
@@ -42,6 +45,12 @@ def shipped_configs() -> dict[str, Path]:
     """The shipped configurations by name."""
     folder = shipped_folder() / "configs"
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.glob("**/*.yaml"))}
+
+
+def paper_results(recipe: Path) -> dict[str, str]:
+    """The paper's top-1 of a published pair, in per cent as it has them: "alone" and "distilled"; empty where it has none."""
+    found = RESULT.search(recipe.read_text(encoding="utf-8"))
+    return found.groupdict() if found else {}
 
 
 def find_config(name: str | Path) -> Path:
