@@ -63,6 +63,10 @@ BORROWED = {
         "Trainer._load_from_checkpoint": "a run does not go on from its weights",
         "Trainer._load_best_model": "the best model is not loaded at the end",
     },
+    "transfer/trainer.py": {
+        "Trainer._load_from_checkpoint": "a transfer goes on from weights that are loaded in part, without a word",
+        "Trainer._load_best_model": "and so is its best model",
+    },
 }
 
 
