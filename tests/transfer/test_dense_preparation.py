@@ -182,6 +182,19 @@ def test_a_crop_has_more_than_one_class_where_ten_tries_find_one():
     assert np.mean(mixed) > 0.25  # one crop in nine by chance, at the most
 
 
+def test_every_crop_has_something_to_learn_from():
+    mask = np.full((160, 200), 255, np.uint8)
+    mask[150:158, 3:11] = 1
+    row = {"image": {"bytes": encoded(np.zeros((160, 200, 3), np.uint8))}, "label": {"bytes": encoded(mask)}}
+    preparation = SegmentationPreparation(SPEC, True, 3)
+    for number in range(40):
+        assert set(preparation(row, number, 0)["labels"].unique().tolist()) == {1, 255}, number
+    row["label"] = {"bytes": encoded(np.full((160, 200), 255, np.uint8))}
+    with pytest.raises(BadImageError, match="no pixel of a class"):
+        preparation(row, 0, 0)
+    assert SegmentationPreparation(SPEC, False, 3)(row, 0, 0)["target"]["mask"].unique().tolist() == [255]
+
+
 def test_evaluation_resizes_and_keeps_the_mask():
     pixels, objects = scene(1)
     sample = segmenter(training=False)(mask_row(1), 0, 1)

@@ -131,6 +131,11 @@ class SegmentationPreparation(DensePreparation):
             table = torch.full((256,), IGNORED_PIXEL, dtype=torch.uint8)
             table[: len(self.order)] = self.order.to(torch.uint8)
             mask = table[mask.long()]
+        if self.training and bool((mask == IGNORED_PIXEL).all()):
+            raise BadImageError(
+                "A mask has no pixel of a class, so that nothing can be learned from it. Leave the image out.",
+                "mask without a class",
+            )
         image, labels = tv_tensors.Image(pixels), tv_tensors.Mask(mask)
         if self.training:
             with _seeded(self.seed, pass_number, identity):
@@ -157,6 +162,11 @@ class SegmentationPreparation(DensePreparation):
             counts = torch.bincount(inner.flatten(), minlength=256)[:IGNORED_PIXEL]
             if int((counts > 0).sum()) > 1 and int(counts.max()) < MOST_OF_ONE_CLASS * int(counts.sum()):
                 break
+        if not int(counts.sum()):  # a part of which nothing would be learned, whose loss would be no number
+            learned = (mask != IGNORED_PIXEL).nonzero()
+            middle = learned[int(torch.randint(len(learned), ()))].tolist()
+            sides = zip(middle, part, mask.shape, strict=True)
+            box = [*(min(max(0, place - side // 2), whole - side) for place, side, whole in sides), *part]
         size = [min(round(side * scale), wanted) for side, wanted in zip(part, self.spec.size, strict=True)]
         return tuple(
             functional.resized_crop(values, *box, [max(1, side) for side in size]) for values in (image, mask)
