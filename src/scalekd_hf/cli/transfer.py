@@ -33,7 +33,8 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments, config = parse_config(TransferArguments, rest, TransferConfig)
     if config.disable_tqdm:
         logging.disable_progress_bar()  # of loading weights
-    head, folder = arguments.head_of(task), str(config.output_dir)
+    arguments.head = head = arguments.head_of(task)  # by which a run of the other task is told apart
+    folder = str(config.output_dir)
     if plan_format is not None:
         plan = plan_transfer(task, arguments, config)
         print(json.dumps(plan.to_dict(), indent=2) if plan_format == "json" else plan.to_text())

@@ -21,7 +21,6 @@ from .run_config import RunConfig
 
 
 __all__ = [
-    "blocks_of",
     "check_engine",
     "check_untrained",
     "engine_runs",
@@ -110,7 +109,7 @@ def shard_fsdp2(teacher: Teacher, device: torch.device) -> None:
     Every process must call it, and must from then on run the teacher as often as the others.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    blocks = blocks_of(teacher.model)
+    blocks = _blocks(teacher.model)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # One root for all: they fetch on one stream, the next while one computes. What is in no block stays whole.
@@ -136,7 +135,7 @@ def shard_zero3(teacher: Teacher, settings: dict[str, Any]) -> None:
     teacher.requires_grad_(False)
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def _blocks(model: nn.Module) -> list[nn.Module]:
     """The smallest repeated parts: children of lists that do not themselves keep most of their parameters in lists.
 
     Models without lists, such as RegNet, are divided at their children.

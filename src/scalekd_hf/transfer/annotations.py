@@ -109,10 +109,13 @@ def load_dense_data(arguments: DenseDataArguments, task: str, masks: bool = Fals
     data = _loaded(arguments, task, masks)
     if task == "detect":
         data.train = columns.with_objects(data.train, data.label_column)
+        columns.check_objects(data.evaluation, data.label_column)
     elif len(data.class_names) > MAX_CLASSES:
         raise ValueError(
             f"`class_names` has {len(data.class_names)} names; masks have at most {MAX_CLASSES} classes. Merge some."
         )
+    if task == "segment":
+        columns.check_values(data.train, data.label_column, len(data.class_names))
     logger.info("%d classes: %s.", len(data.class_names), some(data.class_names))
     return data
 
@@ -252,6 +255,11 @@ def _pairs(images: Path, masks: Path) -> list[tuple[str, str]]:
         raise ValueError(
             f"{str(images)!r} has {len(found)} images and {str(masks)!r} {len(known)} masks, but not one of the same name. Call a mask as "
             "its image, with the ending .png."
+        )
+    if len(found) < (count := sum(file.suffix.lower() in endings for file in images.rglob("*"))):
+        raise ValueError(
+            f"{str(images)!r} has {count - len(found)} images of the same name as another, but for the ending: which belongs to the mask is "
+            "not known. Rename or remove them."
         )
     for what, alone in (
         ("images without a mask", found.keys() - known),

@@ -79,13 +79,20 @@ class CocoFile:
         try:
             self.content = json.loads(file.read_text(encoding="utf-8"))
             self.categories = {int(entry["id"]): str(entry["name"]) for entry in self.content["categories"]}
-            self.images = {entry["id"]: entry for entry in self.content["images"]}
+            self.images = {_number(entry["id"]): _checked(entry) for entry in self.content["images"]}
             self.annotations = list(self.content["annotations"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{str(file)!r} cannot be read as a COCO file ({type(error).__name__}, {error}): that is JSON with `images`, "
                 "`annotations` and `categories`. Check which file is named."
             ) from error
+        if len(self.images) < len(self.content["images"]):
+            count = Counter(_number(entry["id"]) for entry in self.content["images"])
+            number, times = count.most_common(1)[0]
+            raise ValueError(
+                f"{str(file)!r} has {times} images of the id {number!r}, as files that were merged without new ids: which objects are whose is not "
+                "known. Give each image an id of its own."
+            )
         self.categories = dict(sorted(self.categories.items()))
         twice = [name for name, number in Counter(self.categories.values()).items() if number > 1]
         if twice or not self.categories or not self.images:
@@ -149,7 +156,7 @@ class CocoFile:
     def _by_image(self) -> dict[Any, list[dict[str, Any]]]:
         by_image = defaultdict(list)
         for annotation in self.annotations:
-            by_image[annotation.get("image_id")].append(annotation)
+            by_image[_number(annotation.get("image_id"))].append(annotation)
         lost = [number for number in by_image if number not in self.images]
         if lost:
             objects = sum(len(by_image[number]) for number in lost)
@@ -165,9 +172,9 @@ class CocoFile:
         shapes = [entry.get("segmentation") if masks else None for entry in annotations]
         return {
             "bbox": [_numbers(entry.get("bbox")) for entry in annotations],
-            "category": [places.get(entry.get("category_id", -1), -1) for entry in annotations],
+            "category": [places.get(_number(entry.get("category_id", -1)), -1) for entry in annotations],
             "area": [entry.get("area") for entry in annotations],
-            "iscrowd": [bool(entry.get("iscrowd")) for entry in annotations],
+            "iscrowd": [str(entry.get("iscrowd") or 0) not in ("0", "False", "false") for entry in annotations],
             "segmentation": [json.dumps(shape) if shape else None for shape in shapes],
             "height": image.get("height"),
             "width": image.get("width"),
@@ -190,6 +197,23 @@ class CocoFile:
                 f"their folder with `train_images` or `eval_images`, which is {argument}."
             )
         return found
+
+
+def _number(value: Any) -> Any:
+    """An id, also one that is written as text."""
+    return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """An image's entry, with sides that are numbers.
+
+    Raises:
+        KeyError, TypeError, ValueError: it has no name, or sides that are none.
+    """
+    if not isinstance(entry["file_name"], str) or not entry["file_name"]:
+        raise ValueError(f"the `file_name` of an image is {entry['file_name']!r}")
+    sides = {side: int(entry[side]) for side in ("height", "width") if entry.get(side) is not None}
+    return {**entry, **sides}
 
 
 def _numbers(box: Any) -> list[float]:

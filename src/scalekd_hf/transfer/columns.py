@@ -13,10 +13,20 @@ import pyarrow.compute
 from ..data.decoding import BadImageError, open_image, to_rgb
 from ..data.labels import some
 from .preparation import BOX_FORMATS
-from .targets import OVERHANG, corners, field_of, overhang
+from .targets import IGNORED_PIXEL, OVERHANG, corners, field_of, overhang, values_of
 
 
-__all__ = ["OBJECTS", "MASKS", "check_masks", "fitting_format", "label_column_of", "names_of_objects", "with_objects"]
+__all__ = [
+    "OBJECTS",
+    "MASKS",
+    "check_masks",
+    "check_objects",
+    "check_values",
+    "fitting_format",
+    "label_column_of",
+    "names_of_objects",
+    "with_objects",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +117,40 @@ def check_masks(dataset: Any, image_column: str, label_column: str) -> None:
         raise ValueError(
             f"`label_column` {label_column!r} has boxes without a segmentation ({some(list(fields[0]))}), and the head learns masks. "
             "Choose a head without."
+        )
+
+
+def check_values(dataset: Any, label_column: str, num_classes: int) -> None:
+    """Refuse masks whose only object is 255, which means no class: the first of them are looked at.
+
+    Raises:
+        ValueError: of several classes one occurs, and 255.
+    """
+    rows = dataset.select_columns([label_column])
+    rows = rows.cast_column(label_column, datasets.Image(decode=False)) if rows.features else rows
+    seen: set[int] = set()
+    for row in itertools.islice(rows, LOOKED_AT):
+        try:
+            seen |= set(np.unique(values_of(row[label_column])).tolist())
+        except BadImageError:
+            continue  # it is left out later, and counted
+    if num_classes > 1 and IGNORED_PIXEL in seen and len(seen) == 2:
+        (other,) = seen - {IGNORED_PIXEL}
+        raise ValueError(
+            f"The first masks have the values {other} and {IGNORED_PIXEL} alone, and {IGNORED_PIXEL} means that a pixel does not count: nothing but "
+            f"class {other} would be learned. Where {IGNORED_PIXEL} is an object, store it as the index of its class, such as 1."
+        )
+
+
+def check_objects(dataset: Any, label_column: str) -> None:
+    """Refuse evaluation data without one object, where they are no stream: nothing could be measured.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(dataset, datasets.Dataset) and not _object_counts(dataset, label_column).any():
+        raise ValueError(
+            f"Not one of the {len(dataset)} evaluation images has an object. Check the annotations, or set `eval_split` to none."
         )
 
 

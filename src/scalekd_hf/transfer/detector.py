@@ -5,6 +5,7 @@ Shapes in this file: B images of H x W pixels, padded at right and bottom; n obj
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,12 @@ def build_detector(
         model.model.backbone.model = backbone
         size = backbone.origin.spec.updated(size=image_size).size
         _check_sides("image_size", size, model)
+        places = sum(math.prod(math.ceil(side / stride) for side in size) for stride in backbone.origin.strides)
+        if (queries := model.config.num_queries) > places:
+            raise ValueError(
+                f"`num_queries` is {queries}, but images of {size[0]}x{size[1]} px have {places} places to choose them from. Lower it (in "
+                "`head_args`), or raise `image_size`."
+            )
     model.origin = backbone.origin
     return model
 

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from ..training.sharding import blocks_of
+
+__all__ = ["blocks_of", "rate_scales", "regroup"]
+
+LISTS = (nn.ModuleList, nn.Sequential)
+STAGES = 4  # that networks have at most: what there is more of is blocks
 
 
-__all__ = ["rate_scales", "regroup"]
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a network, first to last: of the modules in lists those of the most frequent class, at the coarsest level of
+    lists in lists that has more of them than a network has stages; else those that there are most of."""
+    levels: dict[int, list[nn.Module]] = defaultdict(list)
+    _collect(network, 0, levels)
+    kept = []
+    for level in sorted(levels):
+        classes = Counter(type(module) for module in levels[level])
+        kept.append([module for module in levels[level] if type(module) is classes.most_common(1)[0][0]])
+    return next((blocks for blocks in kept if len(blocks) > STAGES), max(kept, key=len, default=[]))
+
+
+def _collect(module: nn.Module, level: int, levels: dict[int, list[nn.Module]]) -> None:
+    for child in module.children():
+        is_item = isinstance(module, LISTS) and not isinstance(child, LISTS)
+        if is_item and any(True for _ in child.parameters()):
+            levels[level].append(child)
+        _collect(child, level + is_item, levels)
 
 
 def rate_scales(

@@ -6,6 +6,7 @@ Both are fed image by image and may be fed by several processes, each with image
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.labels import some
 from .targets import IGNORED_PIXEL
 
 
 __all__ = ["DetectionMetrics", "SegmentationMetrics", "class_maps"]
+
+logger = logging.getLogger(__name__)
 
 # torchmetrics' names of what COCO calls AP, for boxes or masks.
 PRECISIONS = {
@@ -72,7 +76,7 @@ class SegmentationMetrics:
                 f"`class_names` is {self.class_names}: with a single class all pixels are right. Name what is around it as a class, too."
             )
         counts = metrics.MulticlassConfusionMatrix(len(self.class_names), ignore_index=IGNORED_PIXEL)
-        self._confusion = counts.to(device)
+        self._confusion, self._told = counts.to(device), False
 
     def update(self, predictions: Sequence[Tensor], targets: Sequence[dict[str, Any] | None]) -> None:
         """Take in images.
@@ -107,6 +111,12 @@ class SegmentationMetrics:
             ValueError: there was not one pixel that counts.
         """
         confusion = self._counts()
+        absent = [name for name, count in zip(self.class_names, confusion.sum(1).tolist(), strict=True) if not count]
+        if absent and not self._told:
+            logger.warning(
+                "Classes that no evaluated mask has, and that count little or not at all: %s.", some(absent)
+            )
+            self._told = True
         right, there = confusion.diag(), confusion.sum(1)
         return {
             "mean_iou": self._iou(confusion).nanmean().item(),

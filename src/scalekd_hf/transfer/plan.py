@@ -68,7 +68,7 @@ def plan_transfer(task: str, arguments: TransferArguments, config: TransferConfi
         data = load_dense_data(arguments, task, masks=arguments.head_of(task) == "mask_rcnn")
         set_seed(config.seed)
         model = build_model(task, arguments, config, data.class_names)
-        task_of(model, data, config.image_size)
+        task_of(model, data, config.image_size).check_batch(config.per_device_train_batch_size)
         _of_model(plan, model, config.image_size)
         _of_data(plan, data)
         _of_schedule(plan, data, config, arguments.plan_processes or config.world_size)

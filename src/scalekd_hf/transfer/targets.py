@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import ImageOps
 
 from ..data.decoding import BadImageError, open_image, pillow_errors
 from ..data.labels import some
@@ -27,6 +28,7 @@ __all__ = [
     "overhang",
     "read_mask",
     "read_objects",
+    "values_of",
 ]
 
 IGNORED_PIXEL = 255  # of a mask, where no class is to be learned and none counts
@@ -62,7 +64,7 @@ def read_mask(value: Any, size: tuple[int, int], num_classes: int, zero_is_ignor
     Raises:
         BadImageError: a mask that cannot be read, is of another size than the image, or has values that are no classes.
     """
-    indices = _values_of(value)
+    indices = values_of(value)
     if indices.shape != size:
         raise _mask_of_another_size(indices.shape, size)
     if zero_is_ignored:
@@ -78,14 +80,14 @@ def read_mask(value: Any, size: tuple[int, int], num_classes: int, zero_is_ignor
     return indices
 
 
-def _values_of(value: Any) -> np.ndarray:
+def values_of(value: Any) -> np.ndarray:
     """The values of a mask, uint8 (height, width)."""
     try:
         image = open_image(value, pixel_range=(0, 255))
         if image.format == "JPEG":
             raise _bad_mask("a JPEG, which changes values: class indices are lost. Store masks as PNG")
         with pillow_errors():
-            pixels = np.asarray(image)
+            pixels = np.asarray(ImageOps.exif_transpose(image))  # as its image is turned
     except BadImageError as error:
         kind = error.kind if error.kind.startswith("mask") else f"mask {error.kind}"
         raise BadImageError(f"The mask of an image: {error}", kind) from error

@@ -34,6 +34,7 @@ class Task:
     """
 
     best = pipeline = ""
+    least_batch = 1  # images that a process needs in a training batch
     options: dict[str, Any] = {}  # of the preparation
 
     def __init__(self, model: Any, data: DenseData, spec: ImageSpec):
@@ -43,6 +44,18 @@ class Task:
     def collator(self) -> DenseCollator:
         """Samples to a batch."""
         return DenseCollator()
+
+    def check_batch(self, size: int) -> None:
+        """Refuse batches that the head cannot learn from.
+
+        Raises:
+            ValueError: of so few images of each process.
+        """
+        if size < self.least_batch:
+            raise ValueError(
+                f"`per_device_train_batch_size` is {size}, but the head's BatchNorm needs {self.least_batch} images in each process; accumulating "
+                "gradients does not help. Raise it."
+            )
 
     def preparation(self, training: bool, seed: int) -> Any:
         """Rows to samples."""
@@ -85,6 +98,7 @@ class Segmentation(Task):
     """A class for each pixel."""
 
     best, pipeline = "mean_iou", "image-segmentation"
+    least_batch = 2  # for the BatchNorm that UperNet has after pooling to a single cell
 
     def __init__(self, model: Any, data: DenseData, spec: ImageSpec):
         super().__init__(model, data, spec)

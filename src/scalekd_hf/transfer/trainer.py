@@ -77,6 +77,7 @@ class TransferTrainer(RunTrainer):
         args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
         set_seed(args.seed)
         self.task = task_of(model, data, args.image_size)
+        self.task.check_batch(args.per_device_train_batch_size)
         chosen_metric(args, self.task.best)
         feed = DenseFeed(args, self.task)
         train = feed.prepared(data.train, "train")
