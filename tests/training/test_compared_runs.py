@@ -3,14 +3,17 @@
 import pytest
 import torch
 import yaml
-from helpers import ROOT, images, settings
+from helpers import ROOT, images, settings, small_student, timm_swin
 from trainers import trainer_for
 
 import scalekd_hf
-from scalekd_hf.method.heads import LINEAR_TERM
+from scalekd_hf.method.heads import FEATURE_TERMS, LINEAR_TERM
+from scalekd_hf.method.losses import relational_logit_loss
 from scalekd_hf.publishing.model_card import CardFacts, make_card
 from scalekd_hf.publishing.provenance import Source
 from scalekd_hf.tools.visualize import agreement_maps, draw_agreement
+from scalekd_hf.tools.words import read_config
+from scalekd_hf.training.model import build_model
 
 
 LINEAR = {"projector": "linear", "spatial_weight": 0.02, "save_strategy": "steps", "save_steps": 2}
@@ -123,3 +126,24 @@ def test_a_plan_counts_a_linear_projector_and_says_what_it_is(tmp_path, monkeypa
 def test_a_card_says_what_is_not_scalekd(changed, said, left_out):
     text = make_card(CardFacts("me/small", "timm", Source("s"), 1, 10, teacher=Source("t"), settings=changed)).text
     assert said in text and left_out not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "terms", "weight", "temperature"),
+    [
+        ("logits_t4", {"logit"}, 0.5, 4),
+        ("dist", {"logit"}, 0.5, 1),
+        ("patient", {"logit"}, 1, 1),
+        ("features", {"logit", LINEAR_TERM}, 0.5, 1),
+        ("scalekd_dist", {"logit", *FEATURE_TERMS}, 0.5, 1),
+    ],
+)
+def test_the_files_to_compare_with_are_what_they_say(tmp_path, name, terms, weight, temperature):
+    config = settings(tmp_path, **read_config(ROOT / "recipes" / "configs" / "compared" / f"{name}.yaml"))
+    model = build_model(small_student(), timm_swin(), config).train()
+    assert {*model.weights} == {"task", *terms} and model.temperature == temperature
+    assert (model.weights["task"], model.weights["logit"]) == (1 - weight, weight)
+    assert (model.logit_loss is relational_logit_loss) == ("dist" in name) and bool(config.mixup_alpha) == (
+        weight == 1
+    )
+    assert {*model(images(4), torch.arange(4)).losses} == terms | ({"task"} if weight < 1 else set())
