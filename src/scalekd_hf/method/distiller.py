@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..images import Normaliser
-from .heads import FEATURE_TERMS, MimickingHeads
-from .losses import logit_distillation_loss, task_loss
+from .heads import FEATURE_TERMS, LINEAR_TERM, LinearHeads, MimickingHeads
+from .losses import LOGIT_LOSSES, logit_distillation_loss, relational_logit_loss, task_loss
 from .protocols import StudentModel, TeacherModel
 
 
-__all__ = ["LOSS_TERMS", "Distiller", "check_labels", "feature_weights"]
+__all__ = ["ALL_TERMS", "LOSS_TERMS", "Distiller", "check_labels", "feature_weights"]
 
 LOSS_TERMS = ("task", "logit", *FEATURE_TERMS)
+ALL_TERMS = (*LOSS_TERMS, LINEAR_TERM)  # those of plain feature matching, too
 
 
 def feature_weights(
@@ -31,11 +32,15 @@ def feature_weights(
     frequency_weight: float,
     last_frequency_weight: float | None = None,
     teacher_perception: bool = True,
+    projector: str = "cross_attention",
 ) -> dict[str, float]:
     """The weight of each feature term that is not zero; `last_frequency_weight` defaults to `frequency_weight`.
 
-    Without `teacher_perception` the penultimate terms, which pass through the teacher's last stage, are left out.
+    Without `teacher_perception` the penultimate terms, which pass through the teacher's last stage, are left out. With the
+    `projector` "linear" there is one term, `LINEAR_TERM`, of `spatial_weight`.
     """
+    if projector == "linear":
+        return {LINEAR_TERM: spatial_weight} if spatial_weight else {}
     weights = dict(zip(FEATURE_TERMS, (spatial_weight, frequency_weight) * 2, strict=True))
     if last_frequency_weight is not None:
         weights["last_frequency"] = last_frequency_weight
@@ -60,11 +65,13 @@ class Distiller(nn.Module):
         teacher_perception: with the penultimate terms (section 3.3).
         logit_weight: λ. The task loss weighs 1 - λ. 0 for a backbone, which has neither.
         temperature: T of the logit term.
+        logit_loss: "kl", the paper's, or "dist", see `relational_logit_loss`.
+        projector: "cross_attention", the paper's, or "linear", for `LinearHeads`.
         task_loss: "cross_entropy" or "binary_cross_entropy" over sigmoids.
         label_smoothing: of the task loss, in [0, 1).
 
     Raises:
-        ValueError: heads that compute other terms than the weights ask for, a teacher of logits with other classes, or a
+        ValueError: an unknown loss, heads that compute other terms than the weights ask for, a teacher of logits with other classes, or a
             backbone that is to learn from logits, or from nothing.
     """
 
@@ -72,7 +79,7 @@ class Distiller(nn.Module):
         self,
         student: StudentModel,
         teacher: TeacherModel | None = None,
-        heads: MimickingHeads | None = None,
+        heads: MimickingHeads | LinearHeads | None = None,
         *,
         spatial_weight: float = 0.08,
         frequency_weight: float = 0.06,
@@ -80,6 +87,8 @@ class Distiller(nn.Module):
         teacher_perception: bool = True,
         logit_weight: float = 0.5,
         temperature: float = 1.0,
+        logit_loss: str = "kl",
+        projector: str = "cross_attention",
         task_loss: str = "cross_entropy",
         label_smoothing: float = 0.0,
     ):
@@ -89,10 +98,14 @@ class Distiller(nn.Module):
         self.__dict__["teacher"] = teacher  # past Module's bookkeeping, so that it is no child
         self.heads = heads
         self.temperature, self.task_loss, self.label_smoothing = temperature, task_loss, label_smoothing
+        if logit_loss not in LOGIT_LOSSES:
+            raise ValueError(f"`logit_loss` must be one of {LOGIT_LOSSES}, got {logit_loss!r}.")
+        self.logit_loss = relational_logit_loss if logit_loss == "dist" else logit_distillation_loss
         self.normaliser = Normaliser(student.spec, teacher.spec if teacher is not None else None)
         self.weights = {"task": float(self.has_classifier)}
         if teacher is not None:
-            features = feature_weights(spatial_weight, frequency_weight, last_frequency_weight, teacher_perception)
+            weights = (spatial_weight, frequency_weight, last_frequency_weight)
+            features = feature_weights(*weights, teacher_perception, projector)
             if set(features) != set(heads.terms if heads is not None else ()):
                 raise ValueError(
                     f"`heads` compute {heads.terms if heads is not None else 'nothing'}, but the weights ask for "
@@ -143,7 +156,7 @@ class Distiller(nn.Module):
 
         Returns:
             The loss, a scalar or in eval mode without labels None; the student's logits (B, K); and, in training mode,
-            the unweighted terms by the names in `LOSS_TERMS`, those that are in use. Of a backbone with a teacher the loss
+            the unweighted terms by the names in `ALL_TERMS`, those that are in use. Of a backbone with a teacher the loss
             is that of the features in eval mode, too; instead of logits it has pooled features (B, C).
 
         Raises:
@@ -161,7 +174,7 @@ class Distiller(nn.Module):
             losses["task"] = task_loss(logits, labels, self.task_loss, smoothing)
         if not self.training and self.has_classifier:
             return losses.get("task"), logits, {}
-        losses = {term: losses[term] for term in LOSS_TERMS if term in losses}
+        losses = {term: losses[term] for term in ALL_TERMS if term in losses}
         if not losses and not self.training:
             return None, logits, {}
         if not losses:
@@ -184,7 +197,7 @@ class Distiller(nn.Module):
         else:
             logits = self.student.classify(pixel_values)
         if self.weights["logit"]:
-            losses["logit"] = logit_distillation_loss(logits, teacher_logits, self.temperature)
+            losses["logit"] = self.logit_loss(logits, teacher_logits, self.temperature)
         return logits
 
 

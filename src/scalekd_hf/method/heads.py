@@ -6,23 +6,28 @@ Source: ScaleKD (arXiv 2411.06786), sections 3.2 and 3.3. For each view v, spati
     M_v = CAP_last,v(S_last; queries = P_v)                 queries depend on the image, not detached
 
 and both P_v and M_v are compared with the teacher's last map in view v.
+
+`LinearHeads` are not ScaleKD: plain feature matching, to compare with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .losses import mimicking_loss, mimicking_target
-from .projector import ChannelLayerNorm, CrossAttentionProjector, Stem
+from .losses import mimicking_loss, mimicking_target, spatial_mimicking_loss
+from .projector import ChannelLayerNorm, CrossAttentionProjector, LinearProjector, Stem
 
 
-__all__ = ["FEATURE_TERMS", "MimickingHeads"]
+__all__ = ["FEATURE_TERMS", "LINEAR_TERM", "LinearHeads", "MimickingHeads"]
 
 VIEWS = ("spatial", "frequency")
 FEATURE_TERMS = ("penultimate_spatial", "penultimate_frequency", "last_spatial", "last_frequency")
+LINEAR_TERM = "last_linear"
 
 
 class MimickingHeads(nn.Module):
@@ -164,3 +169,31 @@ class MimickingHeads(nn.Module):
 def _runs_in_parts(projector: nn.Module) -> bool:
     """False for one that FSDP has made a unit of, by another class: its parameters are whole in its own forward alone."""
     return type(projector) is CrossAttentionProjector
+
+
+class LinearHeads(nn.Module):
+    """Plain feature matching, the floor for the projectors: the student's last map, projected linearly, and the teacher's.
+
+    The loss is that of the spatial view, the squared distance of unit vectors, so that the projector is all that differs from
+    ScaleKD's own term and the same weight means the same. It is N * D times the mean squared error of tokens of length 1.
+
+    Args:
+        student_dim: channels C of the student's last map.
+        teacher_dim: width D of the teacher's last map.
+        teacher_grid: its grid (H, W).
+    """
+
+    terms = (LINEAR_TERM,)
+    removes_direct_component = MappingProxyType({"linear": False})  # of views, by the names of their terms
+
+    def __init__(self, student_dim: int, teacher_dim: int, teacher_grid: tuple[int, int]):
+        super().__init__()
+        self.last_linear = LinearProjector(student_dim, teacher_dim, teacher_grid)
+
+    def projectors(self) -> Iterator[tuple[str, LinearProjector]]:
+        """The one projector, by the name of its term."""
+        yield LINEAR_TERM, self.last_linear
+
+    def forward(self, student_penultimate: Tensor, student_last: Tensor, teacher_last: Tensor, last_stage: Any) -> Any:
+        """Compute the unweighted loss of `LINEAR_TERM`; arguments are those of `MimickingHeads`, the first and last unused."""
+        return {LINEAR_TERM: spatial_mimicking_loss(self.last_linear(student_last), teacher_last)}

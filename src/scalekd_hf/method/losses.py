@@ -1,4 +1,4 @@
-"""The losses of ScaleKD, unweighted, as pure functions (arXiv 2411.06786, sections 3.2 and 3.4).
+"""The losses of ScaleKD, unweighted, as pure functions (arXiv 2411.06786, sections 3.2 and 3.4), and one to compare with.
 
 All are computed in float32 (float64 stays), also under autocast: unit vectors and sums over hundreds of tokens
 lose too much in half precision.
@@ -18,17 +18,22 @@ from ..images import counted
 
 
 __all__ = [
+    "LOGIT_LOSSES",
+    "TASK_LOSSES",
     "counted_in_loss",
     "frequency_mimicking_loss",
     "logit_distillation_loss",
     "mimicking_loss",
     "mimicking_target",
+    "relational_logit_loss",
     "spatial_mimicking_loss",
     "task_loss",
     "unit_tokens",
 ]
 
 TASK_LOSSES = ("cross_entropy", "binary_cross_entropy")
+LOGIT_LOSSES = ("kl", "dist")
+SMALL = 1e-8  # under the fraction of a correlation, as in the code of DIST's authors
 
 
 def _at_least_float32(*tensors: Tensor) -> tuple[AbstractContextManager, list[Tensor]]:
@@ -119,16 +124,54 @@ def logit_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temp
         student_logits, teacher_logits: (B, K).
         temperature: T, softens both distributions.
     """
+    _check_same_classes(student_logits, teacher_logits)
+    context, (student_logits, teacher_logits) = _at_least_float32(student_logits, teacher_logits)
+    with context:
+        target = F.softmax(teacher_logits / temperature, dim=-1)
+        return F.cross_entropy(student_logits / temperature, target) * temperature**2
+
+
+def relational_logit_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · (mean over images of 1 − r + mean over classes of 1 − r), r the correlation of probabilities: the loss of DIST.
+
+    An image's relations are between its classes; a class's are between the images of the batch that is given, under DDP each
+    process's own. Every image counts, with a label or without, as in `logit_distillation_loss`.
+
+    Source: Huang et al., *Knowledge Distillation from A Stronger Teacher*, NeurIPS 2022 (arXiv 2205.10536); the two
+    relations weigh the same (its β and γ are 1), and T² as well as the 1e-8 that takes the weight of classes of which both
+    say next to nothing are those of its authors' code.
+
+    Args:
+        student_logits, teacher_logits: (B, K).
+        temperature: T, softens both distributions.
+
+    Returns:
+        A float32 scalar in [0, 4 T²], 0 at equality. Of a single image the relations of classes are a constant T².
+
+    Raises:
+        ValueError: logits of different shapes.
+    """
+    _check_same_classes(student_logits, teacher_logits)
+    context, logits = _at_least_float32(student_logits, teacher_logits)
+    with context:
+        student, teacher = (F.softmax(values / temperature, dim=-1) for values in logits)
+        of_images, of_classes = correlation(student, teacher), correlation(student.T, teacher.T)
+        return (2 - of_images.mean() - of_classes.mean()) * temperature**2
+
+
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson's correlation, row by row: (R, C) and (R, C) to (R,) in [-1, 1]; 0 of rows that do not vary."""
+    first, second = (values - values.mean(1, keepdim=True) for values in (first, second))
+    return (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1) + SMALL)
+
+
+def _check_same_classes(student_logits: Tensor, teacher_logits: Tensor) -> None:
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"`student_logits` {tuple(student_logits.shape)} and `teacher_logits` {tuple(teacher_logits.shape)} "
             "must have the same shape: the two models must know the same classes. "
             "With `logit_weight=0` the teacher teaches through its features alone."
         )
-    context, (student_logits, teacher_logits) = _at_least_float32(student_logits, teacher_logits)
-    with context:
-        target = F.softmax(teacher_logits / temperature, dim=-1)
-        return F.cross_entropy(student_logits / temperature, target) * temperature**2
 
 
 def task_loss(logits: Tensor, labels: Tensor, kind: str = "cross_entropy", label_smoothing: float = 0.0) -> Tensor:

@@ -15,8 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-__all__ = ["STEMS", "STEM_NORMS", "ChannelLayerNorm", "CrossAttentionProjector", "Stem"]
+__all__ = [
+    "PROJECTORS",
+    "STEMS",
+    "STEM_NORMS",
+    "ChannelLayerNorm",
+    "CrossAttentionProjector",
+    "LinearProjector",
+    "Stem",
+]
 
+PROJECTORS = ("cross_attention", "linear")
 STEM_NORMS = ("batch", "layer")
 STEMS = ("full", "shared", "separable")
 
@@ -186,3 +195,26 @@ class CrossAttentionProjector(nn.Module):
         given = self.queries[None] if self.queries is not None else queries
         tokens = self.norm(self.attn(F.relu(self.query_proj(given)), context))
         return tokens + self.mlp(tokens)
+
+
+class LinearProjector(nn.Module):
+    """Projects a student map onto the teacher's grid and width with one linear layer: not the paper's, to compare with.
+
+    A 1x1 convolution and bilinear resizing, which may change places. The map is resized first, without antialiasing, so that
+    it may have any grid.
+
+    Args:
+        student_dim: channels C of the student map.
+        teacher_dim: channels D of the teacher tokens.
+        teacher_grid: (H, W) of the teacher tokens; N = H * W.
+    """
+
+    def __init__(self, student_dim: int, teacher_dim: int, teacher_grid: tuple[int, int]):
+        super().__init__()
+        self.teacher_grid = tuple(teacher_grid)
+        self.linear = nn.Linear(student_dim, teacher_dim)
+
+    def forward(self, student_map: Tensor) -> Tensor:
+        """Compute teacher-like tokens: (B, C, h, w) to (B, N, D)."""
+        resized = F.interpolate(student_map, self.teacher_grid, mode="bilinear", align_corners=False)
+        return self.linear(resized.flatten(2).transpose(1, 2))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..method.distiller import LOSS_TERMS
+from ..method.distiller import ALL_TERMS
 
 
 __all__ = ["draw_curves"]
@@ -37,7 +37,7 @@ def draw_curves(history: list[dict[str, Any]], file: str | Path) -> bool:
     evaluations = [entry for entry in history if any(key in entry for key in ACCURACIES)]
     figure = Figure(figsize=(4.2 * (3 if evaluations else 2), 3.6), layout="constrained")
     axes = figure.subplots(1, 3 if evaluations else 2)
-    for term in ("loss", *LOSS_TERMS):
+    for term in ("loss", *ALL_TERMS):
         values = [entry.get(term, np.nan) for entry in training]
         if np.isfinite(values).any():
             width: dict[str, Any] = {"color": "black", "linewidth": 2} if term == "loss" else {}

@@ -127,10 +127,26 @@ def make_card(facts: CardFacts) -> ModelCard:
         paper=facts.paper,
         facts=[(inline(name), inline(value)) for name, value in facts.facts.items() if value not in (None, "")],
         settings=[(code(name), code(value)) for name, value in facts.settings.items()],
-        lighter_stems="stem" in facts.settings,
+        method=_method(facts.settings),
+        lighter_stems="stem" in facts.settings and "projector" not in facts.settings,
+        relations=facts.settings.get("logit_loss") == "dist",
         restriction=inline(restriction) if restriction else None,
         citations=citations(facts.teacher.architecture if facts.teacher else None),
     )
+
+
+def _method(settings: dict[str, Any]) -> str:
+    """What the student was distilled with, by the settings that differ from the defaults."""
+    if "projector" in settings:
+        return "plain feature matching, not with ScaleKD,"
+    usual = {
+        "spatial_weight": True,
+        "frequency_weight": True,
+        "last_frequency_weight": False,
+    }  # the last, where it is not given
+    if not any(settings.get(name, has_one) for name, has_one in usual.items()):
+        return "logits alone, not with ScaleKD,"
+    return "[ScaleKD](https://arxiv.org/abs/2411.06786)"
 
 
 def _metadata(facts: CardFacts, own: dict[str, float]) -> ModelCardData:

@@ -6,6 +6,7 @@ import glob
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from ..data.holdout import held_out_share, refuse_stream
 from ..data.labels import class_order
 from ..data.loading import count_images, load_data
 from ..data.preparation import Preparation
+from ..method.heads import MimickingHeads
 from ..models.saving import check_rebuildable
 from ..models.students import Student, load_student
 from ..models.teachers import Teacher, load_teacher
 from ..training.backbones import FEATURES_ALONE, check_backbone_run
 from ..training.config import ScaleKDConfig
+from ..training.config_checks import departures
 from ..training.model import ScaleKDModel, attention_heads, build_model, class_names
 from ..training.optimization import scaled_learning_rate, timm_optimizer
 from ..training.run_folder import check_output_dir
@@ -235,19 +238,14 @@ def _describe_projectors(result: Plan, model: ScaleKDModel, config: ScaleKDConfi
     projector: Any
     for name, projector in heads.projectors():
         stage = name.split("_")[0]
-        student_map = maps[stage == "last"]
-        queries = None
-        if projector.queries is None:
-            queries = torch.zeros(IMAGES, math.prod(projector.teacher_grid), teacher.dim)
-
-        def run(projector: Any = projector, student_map: Tensor = student_map, queries: Any = queries) -> Tensor:
-            return projector(student_map, queries)
-
-        before, after = student_map.shape[1:], (*projector.teacher_grid, projector.norm.normalized_shape[0])
+        inputs = [maps[stage == "last"]]
+        if getattr(projector, "queries", inputs) is None:
+            inputs.append(torch.zeros(IMAGES, math.prod(projector.teacher_grid), teacher.dim))
+        before, after = inputs[0].shape[1:], (*projector.teacher_grid, projector(*inputs).shape[-1])
         result.projectors[name] = {
-            "heads": per_stage[stage],
+            "heads": per_stage[stage] if config.projector == "cross_attention" else None,
             "parameters": _parameters(projector),
-            "gflops": gflops_of(run),
+            "gflops": gflops_of(partial(projector, *inputs)),
             "maps": f"{before[1]}x{before[2]}, {before[0]} to {after[0]}x{after[1]}, {after[2]}",
         }
 
@@ -351,10 +349,9 @@ def _remember_warnings(result: Plan, model: ScaleKDModel, config: ScaleKDConfig)
     if not student.num_labels:
         result.notes.append(f"the student has no classifier: {FEATURES_ALONE}.")
     asked = (config.penultimate_num_heads, config.last_num_heads)
-    if model.heads is not None and None in asked:
+    if isinstance(model.heads, MimickingHeads) and None in asked:
         result.notes.append(f"the projectors' heads are chosen: {attention_heads(teacher, config)}.")
-    if config.stem != "full":
-        result.warnings.append(f"`stem` {config.stem!r} is lighter than the paper's: this is another method.")
+    result.warnings += departures(config)
     if teacher.spec.size != student.spec.size:
         result.warnings.append(
             f"images are resized from {student.spec.size} to {teacher.spec.size} for the teacher, on the device."

@@ -31,7 +31,7 @@ def plan_text(plan: Any) -> str:
         lines.append(f"{'projectors':<24}{'heads':>6}{'M params':>10}{'GFLOP':>8}  maps")
     for name, row in plan.projectors.items():
         lines.append(
-            f"  {name:<22}{row['heads']:>6}{row['parameters'] / 1e6:>10.2f}{shown(row['gflops']):>8}  {row['maps']}"
+            f"  {name:<22}{row['heads'] or '-':>6}{row['parameters'] / 1e6:>10.2f}{shown(row['gflops']):>8}  {row['maps']}"
         )
     lines += _block("GFLOP of a training step, per image", plan.gflops_per_image, "{:.1f}")
     lines += _block("memory per process, GiB (estimated)", plan.memory_gib, "{:.2f}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.heads import FEATURE_TERMS
+from ..method.heads import FEATURE_TERMS, LINEAR_TERM
 from ..method.losses import mimicking_target, unit_tokens
 from ..training.model import ScaleKDModel
 
@@ -42,7 +42,7 @@ def agreement_maps(model: ScaleKDModel, pixel_values: Tensor) -> dict[str, Tenso
         pixel_values: (B, 3, height, width), normalised and sized for the student.
 
     Returns:
-        A float32 map (B, H, W) in [-1, 1] for each feature term of the model, by the names in `FEATURE_TERMS`.
+        A float32 map (B, H, W) in [-1, 1] for each feature term of the model, by the names in `FEATURE_TERMS`, or of `LINEAR_TERM`.
 
     Raises:
         ValueError: a model without a teacher or heads.
@@ -118,7 +118,7 @@ def draw_agreement(
     from matplotlib.figure import Figure
 
     _check_maps(len(images), before, after)
-    terms = [term for term in FEATURE_TERMS if term in before]
+    terms = [term for term in (*FEATURE_TERMS, LINEAR_TERM) if term in before]
     pairs = (("before training", before), ("after training", after))
     colours = ScalarMappable(Normalize(-1, 1), COLOURS)
     sheet = _Sheet(len(images), len(terms), images.shape[-2] / images.shape[-1])

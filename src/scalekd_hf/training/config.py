@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..images import INTERPOLATIONS
-from ..method.losses import TASK_LOSSES
-from ..method.projector import STEM_NORMS, STEMS
+from ..method.losses import LOGIT_LOSSES, TASK_LOSSES
+from ..method.projector import PROJECTORS, STEM_NORMS, STEMS
 from .config_checks import SYNC_BATCHNORMS, check_settings
 from .run_config import RunConfig
 
@@ -33,7 +33,15 @@ class ScaleKDConfig(RunConfig):
         logit_weight (`float`, *optional*):
             λ: the logit term weighs λ, the task term 1 - λ (section 3.4). By default 0.5; 0 without a classifier in either model.
         temperature (`float`, *optional*, defaults to `1.0`):
-            T, softens both distributions of the logit term (section 3.4).
+            T, softens both distributions of the logit term (section 3.4), which is multiplied by T².
+        logit_loss (`str`, *optional*, defaults to `"kl"`):
+            The logit term: `"kl"` as published; `"dist"`, the correlations within images and within classes of DIST
+            (arXiv 2205.10536), **not the paper's method**, to compare with. Classes are compared over the images of a
+            process's own micro-batch.
+        projector (`str`, *optional*, defaults to `"cross_attention"`):
+            `"cross_attention"` as published. `"linear"`, **not ScaleKD**, to compare with: plain feature matching, one linear
+            layer from the student's last map to the teacher's. Its one term, `last_linear`, weighs `spatial_weight`; the
+            settings of the other terms and of their projectors then have no effect.
         penultimate_num_heads (`int`, *optional*):
             Attention heads of the projectors to the teacher's penultimate stage; must divide its width. Published: 16
             for Swin-L, 8 for Swin-B and EVA-L, 3 for Swin-S. By default the largest divisor of the width up to 16.
@@ -98,7 +106,7 @@ class ScaleKDConfig(RunConfig):
         random_erasing (`float`, *optional*, defaults to `0.0`):
             Probability of erasing 0.02 to 1/3 of the area with pixel noise (published: 0.25).
         mixup_alpha (`float`, *optional*, defaults to `0.0`):
-            Mixup's α; 0 for none. In no published run: the authors' configurations name 0.8 for ViT-B/14 and 0.5 for
+            Mixup's α; 0 for none. It mixes labels, too, or needs a `logit_weight` of 1. In no published run: the authors' configurations name 0.8 for ViT-B/14 and 0.5 for
             Mixer-B/14, in a place that distillation does not read.
         cutmix_alpha (`float`, *optional*, defaults to `0.0`):
             CutMix's α; 0 for none. With both, each batch gets one of them. As for mixup: 1.0 for ViT-B/14 is named only.
@@ -131,6 +139,13 @@ class ScaleKDConfig(RunConfig):
         metadata={"help": "Weight λ of the logit term, 0.5; the task term weighs 1 - λ. 0 leaves it out."},
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature T of the logit term."})
+    logit_loss: str = field(
+        default="kl", metadata={"help": "The logit term; only kl is the paper's.", "choices": list(LOGIT_LOSSES)}
+    )
+    projector: str = field(
+        default="cross_attention",
+        metadata={"help": "What projects features; linear is plain feature matching.", "choices": list(PROJECTORS)},
+    )
     penultimate_num_heads: int | None = field(
         default=None,
         metadata={

@@ -11,15 +11,27 @@ import timm.optim
 from transformers import SchedulerType
 
 from ..images import INTERPOLATIONS
-from ..method.losses import TASK_LOSSES
-from ..method.projector import STEM_NORMS, STEMS
+from ..method.losses import LOGIT_LOSSES, TASK_LOSSES
+from ..method.projector import PROJECTORS, STEM_NORMS, STEMS
 from .refused import check_refused_settings
 
 
-__all__ = ["LR_SCALINGS", "SYNC_BATCHNORMS", "check_processes", "check_run_settings", "check_settings"]
+__all__ = ["LR_SCALINGS", "SYNC_BATCHNORMS", "check_processes", "check_run_settings", "check_settings", "departures"]
 
 LR_SCALINGS = ("linear", "sqrt")
 COSINES = ("cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
+# Settings of ScaleKD's features that plain feature matching does not have.
+OF_MIMICKING = (
+    *(
+        "frequency_weight",
+        "last_frequency_weight",
+        "penultimate_num_heads",
+        "last_num_heads",
+        "softmax_scale",
+        "stem_norm",
+    ),
+    *("penultimate_norm", "learned_last_queries", "teacher_perception", "remove_direct_component", "stem"),
+)
 SYNC_BATCHNORMS = ("none", "student", "all")
 NOT_NEGATIVE = "must be finite and not negative"
 SHARE = "must be between 0 and 1"
@@ -118,10 +130,48 @@ def check_settings(config: Any) -> None:
     for name in ("student_taps", "teacher_taps"):
         _check(config, name, "must be the names of two modules", lambda value: len(value) == 2)
     _check(config, "sync_batchnorm", f"must be one of {SYNC_BATCHNORMS}", lambda value: value in SYNC_BATCHNORMS)
+    _check(config, "logit_loss", f"must be one of {LOGIT_LOSSES}", lambda value: value in LOGIT_LOSSES)
+    _check(config, "projector", f"must be one of {PROJECTORS}", lambda value: value in PROJECTORS)
     _check(config, "stem", f"must be one of {STEMS}", lambda value: value in STEMS)
     _check(config, "stem_norm", f"must be one of {STEM_NORMS}", lambda value: value in STEM_NORMS)
     _check(config, "task_loss", f"must be one of {TASK_LOSSES}", lambda value: value in TASK_LOSSES)
     _check_mixing(config)
+    _check_comparisons(config)
+
+
+def departures(config: Any) -> list[str]:
+    """What makes a run another method than the paper's, in sentences; and what has no effect then."""
+    found = []
+    if config.projector == "linear":
+        fields = type(config).__dataclass_fields__
+        idle = [f"`{name}`" for name in OF_MIMICKING if getattr(config, name) != fields[name].default]
+        found.append(
+            "`projector` 'linear' is plain feature matching, not ScaleKD: `spatial_weight` weighs its one term."
+        )
+        found += [f"with `projector` 'linear' {', '.join(idle)} have no effect."] if idle else []
+    elif config.stem != "full":
+        found.append(f"`stem` {config.stem!r} is lighter than the paper's: this is another method.")
+    if config.logit_loss != "kl":
+        found.append(f"`logit_loss` {config.logit_loss!r} is not the paper's: this is another method.")
+    return found
+
+
+def _check_comparisons(config: Any) -> None:
+    """Refuse what is to be compared with ScaleKD where it would have no part in the loss."""
+    if config.projector == "linear" and not config.spatial_weight:
+        raise ValueError(
+            "`projector` is 'linear', but `spatial_weight` is 0, which leaves its one term out. Give it a weight, or leave "
+            "`projector` out."
+        )
+    if config.logit_loss == "dist" and config.logit_weight == 0:
+        raise ValueError(
+            "`logit_loss` is 'dist', but `logit_weight` is 0: logits teach nothing. Give it a weight, or leave `logit_loss` out."
+        )
+    if config.logit_loss == "dist" and config.per_device_train_batch_size < 2:
+        raise ValueError(
+            "`logit_loss` 'dist' compares the images of a batch: `per_device_train_batch_size` must be at least 2, got "
+            f"{config.per_device_train_batch_size}."
+        )
 
 
 def _check_mixing(config: Any) -> None:
@@ -131,8 +181,11 @@ def _check_mixing(config: Any) -> None:
             "Mixup and CutMix mix pairs: `per_device_train_batch_size` must be even, got "
             f"{config.per_device_train_batch_size}."
         )
-    if mixing and not config.has_labels:
-        raise ValueError("Mixup and CutMix mix labels, too: they need a `label_column`, got 'none'.")
+    if mixing and not config.has_labels and config.logit_weight != 1:
+        raise ValueError(
+            "Mixup and CutMix mix labels, too: they need a `label_column`, got 'none', or a `logit_weight` of 1, with which labels "
+            f"have no part in the loss, got {config.logit_weight}."
+        )
 
 
 def _is_not_negative(value: Any) -> bool:

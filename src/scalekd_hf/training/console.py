@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 
-from ..method.distiller import LOSS_TERMS
+from ..method.distiller import ALL_TERMS
 from .backbones import FEATURES_ALONE
 
 
@@ -51,7 +51,7 @@ def line(logs: dict[str, Any], state: TrainerState, clock: Clock, name: str | No
     """One line for what was logged: a training step, an evaluation of the model of this name, or the end."""
     place = f"step {state.global_step:,}/{state.max_steps:,}" if state.max_steps > 0 else f"step {state.global_step:,}"
     if "loss" in logs:
-        terms = " ".join(f"{term} {logs[term]:.4g}" for term in LOSS_TERMS if term in logs)
+        terms = " ".join(f"{term} {logs[term]:.4g}" for term in ALL_TERMS if term in logs)
         parts = [place, f"loss {logs['loss']:.4g}", terms, f"rate {logs['learning_rate']:.3g}"]
         if "images_per_second" in logs:
             parts.append(f"{logs['images_per_second']:,.0f} images/s")

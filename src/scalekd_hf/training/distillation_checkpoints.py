@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ..method.heads import MimickingHeads
 from ..models.saving import load_strictly, load_student_weights, read_tensors, save_tensors
 from ..models.students import Student
 from ..models.taps import find_taps
@@ -55,7 +56,8 @@ class DistillationCheckpoints(Checkpoints):
         averaged: AveragedStudent | None,
         is_sharded: bool,
     ):
-        heads = attention_heads(model.teacher, args) if model.heads is not None and model.teacher is not None else None
+        mimics = isinstance(model.heads, MimickingHeads) and model.teacher is not None
+        heads = attention_heads(model.teacher, args) if mimics else None
         super().__init__(args, feed, progress, stopwatch, models_to_keep(model, heads), is_sharded)
         self.averaged, self.model, self.student = averaged, model, model.student
 

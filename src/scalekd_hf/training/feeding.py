@@ -60,7 +60,7 @@ class ImageFeed(Feed):
                 "none to train without."
             )
         batch = self._normalised(batch)
-        if self._mixup is not None and "labels" in batch:
+        if self._mixup is not None:
             batch = self._mix(self._mixup, batch)
         return self._laid_out(batch)
 
@@ -86,8 +86,12 @@ class ImageFeed(Feed):
         return batch
 
     def _mix(self, mixup: Mixup, batch: dict[str, Any]) -> dict[str, Any]:
-        """Mixup or CutMix of a batch, labels (B,) to (B, K); of an odd batch the last image stays as it is."""
-        pixel_values, labels = batch["pixel_values"], batch["labels"]
+        """Mixup or CutMix of a batch, labels (B,) to (B, K); of an odd batch the last image stays as it is.
+
+        Without labels, which then have no part in the loss, the same images are mixed in the same way.
+        """
+        pixel_values = batch["pixel_values"]
+        labels = batch.get("labels", torch.zeros(len(pixel_values), dtype=torch.long, device=pixel_values.device))
         if labels.ndim != 1:
             raise ValueError(f"Mixup and CutMix need class indices (B,) as labels, got {tuple(labels.shape)}.")
         even = len(labels) // 2 * 2
@@ -95,7 +99,7 @@ class ImageFeed(Feed):
         if even:
             mixed, soft = mixup(pixel_values[:even].clone(), labels[:even])
             pixel_values, rest = torch.cat([mixed, pixel_values[even:]]), torch.cat([soft, rest])
-        return {**batch, "pixel_values": pixel_values, "labels": rest}
+        return {**batch, "pixel_values": pixel_values, **({"labels": rest} if "labels" in batch else {})}
 
     # Evaluation
 

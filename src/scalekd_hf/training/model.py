@@ -15,11 +15,12 @@ from transformers.utils import ModelOutput
 
 from ..images import PLAIN_FILTERS, ImageSpec
 from ..method.distiller import Distiller, feature_weights
-from ..method.heads import MimickingHeads
+from ..method.heads import LinearHeads, MimickingHeads
 from ..models.students import Student, load_student
 from ..models.teachers import Teacher, is_own, load_teacher
 from .backbones import logit_weight_of
 from .config import ScaleKDConfig
+from .config_checks import departures
 
 
 __all__ = [
@@ -44,7 +45,7 @@ class ScaleKDOutput(ModelOutput):
     Attributes:
         loss: the weighted sum, a scalar; None in eval mode without labels, but for a backbone.
         logits: the student's, (B, K); of a backbone its features, (B, C).
-        losses: in training mode the unweighted terms by the names in `LOSS_TERMS`, those that are in use.
+        losses: in training mode the unweighted terms by the names in `ALL_TERMS`, those that are in use.
     """
 
     loss: Tensor | None = None
@@ -137,8 +138,12 @@ def build_model(
             "teacher_perception": args.teacher_perception,
             "logit_weight": logit_weight_of(args, student, teacher),
             "temperature": args.temperature,
+            "logit_loss": args.logit_loss,
+            "projector": args.projector,
         }
     heads = _build_heads(student, teacher, args) if teacher is not None else None
+    for departure in departures(args) if teacher is not None else ():
+        logger.warning("%s", departure)
     model = ScaleKDModel(student, teacher, heads, **settings)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -229,7 +234,9 @@ def _check_built_size(option: str, asked: int | None, model: Any) -> None:
         )
 
 
-def _build_heads(student: Student, teacher: Teacher, args: ScaleKDConfig) -> MimickingHeads | None:
+def _build_heads(student: Student, teacher: Teacher, args: ScaleKDConfig) -> MimickingHeads | LinearHeads | None:
+    if args.projector == "linear":
+        return LinearHeads(student.dims[1], teacher.dim, teacher.grid)
     weights = (args.spatial_weight, args.frequency_weight, args.last_frequency_weight)
     terms = tuple(feature_weights(*weights, args.teacher_perception))
     if not terms:

@@ -50,7 +50,7 @@ FREE = (
 FIXED = (
     *("optim", "optim_args", "timm_optim", "decay_all", "no_weight_decay", "student_taps", "teacher_last_blocks"),
     *("teacher_taps",),
-    *("stem", "stem_norm", "penultimate_norm", "learned_last_queries", "teacher_perception"),
+    *("projector", "stem", "stem_norm", "penultimate_norm", "learned_last_queries", "teacher_perception"),
 )
 WHERE = (
     *(
