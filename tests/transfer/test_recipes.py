@@ -117,6 +117,22 @@ def test_help_lists_the_settings_by_groups():
     assert "--layer_decay" in text and "--box_format" in text and "--spatial_weight" not in text
 
 
+@pytest.mark.slow
+def test_two_steps_of_a_recipe_at_full_size(tmp_path, scenes):
+    given = ["--dataset", str(scenes), "--train_split", "training", "--output_dir", str(tmp_path), *SMALL]
+    arguments, config = parse_config(
+        TransferArguments, [str(RECIPES["resnet50_upernet_ade20k"]), *given], TransferConfig
+    )
+    data = dense_data(scenes, "segment")
+    arguments.student = load_student("timm/resnet50", labels=["a", "b"])
+    trainer = TransferTrainer(build_model("segment", arguments, config, data.class_names), config, data)
+    assert type(backbone_of(trainer.trained)).__name__ == "TimmBackbone" and config.image_size == 512
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+
+
+@pytest.mark.slow
 def test_the_page_is_run_as_it_stands(tmp_path, scenes, monkeypatch):
     page = (ROOT / "docs" / "transfer.md").read_text(encoding="utf-8")
     lines = re.findall(r"^scalekd (transfer .+)$", page, re.MULTILINE)

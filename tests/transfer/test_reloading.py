@@ -2,6 +2,7 @@
 
 import shutil
 
+import pytest
 import torch
 from heads import segmenter
 from helpers import images, run
@@ -25,6 +26,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_another_process_loads_what_was_built_on_students_whose_folders_are_gone(tmp_path):
     folders = []
     for family in ("timm_resnet", "timm_resnet_args", "timm_swin", "timm_vit"):

@@ -32,7 +32,7 @@ def assert_same(one, other):
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", some_slow(TASKS, 1))
 def test_a_run_resumed_equals_the_uninterrupted_one_to_the_bit(tmp_path, scenes, task):
     trainer_for(scenes, tmp_path, task).train()
     whole = tmp_path / "whole"
