@@ -87,7 +87,10 @@ def main(folder, names):
             loaded = model.load_state_dict(torch.load(ours, weights_only=True)["state_dict"], strict=False)
             assert not loaded.unexpected_keys and all("norm2" in k or "_index" in k for k in loaded.missing_keys)
         else:
-            torch.save({"meta": {"epoch": 1}, "state_dict": model.state_dict()}, f"{file}.pth")
+            torch.save(
+                {"meta": {"epoch": 1, "cfg": f"model = {BACKBONES[name]}"}, "state_dict": model.state_dict()},
+                f"{file}.pth",
+            )
         with torch.no_grad():
             torch.save({"images": images, "logits": model(images, mode="tensor")}, f"{file}.logits.pt")
 
