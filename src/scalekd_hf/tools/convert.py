@@ -55,11 +55,8 @@ AS_THE_AUTHORS = {
     "vit_b14": ("vit_b14", "timm/vit_base_patch14_224_openmmlab"),
     "eva02_s": ("eva02_s", "timm/eva02_small_patch14_336_openmmlab"),
 }
-KEPT = (
-    "mean",
-    "std",
-    "drop_path_rate",
-)  # of the arguments that a recipe gives its student, where the authors' is another
+# Of the arguments that a recipe gives its student, where the authors' is another.
+KEPT = ("mean", "std", "drop_path_rate")
 OWN = (*mixers.__all__, *variants.__all__)  # that timm does not know
 WRITTEN = "student.pth"
 

@@ -16,7 +16,6 @@ __all__ = [
     "check_class_token",
     "classes_of",
     "configuration_of",
-    "flag",
     "is_distillation",
     "norm_before_pooling",
     "normalisation_of",
@@ -64,7 +63,7 @@ def _said(text: str, name: str, value: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def flag(text: str, name: str) -> bool | None:
+def _flag(text: str, name: str) -> bool | None:
     """A setting that is on or off; None where a configuration's text says nothing of it, or both."""
     return {"true": True, "false": False}.get((_said(text, name, r"(?i:(true|false))\b") or "").lower())
 
@@ -80,7 +79,7 @@ def norm_before_pooling(text: str, given: Mapping[str, Any], authors: bool) -> b
     Raises:
         ValueError: nobody says it, or the user says other than the configuration.
     """
-    last = flag(text, "gap_before_final_norm")
+    last = _flag(text, "gap_before_final_norm")
     said = None if last is None else not last
     asked = given.get(POOLED_FIRST)
     if asked is not None and said is not None and asked != said:
@@ -111,7 +110,7 @@ def check_class_token(
     Raises:
         ValueError: nobody says it, or it is another than the model's.
     """
-    in_use = flag(text, "with_cls_token")
+    in_use = _flag(text, "with_cls_token")
     in_file = "backbone.cls_token" in weights
     if not has_token and in_file:
         told = in_use is False or (in_use is None and (authors or given.get("class_token") is False))
