@@ -165,7 +165,7 @@ def test_whatever_reading_leads_to_is_told_as_a_damaged_file(error, tmp_path, mo
     monkeypatch.setattr(torch, "load", fails)
     with pytest.raises(ValueError, match=r"x\.pth' cannot be read: \S+") as told:
         read_foreign(tmp_path / "x.pth")
-    assert str(error) or type(error).__name__ in str(told.value)
+    assert (str(error) or type(error).__name__) in str(told.value)
 
 
 def test_safetensors_are_read(tmp_path):

@@ -45,6 +45,7 @@ BACKBONES = {
         **{"type": "ViTEVA02", "arch": "s", "img_size": 336, "patch_size": 14, "sub_ln": True, "final_norm": False},
         "out_type": "avg_featmap",
     },
+    "timm/resnet50c": {"type": "ResNetV1c", "depth": 50},
     "timm/swin_large_patch4_window7_224": {"type": "SwinTransformer", "arch": "large", "img_size": 224},
     "timm/eva_large_patch14_196": {
         **{"type": "BEiTViT", "arch": "l", "img_size": 196, "patch_size": 14, "layer_scale_init_value": 0.0},

@@ -135,6 +135,14 @@ def test_the_head_for_class_tokens_says_that_one_is_read(tmp_path, capsys):
     assert "reads its class token" in refused(capsys, *vit(file, tmp_path / "x", **MEAN_OF_TOKENS))
 
 
+def test_a_second_norm_says_that_the_mean_of_the_tokens_is_read(tmp_path, capsys):
+    file, model = file_of(tmp_path, "eva_large_patch14_196", VIT)
+    convert(*vit(file, tmp_path / "made", student="timm/eva_large_patch14_196"))
+    assert same(tmp_path / "made", model)
+    wrong = vit(file, tmp_path / "x", global_pool="token", fc_norm=True, final_norm=True)
+    assert "reads the mean of the tokens" in refused(capsys, *wrong)
+
+
 # Classes and images
 
 
