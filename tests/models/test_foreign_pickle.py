@@ -4,6 +4,7 @@ import argparse
 import enum
 import os
 import pickle
+import struct
 import subprocess
 import zipfile
 
@@ -52,6 +53,23 @@ def objects():
         "message_hub": {"log": [History(), np.float64(3.0)], "levels": {Level.HIGH: 1}, "seen": {1, 2}},
         "args": argparse.Namespace(lr=0.1),
     }
+
+
+def with_byte_order(order):
+    def made(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a/data.pkl", b"\x80\x02N.")
+            archive.writestr("a/version", "3\n")
+            archive.writestr("a/byteorder", order)
+
+    return made
+
+
+def cut_record(file):
+    """Change a byte of the directory at the end of a zip file."""
+    content = bytearray(file.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 46] = 0xFF
+    file.write_bytes(bytes(content))
 
 
 FORMATS = [(new, protocol) for new in (True, False) for protocol in (2, 4)]
@@ -124,6 +142,9 @@ def test_a_file_changes_nothing_of_torch(tmp_path):
         (lambda file: torch.jit.script(nn.Linear(2, 2)).save(str(file)), "TorchScript program"),
         (lambda file: (torch.save(weights(), file), file.write_bytes(file.read_bytes()[:-200])), "cannot be read"),
         (lambda file: file.write_bytes(pickle.dumps([1, 2])), "cannot be read"),
+        (lambda file: file.write_bytes(b"PK\x03\x04" + bytes(20) + b"PK\x05\x06" + b"\xff" * 18), "cannot be read"),
+        (with_byte_order("middle"), "cannot be read"),
+        (lambda file: torch.save(10**5 * "x", file, pickle_protocol=4) or cut_record(file), "cannot be read"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Detected pickle protocol")
@@ -133,6 +154,18 @@ def test_what_is_missing_damaged_or_a_program_is_refused_by_name(made, said, tmp
     with pytest.raises(ValueError, match=said) as error:
         read_foreign(file)
     assert "x.pth" in str(error.value)
+
+
+@pytest.mark.parametrize("error", [KeyError("storage"), IndexError(), struct.error("unpack"), RecursionError()])
+def test_whatever_reading_leads_to_is_told_as_a_damaged_file(error, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise error
+
+    torch.save(weights(), tmp_path / "x.pth")
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(ValueError, match=r"x\.pth' cannot be read: \S+") as told:
+        read_foreign(tmp_path / "x.pth")
+    assert (str(error) or type(error).__name__) in str(told.value)
 
 
 def test_safetensors_are_read(tmp_path):

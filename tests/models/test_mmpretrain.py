@@ -23,7 +23,13 @@ pytestmark = [
 ]
 SCRIPT = ROOT / "tests/scripts/openmmlab_models.py"
 BY_MMPRETRAIN = ["resnet50", "resnet50d", "convnext_t", "swin_t", "mixer_s", "mixer_b", "mixer_b14", "vit_s", "vit_b"]
-BY_MMPRETRAIN += ["vit_b14", "eva02_s", "timm/swin_large_patch4_window7_224", "timm/eva_large_patch14_196"]
+BY_MMPRETRAIN += [
+    "vit_b14",
+    "eva02_s",
+    "timm/resnet50c",
+    "timm/swin_large_patch4_window7_224",
+    "timm/eva_large_patch14_196",
+]
 
 
 def theirs(folder, name):

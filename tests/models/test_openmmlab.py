@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import timm
@@ -9,7 +10,13 @@ import torch
 from torch import nn
 
 from scalekd_hf.cli.main import main
-from scalekd_hf.models.openmmlab import family_of, find_weights, from_openmmlab, is_openmmlab, to_openmmlab
+from scalekd_hf.models.openmmlab import (
+    classes_in,
+    family_of,
+    from_openmmlab,
+    is_openmmlab,
+    to_openmmlab,
+)
 from scalekd_hf.models.students import load_student
 
 
@@ -154,6 +161,18 @@ def test_names_are_openmmlabs_and_the_way_back_is_exact(kind):
         ("eva02_small_patch14_336", {}),
         ("efficientnet_b0", {}),
         ("swinv2_tiny_window8_256", {}),
+        ("resnetaa50", {}),
+        ("resnetblur18", {}),
+        ("resnet18", {"replace_stem_pool": True}),
+        ("resnet18", {"global_pool": "max"}),
+        ("convnext_nano_ols", {}),
+        ("convnext_atto_rms", {}),
+        ("flexivit_small", {}),
+        ("vit_small_patch16_224", {"no_embed_class": True}),
+        ("vit_small_patch16_224", {"act_layer": "quick_gelu"}),
+        ("vit_small_patch16_224", {"act_layer": "gelu_tanh"}),
+        ("vit_small_patch16_224", {"act_layer": partial(nn.GELU, approximate="tanh")}),
+        ("vit_base_patch16_rpn_224", {}),
     ],
 )
 def test_networks_with_other_parts_or_activations_are_of_no_family(name, options):
@@ -171,7 +190,8 @@ def test_networks_with_other_parts_or_activations_are_of_no_family(name, options
             lambda state: state.update({"head.fc.weight": torch.ones(5, 3)}),
             "1 of another shape (head.fc.weight (5, 3) instead of (5, 16))",
         ),
-        (lambda state: state.update({"head.layers.head.weight": state.pop("head.fc.weight")}), "1 missing (head.fc"),
+        (lambda state: state.update({"head.weight": state.pop("head.fc.weight")}), "1 missing (head.fc"),
+        (lambda state: state.update({"head.layers.pre_logits.bias": torch.ones(1)}), "1 left over (head.layers.pre"),
     ],
 )
 def test_what_is_missing_left_over_or_of_another_shape_is_an_error_that_names_it(change, said):
@@ -189,7 +209,48 @@ def test_the_place_of_a_class_token_that_mmcls_takes_out_again_is_left_out():
     expected = state["backbone.pos_embed"]
     state["backbone.cls_token"] = torch.randn(1, 1, 16)
     state["backbone.pos_embed"] = torch.cat((torch.randn(1, 1, 16), expected), dim=1)
-    assert torch.equal(from_openmmlab(family, shapes(model), state)["pos_embed"], expected)
+    with pytest.raises(ValueError, match=r"1 left over \(backbone.cls_token\); 1 of another shape"):
+        from_openmmlab(family, shapes(model), state)
+    read = from_openmmlab(family, shapes(model), state, without_token=True)
+    assert torch.equal(read["pos_embed"], expected) and "cls_token" not in read
+
+
+def test_a_place_more_in_pos_embed_without_a_class_token_is_an_error():
+    model, family = small("vit")
+    state = to_openmmlab(family, model.state_dict())
+    state["backbone.pos_embed"] = torch.randn(1, 17, 16)
+    with pytest.raises(ValueError, match="1 of another shape"):
+        from_openmmlab(family, shapes(model), state, without_token=True)
+
+
+def test_the_head_for_class_tokens_is_a_head():
+    model, family = small("vit")
+    state = to_openmmlab(family, model.state_dict())
+    renamed = {name.replace("head.fc.", "head.layers.head."): value for name, value in state.items()}
+    assert classes_in(renamed) == classes_in(state) == classes_in(model.state_dict()) == 5
+    read = from_openmmlab(family, shapes(model), renamed)
+    assert all(torch.equal(read[f"head.{part}"], state[f"head.fc.{part}"]) for part in ("weight", "bias"))
+
+
+SHORTCUTS = {  # of the first block, by whether it pools, and the stem
+    "resnet50": (0, "conv1.weight"),
+    "resnet50c": (0, "stem.0.conv.weight"),
+    "resnet50s": (0, "stem.0.conv.weight"),
+    "resnet50d": (0, "stem.0.conv.weight"),
+    "resnet50 pooling": (0, "conv1.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", SHORTCUTS)
+def test_the_first_shortcut_begins_at_0_with_a_deep_stem_and_without(kind):
+    place, stem = SHORTCUTS[kind]
+    name, _, pools = kind.partition(" ")
+    model = timm.create_model(name, num_classes=5, **WIDTHS, **({"avg_down": True} if pools else {}))
+    written = to_openmmlab("ResNet", model.state_dict())
+    found = {name for name in written if name.startswith("backbone.layer1.0.downsample.")}
+    expected = {f"layer1.0.downsample.{place}.weight"} | batchnorm(f"layer1.0.downsample.{place + 1}")
+    assert found == {f"backbone.{name}" for name in expected} and f"backbone.{stem}" in written
+    assert set(from_openmmlab("ResNet", shapes(model), written)) == set(model.state_dict())
 
 
 def test_swins_merged_cells_lie_as_an_unfolded_convolution_has_them():
@@ -304,67 +365,3 @@ def test_mobilenet_puts_out_what_a_plain_one_does(tmp_path):
         assert expected.std(dim=0).max() > 1e-3 and (student.classify(images) - expected).abs().max() < 1e-5
     back = to_openmmlab("EfficientNet", student.model.state_dict())
     assert all(torch.equal(back[name], value) for name, value in plain.state_dict().items())
-
-
-# Which weights of a file
-
-
-def state(value, prefix=""):
-    names = ("backbone.conv1.weight", "backbone.bn1.running_mean", "head.fc.bias")
-    return {f"{prefix}{name}": torch.full((2,), float(value)) for name in names}
-
-
-AVERAGE, LAST, TEACHERS = 1, 2, 3
-FILES = {
-    "bare": (state(AVERAGE), "only ones"),
-    "mmengine": ({"meta": {"epoch": 3}, "state_dict": state(AVERAGE)}, "only ones"),
-    "several processes": ({"state_dict": state(AVERAGE, "module.")}, "only ones"),
-    "distillation": (
-        {
-            "state_dict": {
-                **state(AVERAGE, "student."),
-                **state(TEACHERS, "teacher."),
-                "distill_losses.x": torch.ones(1),
-            }
-        },
-        "only ones",
-    ),
-    "mmengine's average": (
-        {
-            "state_dict": state(AVERAGE, "student.") | state(TEACHERS, "teacher."),
-            "ema_state_dict": {
-                **state(LAST, "module.student."),
-                **state(TEACHERS, "module.teacher."),
-                "steps": torch.ones(1),
-            },
-        },
-        "moving average",
-    ),
-    "mmcv's average": (
-        {"state_dict": state(AVERAGE) | {f"ema_{n.replace('.', '_')}": v for n, v in state(LAST).items()}},
-        "moving average",
-    ),
-    "timm's average": ({"state_dict": state(LAST), "state_dict_ema": state(AVERAGE), "epoch": 3}, "moving average"),
-}
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_the_students_average_is_taken_and_the_last_step_on_request(kind):
-    content, which = FILES[kind]
-    weights, told = find_weights(content)
-    assert (
-        told == which and set(weights) == set(state(0)) and all((value == AVERAGE).all() for value in weights.values())
-    )
-    if which == "only ones":
-        with pytest.raises(ValueError, match="`raw` is on, but the checkpoint has one set of weights"):
-            find_weights(content, raw=True)
-    else:
-        weights, told = find_weights(content, raw=True)
-        assert told == "last step" and set(weights) == set(state(0))
-        assert all((value == LAST).all() for value in weights.values())
-
-
-@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"state_dict": [1]}, 3, {"meta": {}}, torch.ones(1)])
-def test_a_file_without_weights_is_refused(content):
-    with pytest.raises(ValueError, match="has no weights"):
-        find_weights(content)

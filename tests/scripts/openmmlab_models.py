@@ -45,6 +45,7 @@ BACKBONES = {
         **{"type": "ViTEVA02", "arch": "s", "img_size": 336, "patch_size": 14, "sub_ln": True, "final_norm": False},
         "out_type": "avg_featmap",
     },
+    "timm/resnet50c": {"type": "ResNetV1c", "depth": 50},
     "timm/swin_large_patch4_window7_224": {"type": "SwinTransformer", "arch": "large", "img_size": 224},
     "timm/eva_large_patch14_196": {
         **{"type": "BEiTViT", "arch": "l", "img_size": 196, "patch_size": 14, "layer_scale_init_value": 0.0},
@@ -87,7 +88,10 @@ def main(folder, names):
             loaded = model.load_state_dict(torch.load(ours, weights_only=True)["state_dict"], strict=False)
             assert not loaded.unexpected_keys and all("norm2" in k or "_index" in k for k in loaded.missing_keys)
         else:
-            torch.save({"meta": {"epoch": 1}, "state_dict": model.state_dict()}, f"{file}.pth")
+            torch.save(
+                {"meta": {"epoch": 1, "cfg": f"model = {BACKBONES[name]}"}, "state_dict": model.state_dict()},
+                f"{file}.pth",
+            )
         with torch.no_grad():
             torch.save({"images": images, "logits": model(images, mode="tensor")}, f"{file}.logits.pt")
 

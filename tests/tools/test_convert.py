@@ -172,7 +172,9 @@ def a_convnext(model, folder):
         (lambda model, folder: folder / "missing.pth", RESNET18, "missing.pth' is no file"),
         (lambda model, folder: folder, RESNET18, "is no file"),
         (lambda model, folder: save(folder, {"epoch": 3}), RESNET18, "has no weights"),
-        (lambda model, folder: save(folder, {"state_dict": model.state_dict()}), RESNET18, "of another shape"),
+        (changed(lambda s: s.update({"backbone.conv1.weight": torch.ones(2)})), RESNET18, "of another shape"),
+        (lambda model, folder: save(folder, {"a": torch.ones(1), **model.state_dict()}), RESNET18, "such as a"),
+        (styled("img_norm_cfg = dict(mean=[1, 2, 3], to_rgb=False)"), RESNET18, "to_rgb=False"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(made, words, said, model, tmp_path, capsys):

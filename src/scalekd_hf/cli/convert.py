@@ -30,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", help="For the card: swin_l or eva_l, or the recipe of the pair.")
     parser.add_argument("--output_dir", help="Folder to write into: a new or an empty one.", required=True)
     parser.add_argument("--raw", action="store_true", help="Take the last step's weights, not the moving average.")
-    parser.add_argument("--student_args", help="Further arguments of the model, as JSON.")
+    parser.add_argument("--student_args", help="Further arguments of the model, mean and std, as JSON.")
     parser.add_argument("--to", choices=["student", "openmmlab"], default="student", help="What to write.")
     arguments = parser.parse_args(words)
     is_folder = _is_student(Path(arguments.checkpoint))
@@ -57,6 +57,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(
         f"{converted.folder}: {student.name}, {millions:.2f} M parameters, {student.num_labels} classes; weights of the file: {converted.weights}."
     )
+    print(f"Mean and standard deviation of the images: {converted.normalised_by}.")
     if converted.passed_over:
         print(f"Objects in the file that were not made: {', '.join(converted.passed_over[:6])}.")
     print(f"Measure it: scalekd evaluate {converted.folder} --dataset FOLDER --update_card")

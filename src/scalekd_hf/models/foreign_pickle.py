@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..manifest import check_file
@@ -26,6 +25,10 @@ MAKERS = {
 }
 TYPES = {"collections.OrderedDict": OrderedDict, "torch.Size": torch.Size, "torch.device": torch.device}
 PROGRAM = "constants.pkl"  # which TorchScript archives have
+
+
+class _Broken(ValueError):
+    """A file that is said to be damaged, or of another kind."""
 
 
 class _Unknown(dict):
@@ -93,8 +96,10 @@ def read_foreign(file: str | Path) -> tuple[Any, list[str]]:
         if file.suffix == ".safetensors":
             return load_file(file), []
         return _read(file)
-    except (OSError, EOFError, SafetensorError) as error:
-        raise ValueError(_broken(file, error)) from error
+    except _Broken:
+        raise
+    except Exception as error:  # whatever a damaged or made-up file leads to
+        raise _Broken(_broken(file, error)) from error
 
 
 def _read(file: Path) -> tuple[Any, list[str]]:
@@ -106,10 +111,10 @@ def _read(file: Path) -> tuple[Any, list[str]]:
     elif tarfile.is_tarfile(file):
         refused = "it is a tar archive, of torch before 0.1.10"
     if refused:
-        raise ValueError(_broken(file, refused))
+        raise _Broken(_broken(file, refused))
     try:
         return torch.load(file, map_location="cpu", weights_only=True), []
-    except (pickle.UnpicklingError, RuntimeError):  # it holds other objects, or is damaged
+    except Exception:  # it holds other objects, or is damaged
         pass
 
     class Reader(_Unpickler):
@@ -127,13 +132,9 @@ def _read(file: Path) -> tuple[Any, list[str]]:
             """One object of a file."""
             return Reader(opened, **options).load()
 
-    try:
-        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=Inert), sorted(
-            Reader.passed_over
-        )
-    except Exception as error:  # whatever a damaged or made-up pickle leads to
-        raise ValueError(_broken(file, error)) from error
+    content = torch.load(file, map_location="cpu", weights_only=False, pickle_module=Inert)
+    return content, sorted(Reader.passed_over)
 
 
 def _broken(file: Path, reason: Any) -> str:
-    return f"`checkpoint` {str(file)!r} cannot be read: {reason}. Fetch it again; a file that needs a program of its own is never loaded here."
+    return f"`checkpoint` {str(file)!r} cannot be read: {str(reason) or type(reason).__name__}. Fetch it again; a file that needs a program of its own is never loaded here."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-__all__ = ["FAMILIES", "family_of", "find_weights", "from_openmmlab", "is_openmmlab", "to_openmmlab"]
+__all__ = ["FAMILIES", "classes_in", "family_of", "find_weights", "from_openmmlab", "is_openmmlab", "to_openmmlab"]
 
 SHOWN = 6
 BACKBONE = "backbone."
@@ -59,14 +59,13 @@ EVA02 = [
     (r"mlp\.fc1_[gx]\.", "mlp.w12."),  # one after the other
     (r"mlp\.fc2\.", "mlp.w3."),
 ]
-RESNET_D = [
+DEEP_STEM = [
     (r"^conv1\.(\d)\.", lambda found: f"stem.{int(found[1]) // 3}.{'bn' if int(found[1]) % 3 else 'conv'}."),
     (r"^bn1\.", "stem.2.bn."),
-    (
-        r"^(layer1\.0\.downsample)\.(\d)\.",
-        lambda found: f"{found[1]}.{int(found[2]) - 1}.",
-    ),  # whose pooling does nothing
 ]
+POOLED = [
+    (r"^(layer1\.0\.downsample)\.(\d)\.", lambda found: f"{found[1]}.{int(found[2]) - 1}."),
+]  # a pooling that does nothing, which OpenMMLab leaves out
 MOBILENET = [(r"^conv_stem\.", "model.0.0."), (r"^bn1\.", "model.0.1.")]
 MOBILENET_LAYERS = {"conv_dw": 0, "bn1": 1, "conv_pw": 3, "bn2": 4}
 # Parts of timm's names for which there are others in these lists. A network with further ones is another than OpenMMLab's.
@@ -83,6 +82,8 @@ WORDS = {
 }
 ENDS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 ACTIVATIONS = {"ResNet": "ReLU", "EfficientNet": "ReLU", "RotatedEva": "SiLU"}  # of the others GELU
+MODULES = ("activation", "activations", "activations_me")
+OTHER_PARTS = {"ResPostBlock", "ParallelScalingBlock", "RmsNorm", "RmsNorm2d", "SimpleNorm", "SimpleNorm2d"}
 HEAD = re.compile(r"^(?:head\.fc|head|fc|classifier)\.(weight|bias)$")
 Names = list[tuple[str, Any]]
 
@@ -91,6 +92,7 @@ COMPUTED = r"(?:.*\.relative_position_index|(?:.*\.)?rope\.freqs_(?:cos|sin))"
 OTHER_MAPS = r"norm[0-2]\.(?:weight|bias)"
 UNUSED = re.compile(f"{BACKBONE}(?:{COMPUTED}|{OTHER_MAPS})$|data_preprocessor\\.(?:mean|std)$")
 CLASS_TOKEN = f"{BACKBONE}cls_token"  # mmcls has it in ViTs without one, too, and a place in `pos_embed` for it
+TOKENS_HEAD = "head.layers.head."  # of OpenMMLab's `VisionTransformerClsHead`
 
 # The mixers of OpenMMLab have LayerNorms with an epsilon of 1e-5, those of timm 1e-6. What is normalised there is the sum of all that the
 # blocks add. With that sum scaled by the root of the quotient, both norms put out the same.
@@ -161,6 +163,16 @@ def is_openmmlab(names: Iterable[str]) -> bool:
     return any(name.startswith(BACKBONE) for name in names)
 
 
+def classes_in(names: Mapping[str, Tensor]) -> int | None:
+    """The number of classes of a classifier's weights, by OpenMMLab's or timm's names; None where no head is found."""
+    theirs = _plain_head(names)
+    return next((value.shape[0] for name, value in theirs.items() if HEAD.match(name) and value.ndim), None)
+
+
+def _plain_head(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace(TOKENS_HEAD, "head.fc."): value for name, value in theirs.items()}
+
+
 def _listed(pairs: Names) -> Callable[[list[str]], dict[str, str]]:
     """What names the tensors of a network by a list of replacements, each made in what the ones before have left."""
 
@@ -177,7 +189,8 @@ def _replaced(name: str, pairs: Names) -> str:
 
 
 def _resnet(keys: list[str]) -> dict[str, str]:
-    return _listed(RESNET_D if "conv1.0.weight" in keys else [])(keys)
+    shortcut = "layer1.0.downsample.1.weight" in keys and "layer1.0.downsample.0.weight" not in keys
+    return _listed([*(DEEP_STEM if "conv1.0.weight" in keys else []), *(POOLED if shortcut else [])])(keys)
 
 
 def _mobilenet(keys: list[str]) -> dict[str, str]:
@@ -213,10 +226,28 @@ def family_of(module: nn.Module) -> str | None:
     if family not in FAMILIES or not hasattr(module, "pretrained_cfg"):
         return None
     words = {word for name in module.state_dict() for word in name.split(".") if not word.isdecimal()}
-    made = {type(part).__name__ for part in module.modules() if type(part).__module__.endswith("activation")}
+    made = {_activation(part) for part in module.modules() if type(part).__module__.endswith(MODULES)}
     normed = "running_mean" in words or ACTIVATIONS.get(family) != "ReLU"  # by BatchNorm, as others are by LayerNorm
     same = normed and words <= {*WORDS[family].split(), *ENDS} and made <= {ACTIVATIONS.get(family, "GELU"), "Softmax"}
-    return family if same else None
+    return family if same and _has_their_parts(module) else None
+
+
+def _activation(part: nn.Module) -> str:
+    approximate = getattr(part, "approximate", "none")  # of torch's GELU
+    return type(part).__name__ if approximate == "none" else f"{type(part).__name__} with {approximate}"
+
+
+def _has_their_parts(module: nn.Module) -> bool:
+    """Whether a network has no part without tensors, or of other arithmetic with the same ones, that OpenMMLab's has not."""
+    kinds = {type(part).__name__ for part in module.modules()}
+    smoothed = any(not isinstance(getattr(part, "aa", None), nn.Identity | None) for part in module.modules())
+    pool = getattr(module, "global_pool", "avg")
+    placed_apart = getattr(module, "no_embed_class", False) and getattr(module, "cls_token", None) is not None
+    stem = getattr(module, "stem", None)
+    overlapping = isinstance(stem, nn.Sequential) and len(stem) > 2  # of a ConvNeXt
+    plain = isinstance(getattr(module, "maxpool", None), nn.MaxPool2d | None)  # of a ResNet
+    pooled = getattr(pool, "pool_type", pool) in ("avg", "token")
+    return plain and pooled and not (smoothed or placed_apart or overlapping or kinds & OTHER_PARTS)
 
 
 def _their_names(family: str, keys: list[str]) -> dict[str, str]:
@@ -226,7 +257,7 @@ def _their_names(family: str, keys: list[str]) -> dict[str, str]:
 
 
 def from_openmmlab(
-    family: str, shapes: Mapping[str, tuple[int, ...]], theirs: Mapping[str, Tensor]
+    family: str, shapes: Mapping[str, tuple[int, ...]], theirs: Mapping[str, Tensor], without_token: bool = False
 ) -> dict[str, Tensor]:
     """OpenMMLab's weights of a classifier in timm's names.
 
@@ -234,6 +265,7 @@ def from_openmmlab(
         family: class of timm's module, one of `FAMILIES`.
         shapes: of timm's tensors, by name.
         theirs: by OpenMMLab's names, such as `backbone.layer1.0.conv1.weight` and `head.fc.weight`.
+        without_token: leave out a class token that the network takes out again before its first block, with its place in `pos_embed`.
 
     Returns:
         A tensor for each of `shapes`; those that `num_batches_tracked` counts may be missing in old files, and are then 0.
@@ -241,9 +273,11 @@ def from_openmmlab(
     Raises:
         ValueError: tensors that are missing, left over or of another shape; all of them are counted, and the first named.
     """
-    names = _their_names(family, list(shapes))
-    found = {ours: _taken(family, ours, theirs[name], shapes[ours]) for ours, name in names.items() if name in theirs}
-    without_token = "pos_embed" in shapes and "cls_token" not in shapes
+    names, theirs = _their_names(family, list(shapes)), _plain_head(theirs)
+    found = {ours: _taken(family, ours, theirs[name]) for ours, name in names.items() if name in theirs}
+    without_token = without_token and CLASS_TOKEN in theirs and "cls_token" not in shapes
+    if without_token and "pos_embed" in found:
+        found["pos_embed"] = found["pos_embed"][:, 1:]
     known = {*names.values(), *([CLASS_TOKEN] if without_token else [])}
     missing = [name for ours, name in names.items() if ours not in found and not ours.endswith("num_batches_tracked")]
     left = [name for name in theirs if name not in known and not UNUSED.match(name)]
@@ -280,7 +314,7 @@ def to_openmmlab(family: str, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat(parts) if len(parts) > 1 else parts[0].contiguous() for name, parts in theirs.items()}
 
 
-def _taken(family: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _taken(family: str, name: str, tensor: Tensor) -> Tensor:
     """A tensor of theirs as timm's of this name."""
     if family == "SwinTransformer" and MERGING.search(name):
         # From (C, row, column) of the four cells that are merged to (column, row, C).
@@ -289,8 +323,6 @@ def _taken(family: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Te
         return tensor * MIXER_SCALE
     if GATE.search(name):
         return tensor.chunk(2)[name.count(".fc1_x.")]
-    if name == "pos_embed" and tensor.ndim == 3 and tensor.shape[1] == shape[1] + 1:
-        return tensor[:, 1:]  # of a class token that is taken out again before the first block
     return tensor
 
 

@@ -9,21 +9,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import ModelCard
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from ..data.imagenet import CLASSES, class_names
+from ..data.imagenet import class_names
 from ..manifest import digest
 from ..models import mixers, variants
 from ..models.foreign_pickle import read_foreign
-from ..models.openmmlab import FAMILIES, family_of, find_weights, from_openmmlab, is_openmmlab, to_openmmlab
-from ..models.saving import check_rebuildable, save_student
+from ..models.openmmlab import (
+    FAMILIES,
+    classes_in,
+    family_of,
+    find_weights,
+    from_openmmlab,
+    is_openmmlab,
+    to_openmmlab,
+)
+from ..models.saving import check_rebuildable, replacing, save_student
 from ..models.students import Student, load_student
 from ..publishing.model_card import CardFacts, make_card
 from ..publishing.provenance import Source, versions
+from .told import (
+    POOLED_FIRST,
+    check_class_token,
+    classes_of,
+    configuration_of,
+    is_distillation,
+    norm_before_pooling,
+    normalisation_of,
+)
 from .words import nearest, paper_results, read_config, shipped_configs
 
 
@@ -37,16 +55,8 @@ AS_THE_AUTHORS = {
     "vit_b14": ("vit_b14", "timm/vit_base_patch14_224_openmmlab"),
     "eva02_s": ("eva02_s", "timm/eva02_small_patch14_336_openmmlab"),
 }
-KEPT = (
-    "mean",
-    "std",
-    "drop_path_rate",
-)  # of the arguments that a recipe gives its student, where the authors' is another
-# Words in the configuration that a file carries, and why its weights would then compute something else in timm's model.
-OTHER_STYLES = {
-    "style='caffe'": "it was trained with strides in the first convolutions of its blocks (`style='caffe'`), timm's has them in the second",
-}
-POOLED_FIRST = "head_norm_first"  # timm's argument of ConvNeXt
+# Of the arguments that a recipe gives its student, where the authors' is another.
+KEPT = ("mean", "std", "drop_path_rate")
 OWN = (*mixers.__all__, *variants.__all__)  # that timm does not know
 WRITTEN = "student.pth"
 
@@ -75,12 +85,14 @@ class Converted:
         student: loaded with the weights.
         weights: which of the file they are, see `find_weights`.
         passed_over: kinds of objects in the file that were not read.
+        normalised_by: where the images' mean and standard deviation are from.
     """
 
     folder: Path
     student: Student
     weights: str
     passed_over: list[str]
+    normalised_by: str
 
 
 def known_students() -> list[str]:
@@ -115,24 +127,27 @@ def convert(
     recipe = _recipe(student, teacher)
     content, passed_over = read_foreign(checkpoint)
     weights, which = find_weights(content, raw)
-    theirs = is_openmmlab(weights)
-    builds = [
-        Build(build.name, {**build.arguments, **(student_args or {})}, build.spec)
-        for build in _builds(student, theirs)
-    ]
-    _check_style(content, weights, builds[0], student_args or {})
-    made, state = _fitting(builds, weights, student)
+    theirs, given = is_openmmlab(weights), dict(student_args or {})
+    file = _File(weights, configuration_of(content), given, student in known_students(), is_distillation(content))
+    builds = [Build(build.name, {**build.arguments, **given}, build.spec) for build in _builds(student)]
+    made, state = _fitting([_settled(build, file) for build in builds], file, student)
+    names = classes_of(content, made.num_labels)
+    if names is not None and (made.labels is None or names != class_names()):
+        made.name_labels(names)
+    normalised_by = _normalise(made, file)
     made.model.load_state_dict(state, strict=True)
     check_rebuildable(made)
-    save_student(made, folder)
     facts = {
         "checkpoint": f"`{Path(checkpoint).name}`",
         "its SHA-256": f"`{digest(Path(checkpoint), hashlib.sha256())}`",
         "its layout": "OpenMMLab's (mmcls, mmpretrain)" if theirs else "the library's own",
         "its weights": {"only ones": None}.get(which, which),
     }
-    _describe(made, folder, recipe, Path(checkpoint).name, facts)
-    return Converted(folder, made, which, passed_over)
+    with replacing(folder) as unfinished:
+        save_student(made, unfinished)
+        card = _card(made, folder.resolve().name, recipe, Path(checkpoint).name, facts)
+        (unfinished / "README.md").write_text(str(card), encoding="utf-8", newline="\n")
+    return Converted(folder, made, which, passed_over, normalised_by)
 
 
 def write_openmmlab(student: Student, folder: str | Path) -> Path:
@@ -143,6 +158,7 @@ def write_openmmlab(student: Student, folder: str | Path) -> Path:
 
     Raises:
         ValueError: a folder that is not empty, or a student of an architecture that OpenMMLab has not under these names.
+        OSError: the file cannot be written; nothing is left of it.
     """
     family = family_of(student.model)
     if family is None:
@@ -152,11 +168,11 @@ def write_openmmlab(student: Student, folder: str | Path) -> Path:
         )
     file = Path(folder, WRITTEN)
     _check_empty(file.parent)
-    file.parent.mkdir(parents=True, exist_ok=True)
     meta = {"CLASSES": student.labels, "student": student.classifier.module.pretrained_cfg.get("architecture")}
-    unfinished = file.with_suffix(".part")
-    torch.save({"meta": meta, "state_dict": to_openmmlab(family, student.model.state_dict())}, unfinished)
-    unfinished.replace(file)
+    with replacing(file.parent) as unfinished:
+        torch.save(
+            {"meta": meta, "state_dict": to_openmmlab(family, student.model.state_dict())}, unfinished / WRITTEN
+        )
     return file
 
 
@@ -187,7 +203,7 @@ def _published(student: str) -> tuple[Build, ...]:
     return (theirs,) if of != student else (theirs, build)
 
 
-def _builds(student: str, openmmlab: bool) -> tuple[Build, ...]:
+def _builds(student: str) -> tuple[Build, ...]:
     if student in known_students():
         return _published(student)
     if "/" in student or Path(student).is_dir():
@@ -218,37 +234,51 @@ def _recipe(student: str, teacher: str | None) -> str | None:
     return name
 
 
-def _check_style(content: Any, weights: dict[str, Tensor], build: Build, given: Mapping[str, Any]) -> None:
-    """Refuse what the weights alone do not show, and would compute something else."""
-    told = content.get("meta") if isinstance(content, Mapping) else None
-    text = " ".join(str(value) for value in told.values()) if isinstance(told, Mapping) else ""
-    compact = text.replace('"', "'").replace(" ", "")
-    for words, reason in OTHER_STYLES.items():
-        if words in compact:
-            raise ValueError(f"The checkpoint is not converted: {reason}. There is no remedy in timm's architecture.")
-    normed_as_maps = "backbone.norm2.weight" in weights or "gap_before_final_norm=False" in compact
-    if "backbone.downsample_layers.0.0.weight" in weights and POOLED_FIRST not in given and not normed_as_maps:
-        raise ValueError(
-            "The weights of a ConvNeXt do not show whether its last LayerNorm stands before pooling, as in the authors' student, or after it, "
-            "as in mmpretrain's own. Say so with `--student_args '{\"head_norm_first\": true}'` for the former, `false` for the latter."
-        )
+@dataclass(frozen=True)
+class _File:
+    """What is known of a checkpoint: its weights, the text of its configuration, what the user adds; whether it is of the authors' students."""
+
+    weights: dict[str, Tensor]
+    text: str
+    given: dict[str, Any]
+    published: bool
+    distillation: bool
 
 
-def _fitting(builds: list[Build], weights: dict[str, Tensor], student: str) -> tuple[Student, dict[str, Tensor]]:
+def _settled(build: Build, file: _File) -> Build:
+    """A build of a ConvNeXt with the place of its last norm, where the weights do not show it."""
+    if "backbone.downsample_layers.0.0.weight" not in file.weights or _shape(build, file.weights).kind != "ConvNeXt":
+        return build
+    authors = file.published and file.distillation and "backbone.norm2.weight" in file.weights
+    first = norm_before_pooling(file.text, file.given, authors)
+    return Build(build.name, {**build.arguments, POOLED_FIRST: first}, build.spec)
+
+
+def _normalise(student: Student, file: _File) -> str:
+    """Give a student the file's mean and standard deviation; which ones it has, in words."""
+    if {"mean", "std"} & set(file.given):
+        return "as given"
+    if file.published:
+        return "the authors'"
+    if (found := normalisation_of(file.text, file.weights)) is None:
+        return "the model's own, assumed: the checkpoint says nothing of it, or several things"
+    student.spec = student.classifier.spec = student.spec.updated(**found)
+    return "the checkpoint's"
+
+
+def _fitting(builds: list[Build], file: _File, student: str) -> tuple[Student, dict[str, Tensor]]:
     """The first of the builds that the weights fit, and the weights in its names."""
     errors = []
     for build in builds:
         try:
-            state = _renamed(build, weights)
+            state = _renamed(build, file.weights, file)
         except _Unfit as error:
             errors.append(f"{build.name}: {error}")
             continue
-        made = load_student(build.name, **_arguments(build, weights))
+        made = load_student(build.name, **_arguments(build, file.weights))
         made.spec = made.classifier.spec = made.spec.updated(**build.spec)
-        if made.num_labels == CLASSES and made.labels is None:
-            made.name_labels(class_names())
         return made, state
-    other = next((name for name in known_students() if name != student and _fits_any(name, weights)), None)
+    other = next((name for name in known_students() if name != student and _fits_any(name, file.weights)), None)
     remedy = f"It fits `--student {other}`." if other else f"It fits none of {', '.join(known_students())}."
     raise ValueError(f"The checkpoint does not fit `student` {student!r} ({'; '.join(errors)}). {remedy}")
 
@@ -259,33 +289,50 @@ class _Unfit(ValueError):
 
 def _arguments(build: Build, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Those of `load_student`, with as many classes as the weights have."""
-    classes = _classes(weights)
+    classes = classes_in(weights)
     return build.arguments if classes is None else {**build.arguments, "num_classes": classes}
 
 
+class _Shape(NamedTuple):
+    """Class, family and shapes of a network, and what a ViT's classifier reads."""
+
+    kind: str
+    family: str | None
+    shapes: dict[str, tuple[int, ...]]
+    pool: str
+
+
 @cache
-def _network(name: str, arguments: str) -> tuple[str, str | None, dict[str, tuple[int, ...]]]:
-    """Class, family and shapes of a network, of which no weight is made; `arguments` as JSON."""
+def _network(name: str, arguments: str) -> _Shape:
+    """A network of which no weight is made; `arguments` as JSON."""
     with torch.device("meta"):
         module = load_student(name, **json.loads(arguments)).model
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    return type(module).__name__, family_of(module), shapes
+    return _Shape(type(module).__name__, family_of(module), shapes, str(getattr(module, "global_pool", "")))
 
 
-def _renamed(build: Build, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in the names of a network.
+def _shape(build: Build, weights: dict[str, Tensor]) -> _Shape:
+    return _network(build.name, json.dumps(_arguments(build, weights)))
+
+
+def _renamed(build: Build, weights: dict[str, Tensor], file: _File | None = None) -> dict[str, Tensor]:
+    """Weights in the names of a network; of a `file` it is checked, too, what their names do not show.
 
     Raises:
         _Unfit: they are of another one.
+        ValueError: the file does not say what has to be known.
     """
-    kind, family, shapes = _network(build.name, json.dumps(_arguments(build, weights)))
+    kind, family, shapes, pool = _shape(build, weights)
     if is_openmmlab(weights):
         if family is None:
             raise _Unfit(f"OpenMMLab has no such {kind}, with these parts and activations, that is known here")
         try:
-            return from_openmmlab(family, shapes, weights)
+            renamed = from_openmmlab(family, shapes, weights, without_token=True)
         except ValueError as error:
             raise _Unfit(str(error)) from error
+        if file is not None and family in ("VisionTransformer", "NormedTwice"):
+            check_class_token(file.text, weights, pool, "cls_token" in shapes, file.given, file.published)
+        return renamed
     wrong = sorted(set(shapes) ^ set(weights)) or [n for n in shapes if shapes[n] != tuple(weights[n].shape)]
     if wrong:
         raise _Unfit(
@@ -306,11 +353,6 @@ def _fits_any(student: str, weights: dict[str, Tensor]) -> bool:
     return False
 
 
-def _classes(weights: Mapping[str, Tensor]) -> int | None:
-    head = weights.get("head.fc.bias") if is_openmmlab(weights) else None
-    return head.shape[0] if head is not None else None
-
-
 # The card
 
 
@@ -322,26 +364,29 @@ def _teacher(recipe: str | None) -> Source | None:
     return Source(name, name, None, getattr(config, "license", None), name.removeprefix("timm/"))
 
 
-def _describe(student: Student, folder: Path, recipe: str | None, checkpoint: str, facts: dict[str, Any]) -> None:
+def _card(student: Student, repo: str, recipe: str | None, checkpoint: str, facts: dict[str, Any]) -> ModelCard:
+    name = (
+        Path(student.name).resolve().name if Path(student.name).is_dir() else student.name
+    )  # no path of this machine
     spec, classifier = student.spec, student.classifier
     architecture = getattr(student.model, "pretrained_cfg", {}).get("architecture", "")
     named = student.labels == class_names()
     side = int(min(spec.size) / spec.crop_pct)
     known = {name: value for name, value in classifier.model_args.items() if name != "num_classes"}
     card = CardFacts(
-        repo=folder.resolve().name,
+        repo=repo,
         library=classifier.library,
-        student=Source(
-            student.name, architecture=getattr(student.model, "pretrained_cfg", {}).get("architecture", "")
-        ),
+        student=Source(name, architecture=architecture),
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         num_labels=student.num_labels,
         teacher=_teacher(recipe),
         facts={
-            "student": student.name,
+            "student": name,
             "its arguments": f"`{known}`" if known else None,
             **facts,
-            "classes": "1000, which are taken for ImageNet-1K's in their usual order" if named else None,
+            "classes": "1000, ImageNet-1K's in their usual order, as the file says or as is assumed without names"
+            if named
+            else None,
             "recipe of the pair": f"`{recipe}`" if recipe else None,
             "before it is loaded": f"`from scalekd_hf import {architecture}`" if architecture in OWN else None,
             "images": f"shorter side to {side} px ({spec.interpolation}), centre crop {spec.size[0]}x{spec.size[1]}",
@@ -352,4 +397,4 @@ def _describe(student: Student, folder: Path, recipe: str | None, checkpoint: st
         paper=paper_results(shipped_configs()[recipe]) if recipe else {},
         tags=["converted"],
     )
-    (folder / "README.md").write_text(str(make_card(card)), encoding="utf-8", newline="\n")
+    return make_card(card)
