@@ -36,8 +36,9 @@ RUN = {  # blocks that are run elsewhere, by page and place in it
     ("docs/own_photos.md", 0): "the folder that the test makes",
     ("docs/published.md", 3): "tests/models/test_mmpretrain.py",
     ("docs/results.md", 0): "tests/cli/test_results.py",
-    ("docs/transfer.md", 0): "tests/transfer/test_recipes.py",
-    ("docs/transfer.md", 1): "tests/transfer/test_recipes.py",
+    ("docs/results.md", 1): "tests/cli/test_compare_transfer.py",
+    ("docs/transfer.md", 0): "tests/transfer/test_transfer_recipes.py",
+    ("docs/transfer.md", 1): "tests/transfer/test_transfer_recipes.py",
     ("docs/transfer.md", 2): "tests/cli/test_scenes.py",
 }
 SCALEKD = "scalekd_hf.cli.main"

@@ -168,7 +168,9 @@ def test_masks_of_training_move_with_their_pixels():
     assert (
         (40, 40) in shapes and min(min(shape) for shape in shapes) < 30 and max(max(shape) for shape in shapes) == 40
     )
-    assert np.quantile(parts, 0.9) > 4 * np.quantile(parts, 0.3) > 0  # near and far
+    assert (
+        np.quantile(parts, 0.9) > 4 * np.quantile(parts, 0.2) > 0
+    )  # near and far, and every crop has something to learn from
 
 
 def test_a_crop_has_more_than_one_class_where_ten_tries_find_one():

@@ -82,6 +82,7 @@ def test_the_command_trains_evaluates_and_ends_once(tmp_path, scenes):
 
 def test_a_plan_trains_nothing(tmp_path, scenes, capsys):
     given = words(scenes, tmp_path / "run", "--student", str(scenes / "student"), "--head", "d_fine")
+    given += ["--head_args", '{"num_queries": 12}']
     with pytest.raises(SystemExit) as stop:
         transfer.main(["detect", *given, "--plan", "json"])
     plan = json.loads(capsys.readouterr().out)
