@@ -1,4 +1,4 @@
-.PHONY: install style quality docs private-names test test-oldest test-slow smoke quickstart first-hour numbers teacher release
+.PHONY: install style quality docs private-names test test-oldest test-openmmlab test-slow smoke quickstart first-hour numbers teacher release
 
 install:  ## everything a developer needs, in the active environment
 	pip install -e ".[dev]"
@@ -26,6 +26,9 @@ test:  ## the default lane, minutes on two cores
 test-oldest:  ## the default lane with the oldest versions of everything, in an environment of its own
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(or $(PYTHON),python3.10) -m venv $$folder && \
 	    $$folder/bin/pip install -q -c tests/oldest.txt -e ".[test,tracking]" && $$folder/bin/pytest -p no:cacheprovider
+
+test-openmmlab:  ## converted students against mmpretrain; after `pip install -e ".[test,openmmlab]"`
+	pytest -m openmmlab
 
 test-slow:  ## the tests that take longer
 	pytest -m slow
