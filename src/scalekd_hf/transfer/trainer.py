@@ -154,7 +154,8 @@ class TransferTrainer(RunTrainer):
         with without_idle_engine(self), self.loss_log.paused():
             rest = (prediction_loss_only, ignore_keys, metric_key_prefix)
             output = super().evaluation_loop(dataloader, description, *rest)
-            count = len(getattr(dataloader.dataset, "images", dataloader.dataset))  # of all processes
+            dataset: Any = dataloader.dataset
+            count = len(getattr(dataset, "images", dataset))  # of all processes
             self.feed.bad_images["evaluation"].check(count, self.args.world_size)
             self.stopping.leave_evaluation_if_asked(self.args.world_size)
             found = {f"{metric_key_prefix}_{name}": value for name, value in self._metrics.compute().items()}
