@@ -209,3 +209,11 @@ def test_a_network_of_one_size_segments_squares_and_is_refused_by_mask_rcnn(tmp_
     boxes = dense_data(scenes, "detect", masks=True)
     with pytest.raises(ValueError, match="takes images of 64 px alone, and Mask R-CNN"):
         trainer_for(scenes, tmp_path, data=boxes, model=build_detector(mixer, boxes.class_names, image_size=64))
+
+
+def test_evaluating_does_not_change_what_is_trained(tmp_path, scenes):
+    for name, options in (("with", {"eval_strategy": "steps", "eval_steps": 1}), ("without", {})):
+        trainer = trainer_for(scenes, tmp_path / name, "detect", max_steps=3, save_strategy="no", **options)
+        trainer.train()  # D-FINE draws noisy boxes in each step
+        trainer.save_model()
+    assert_same(tmp_path / "with", tmp_path / "without")

@@ -69,7 +69,7 @@ def evaluate(trainer: TransferTrainer) -> dict[str, dict[str, float]]:
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    return {"this model": {name: value for name, value in named.items() if name in METRICS or name.endswith("_ap")}}
+    return {"this model": {name: value for name, value in named.items() if name in METRICS}}
 
 
 def show(results: dict[str, dict[str, float]], folder: str) -> None:

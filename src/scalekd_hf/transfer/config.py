@@ -7,11 +7,12 @@ from typing import Any
 
 from ..training.run_config import RunConfig
 from .annotations import DenseDataArguments
+from .detector import HEADS as DETECTORS
 
 
 __all__ = ["HEADS", "TransferArguments", "TransferConfig"]
 
-HEADS = {"segment": ("upernet",), "detect": ("mask_rcnn", "d_fine")}  # the first is the default
+HEADS = {"segment": ("upernet",), "detect": DETECTORS}  # the first is the default
 
 
 @dataclass

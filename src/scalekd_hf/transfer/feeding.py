@@ -87,7 +87,10 @@ class DenseFeed(Feed):
         options = self._loader_options() | {
             "persistent_workers": persistent and bool(self.args.dataloader_num_workers)
         }
-        return DataLoader(share, self.args.eval_batch_size, worker_init_fn=outlive_signals, **options)
+        generator = torch.Generator()  # so that training draws the same with an evaluation and without
+        return DataLoader(
+            share, self.args.eval_batch_size, worker_init_fn=outlive_signals, generator=generator, **options
+        )
 
 
 class Share(Dataset):
