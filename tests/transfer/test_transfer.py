@@ -120,6 +120,8 @@ def test_the_best_model_is_that_of_the_tasks_metric(tmp_path, scenes):
 def test_the_model_loads_elsewhere_with_the_same_logits(tmp_path, scenes):
     trainer = trainer_for(scenes, tmp_path, max_steps=2)
     trainer.train()
+    with pytest.raises(ValueError, match="does not predict: `evaluate` measures"):
+        trainer.predict(None)
     trainer.save_model()
     loaded = UperNetForSemanticSegmentation.from_pretrained(tmp_path).eval()
     pixels = torch.randn(1, 3, 64, 64)

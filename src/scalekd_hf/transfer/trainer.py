@@ -171,6 +171,16 @@ class TransferTrainer(RunTrainer):
         self._metrics.update(found, batch["targets"])
         return None, None, None
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: maps and boxes of images of all sizes are measured one by one and kept nowhere.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "A `TransferTrainer` does not predict: `evaluate` measures, and a `pipeline` of the saved model, or `detect`, finds."
+        )
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write backbone and head as `from_pretrained` loads them, with an image processor.
 
