@@ -27,22 +27,21 @@ from ..tools.recipe import (
     mapping,
     parse_config,
     student_options,
-    write_config,
 )
 from ..training.config import ScaleKDConfig
 from ..training.model import ScaleKDModel, build_model
 from ..training.trainer import ScaleKDTrainer
-from .runs import RESOLVED_FILE, has_finished, resume_or_refuse, train_and_save
+from .runs import has_finished, resume_or_refuse, train_and_save
 
 
 __all__ = ["fresh_model", "main", "take_plan"]
 
 
 def run(
-    arguments: DistillArguments, config: ScaleKDConfig, data: tuple, distil: bool
+    arguments: DistillArguments, whole: ScaleKDConfig, data: tuple, alone: ScaleKDConfig | None = None
 ) -> tuple[dict[str, float], ScaleKDTrainer]:
-    """Train one student, with a teacher or alone, save it, and evaluate what was saved."""
-    train, evaluation = data
+    """Train one student of the whole run, with its teacher or `alone`, save it, and evaluate what was saved."""
+    (train, evaluation), distil, config = data, alone is None, alone or whole
     if config.process_index == 0:
         print(f"\nThe student {'with its teacher' if distil else 'alone'}, in {config.output_dir}:", flush=True)
     labels = dataset_labels(train, config.label_column)
@@ -50,7 +49,7 @@ def run(
     student = new_student(arguments, config, classes_of(arguments, config, train, teacher))
     trainer = ScaleKDTrainer(student, teacher if distil else None, config, train, evaluation)
     trainer.publisher.arguments = given_arguments(arguments)
-    train_and_save(trainer)
+    train_and_save(trainer, arguments, whole)
     trainer.accelerator.wait_for_everyone()
     if evaluation is None or not config.has_labels:
         return {}, trainer
@@ -124,15 +123,13 @@ def main(words: Sequence[str] | None = None) -> None:
     alone = [baseline_config(words, arguments, config)] if arguments.baseline else []
     resume_or_refuse(config, *alone)
     data = load_data(arguments, config.output_dir if config.process_index == 0 else None)
-    if config.process_index == 0:
-        write_config(arguments, config, Path(str(config.output_dir)) / RESOLVED_FILE)
     results = {}
     for baseline in alone:
         fresh_model(arguments, config, data[0])  # what is wrong with the pair is said before one of them is trained
-        results["student alone"], _ = run(arguments, baseline, data, distil=False)
-    results["student distilled"], trainer = run(arguments, config, data, distil=True)
+        results["student alone"], _ = run(arguments, config, data, baseline)
+    results["student distilled"], trainer = run(arguments, config, data)
     shares_labels = trainer.args.logit_weight and arguments.num_classes != 0  # with the teacher, as the data does
-    if data[1] is not None and config.has_labels and shares_labels:
+    if arguments.evaluate_teacher and data[1] is not None and config.has_labels and shares_labels:
         teacher = load_student(
             arguments.teacher,
             pretrained=True,

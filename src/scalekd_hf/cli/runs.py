@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..publishing.publisher import RESULTS_FILE, Publisher
-from ..tools.recipe import resolved
+from ..tools.recipe import resolved, write_config
 from ..training.config_checks import check_processes
 from ..training.run_config import RunConfig
 from ..training.run_folder import check_output_dir, check_writable, finished, interrupted, last_checkpoint
 from ..training.run_trainer import RunTrainer
-from ..training.settings import run_settings
+from ..training.settings import REPORTING, WHERE, run_settings
 
 
 __all__ = ["RESOLVED_FILE", "has_finished", "resume_or_refuse", "train_and_save"]
 
 RESOLVED_FILE = "config_resolved.yaml"
+# What a finished run may be called again with: its result does not depend on them.
+WITHOUT_EFFECT = {
+    *WHERE,
+    "dataloader_num_workers",
+    "evaluate_teacher",
+    "license",
+    "per_device_eval_batch_size",
+    "plan_processes",
+}
 
 
 def resume_or_refuse(*configs: RunConfig) -> None:
@@ -61,15 +71,56 @@ def has_finished(arguments: Any, config: RunConfig) -> bool:
     return same and finished(folder, config.max_steps) and Publisher(config, None, None).is_described() is not False
 
 
-def train_and_save(trainer: RunTrainer) -> None:
+def check_same_settings(arguments: Any, config: RunConfig) -> None:
+    """Refuse to take a finished run for one with other settings, whose place it would hold.
+
+    Raises:
+        ValueError: `output_dir` was trained with other settings, which are named. Where files lie may differ, not what they
+            are called.
+    """
+    folder = Path(str(config.output_dir))
+    try:
+        kept = yaml.safe_load((folder / RESOLVED_FILE).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        return  # a run of no recipe: nothing is known
+    now = resolved(arguments, config)
+    default = {field.name: field.default for part in (arguments, config) for field in fields(part)}
+    names = sorted(name for name in {*kept, *now} - WITHOUT_EFFECT if not name.startswith(REPORTING))
+    # A version of before did not write settings that it did not know.
+    others = [n for n in names if _named(kept.get(n, default.get(n))) != _named(now.get(n, default.get(n)))]
+    if others:
+        told = ", ".join(f"`{name}` {kept.get(name)!r} -> {now.get(name)!r}" for name in others)
+        raise ValueError(
+            f"`output_dir` {str(folder)!r} holds a finished run with other settings ({told}): nothing would be trained. Give "
+            "its settings to go on with it, choose another `output_dir`, or set `overwrite_output_dir` without "
+            "`resume_from_checkpoint` to train anew."
+        )
+
+
+def _named(value: Any) -> Any:
+    """A setting, of a path its last part."""
+    return Path(value).name if isinstance(value, str) else value
+
+
+def train_and_save(trainer: RunTrainer, arguments: Any, config: RunConfig) -> None:
     """Train and save as the settings say: from a checkpoint where one is to be resumed and is there; not at all where the
-    run has finished."""
-    config = trainer.args
-    checkpoint = config.resume_from_checkpoint
+    run has finished.
+
+    Args:
+        trainer: of the model.
+        arguments, config: of the whole run, kept in its folder as it begins to train.
+
+    Raises:
+        ValueError: the run has finished with other settings.
+    """
+    args = trainer.args
+    checkpoint = args.resume_from_checkpoint
     if checkpoint is True:
-        if finished(config.output_dir, config.max_steps):
-            return
-        checkpoint = True if last_checkpoint(config.output_dir) else None  # none: the run was stopped before it began
+        if finished(args.output_dir, args.max_steps):
+            return check_same_settings(arguments, config)
+        checkpoint = True if last_checkpoint(args.output_dir) else None  # none: the run was stopped before it began
+    if config.process_index == 0:
+        write_config(arguments, config, Path(str(config.output_dir)) / RESOLVED_FILE)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()  # with the evaluations on the way

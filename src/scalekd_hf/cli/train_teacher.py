@@ -10,9 +10,9 @@ from ..data.dataset import shown_labels
 from ..data.loading import load_data
 from ..models.saving import load_student_weights
 from ..models.students import load_student
-from ..tools.recipe import TeacherArguments, given_arguments, mapping, parse_config, write_config
+from ..tools.recipe import TeacherArguments, given_arguments, mapping, parse_config
 from ..training.trainer import ScaleKDTrainer
-from .runs import RESOLVED_FILE, resume_or_refuse, train_and_save
+from .runs import resume_or_refuse, train_and_save
 
 
 __all__ = ["main"]
@@ -39,9 +39,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     trainer = ScaleKDTrainer(model, None, config, train, evaluation)
     trainer.publisher.arguments = given_arguments(arguments)
-    if config.process_index == 0:
-        write_config(arguments, config, f"{config.output_dir}/{RESOLVED_FILE}")
-    train_and_save(trainer)
+    train_and_save(trainer, arguments, config)
     if evaluation is not None:
         if not trainer.state.global_step:  # an earlier call has trained it
             load_student_weights(trainer.student, str(config.output_dir))

@@ -12,7 +12,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..publishing.publisher import RESULTS_FILE
-from ..tools.recipe import given_arguments, parse_config, write_config
+from ..tools.recipe import given_arguments, parse_config
 from ..transfer.annotations import load_dense_data
 from ..transfer.building import build_model
 from ..transfer.card import METRICS
@@ -20,7 +20,7 @@ from ..transfer.config import TransferArguments, TransferConfig
 from ..transfer.plan import plan_transfer
 from ..transfer.trainer import TransferTrainer
 from .distill import source_of, take_plan
-from .runs import RESOLVED_FILE, has_finished, resume_or_refuse, train_and_save
+from .runs import has_finished, resume_or_refuse, train_and_save
 
 
 __all__ = ["main"]
@@ -50,9 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
     trainer = TransferTrainer(build_model(task, arguments, config, data.class_names), config, data)
     trainer.data = trainer.data or source_of(arguments)
     trainer.publisher.arguments = given_arguments(arguments)
-    if config.process_index == 0:
-        write_config(arguments, config, Path(folder) / RESOLVED_FILE)
-    train_and_save(trainer)
+    train_and_save(trainer, arguments, config)
     trainer.accelerator.wait_for_everyone()
     results = evaluate(trainer) if data.evaluation is not None else {}
     if config.process_index == 0:

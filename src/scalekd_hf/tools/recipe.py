@@ -57,6 +57,7 @@ class DistillArguments(DataArguments):
         baseline: first train the same student alone, with the same data, budget and settings, and report both.
         baseline_args: settings of `ScaleKDConfig` that the student alone has of its own, as JSON or a mapping: the best learning
             rate and weight decay often differ between the two.
+        evaluate_teacher: measure the teacher on the evaluation data, too; once is enough for many runs with the same.
         num_classes: of labels without names; by default those of the teacher, or as many as the labels on disk show. 0 for a
             student without a classifier, a backbone that learns from the teacher's features alone.
         class_names: the classes in the order of their indices, as a list (JSON on a command line) or a text file with one name a
@@ -77,6 +78,7 @@ class DistillArguments(DataArguments):
     baseline_args: dict | str | None = field(
         default=None, metadata={"help": "Settings of the student alone, as JSON."}
     )
+    evaluate_teacher: bool = field(default=True, metadata={"help": "Measure the teacher on the evaluation data, too."})
     num_classes: int | None = field(
         default=None, metadata={"help": "Number of classes, of labels without names; 0 for a backbone."}
     )

@@ -1,0 +1,254 @@
+"""Compare ScaleKD with what else one would choose: the same student, teacher and data, for equal images and for equal time.
+
+    python recipes/compare_methods.py --dataset uoft-cs/cifar10 --image_column img [--parts tune methods] [--jobs 2]
+
+Parts, in their order:
+
+- `tune`: each method has four trials on a part of the training images that nothing else is trained on: three learning
+  rates, then a larger weight decay at the best of them. What is best, and the time of an image, goes to `tuned.json`.
+- `methods`: each method with each seed, for equal images, then for the time that ScaleKD takes for them.
+- `teachers`: ScaleKD from other teachers.
+- `shares`: three methods on other shares of the training images, for equal images seen.
+- `features`: ScaleKD without labels and logits, and the student alone, by k-NN and a linear probe.
+
+Each run is a recipe in a process of its own, with its output in `<run folder>.log`. Call it again after an
+interruption: runs that have ended are kept. The tables are printed and written as `comparison.md` and
+`comparison.json` into the output folder.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from methods_report import METHODS, TEACHERS, Method, report
+from results import CONFIGS, ON_GPU, RECIPES, Run, refuse_others, train
+from results_report import read_json, read_outcome, student_folder, student_top1, teacher_folder, teacher_top1
+
+
+STUDENT = "resnet10"
+SHARE = 25  # % of the training images that the student learns from; those from 80% on are for validation
+EPOCHS = 2.0
+RATES, DECAYS = ("1e-3", "3e-3", "1e-2"), ("0.05", "0.5")
+TUNING_SEED = 100
+PARTS = ("tune", "methods", "teachers", "shares", "features")
+
+
+@dataclass(frozen=True)
+class MethodRun(Run):
+    """A student by one method; the one that learns alone needs no teacher, and leaves what a teacher leaves."""
+
+    alone: bool = False
+
+    def top1(self) -> float | None:
+        return teacher_top1(self.folder) if self.alone or self.teacher is None else student_top1(self.folder)
+
+
+@dataclass(frozen=True)
+class ProbeRun(Run):
+    """The features of a student that was trained before, by k-NN and a linear probe."""
+
+    def top1(self) -> float | None:
+        return next((row["linear_top1"] for row in read_rows(self.folder)), None)
+
+
+def read_rows(folder: Path) -> list[dict]:
+    rows = read_json(folder / "evaluation.json")
+    return [row for row in rows if "linear_top1" in row] if isinstance(rows, list) else []
+
+
+def common(arguments: argparse.Namespace) -> list[str]:
+    words = ["--dataset", arguments.dataset, "--disable_tqdm", "true"]
+    words += ["--image_column", arguments.image_column] if arguments.image_column else []
+    return words + (shlex.split(ON_GPU) if arguments.gpu else [])
+
+
+def teacher_run(name: str, arguments: argparse.Namespace) -> Run:
+    folder = teacher_folder(arguments.output_dir, name)
+    words = [sys.executable, str(RECIPES / "train_teacher.py"), str(CONFIGS / f"{TEACHERS[name].file}.yaml")]
+    words += ["--output_dir", str(folder), *common(arguments), "--resume_from_checkpoint", "true"]
+    return Run(f"teacher {name}", folder, (*words, *shlex.split(TEACHERS[name].options)))
+
+
+def student_run(method: Method, name: str, seed: int, arguments: argparse.Namespace, **options: str) -> Run:
+    """One call of a recipe; further options replace those of the method."""
+    folder = student_folder(arguments.output_dir, name, seed)
+    words = ["--output_dir", str(folder), *common(arguments), "--seed", str(seed), "--resume_from_checkpoint", "true"]
+    teacher = teacher_folder(arguments.output_dir, options.pop("teacher", next(iter(TEACHERS))))
+    alone = method.key == "alone"
+    if alone:
+        script, files = "train_teacher.py", [f"{STUDENT}_alone"]
+    else:
+        script, files = "distill.py", [STUDENT, *([f"../compared/{method.file}"] if method.file else [])]
+        words += ["--teacher", str(teacher), "--evaluate_teacher", "false"]
+    words += shlex.split(method.options) + [word for key, value in options.items() for word in (f"--{key}", value)]
+    start = [sys.executable, str(RECIPES / script), *(str(CONFIGS / f"{file}.yaml") for file in files)]
+    return MethodRun(f"{name}, seed {seed}", folder, (*start, *words), None if alone else teacher, alone=alone)
+
+
+# Tuning
+
+
+def trial(method: Method, rate: str, decay: str, arguments: argparse.Namespace) -> Run:
+    settings = {"learning_rate": rate, "weight_decay": decay, "num_train_epochs": f"{arguments.epochs / 2:g}"}
+    name = f"tune_{method.key}_{rate}_{decay}"
+    return student_run(method, name, TUNING_SEED, arguments, **settings, eval_split="train[80%:]")
+
+
+def tune(methods: list[Method], arguments: argparse.Namespace) -> list[str]:
+    """Train the trials and keep what came of them; returns what failed."""
+    first = {method: [trial(method, rate, DECAYS[0], arguments) for rate in RATES] for method in methods}
+    failed = train([run for runs in first.values() for run in runs], arguments.jobs)
+    if failed:
+        return failed
+    best = {method: RATES[best_of(runs)] for method, runs in first.items()}
+    second = {method: trial(method, best[method], DECAYS[1], arguments) for method in methods}
+    failed = train(list(second.values()), arguments.jobs)
+    if failed:
+        return failed
+    tuned = {}
+    for method, runs in first.items():
+        trials = [*((rate, DECAYS[0]) for rate in RATES), (best[method], DECAYS[1])]
+        runs = [*runs, second[method]]
+        rate, decay = trials[best_of(runs)]
+        outcomes = [read_outcome(run.folder, run.top1()) for run in runs]
+        seconds = statistics.median(o.seconds / o.images for o in outcomes if o is not None and o.images)
+        tuned[method.key] = {
+            "learning_rate": rate,
+            "weight_decay": decay,
+            "seconds_per_image": seconds,
+            "trials": {" ".join(words): run.top1() for words, run in zip(trials, runs, strict=True)},
+        }
+    (arguments.output_dir / "tuned.json").write_text(json.dumps(tuned, indent=2), encoding="utf-8")
+    return []
+
+
+def best_of(runs: list[Run]) -> int:
+    return max(range(len(runs)), key=lambda number: runs[number].top1() or 0.0)
+
+
+def read_tuned(arguments: argparse.Namespace) -> dict[str, dict]:
+    tuned = read_json(arguments.output_dir / "tuned.json")
+    if not tuned:
+        raise SystemExit(f"`output_dir` {str(arguments.output_dir)!r} has no tuned.json: take the part `tune` first.")
+    return tuned
+
+
+def settings_of(method: Method, tuned: dict[str, dict]) -> dict[str, str]:
+    return {name: tuned[method.key][name] for name in ("learning_rate", "weight_decay")}
+
+
+# The parts
+
+
+def method_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
+    """Equal images with all seeds, then equal time."""
+    runs = []
+    for budget in arguments.budgets:
+        for seed in arguments.seeds:
+            for method in METHODS.values():
+                ratio = tuned["scalekd"]["seconds_per_image"] / tuned[method.key]["seconds_per_image"]
+                if budget == "time" and method.key not in arguments.timed:
+                    continue
+                epochs = arguments.epochs * (ratio if budget == "time" else 1)
+                options = settings_of(method, tuned) | {"num_train_epochs": f"{epochs:.2f}"}
+                runs.append(student_run(method, f"{method.key}_{budget}", seed, arguments, **options))
+    return runs
+
+
+def teacher_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
+    method, runs = METHODS["scalekd"], []
+    for seed in arguments.seeds:
+        for name in list(TEACHERS)[1:]:
+            options = settings_of(method, tuned) | {"num_train_epochs": f"{arguments.epochs:g}", "teacher": name}
+            runs.append(student_run(method, f"scalekd_from_{name}", seed, arguments, **options))
+    return runs
+
+
+def share_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
+    runs = []
+    for seed in arguments.seeds:
+        for share in arguments.shares:
+            for key in ("alone", "logits_t4", "scalekd"):
+                options = settings_of(METHODS[key], tuned) | {"train_split": f"train[:{share}%]"}
+                options["num_train_epochs"] = f"{arguments.epochs * SHARE / share:.3f}"
+                runs.append(student_run(METHODS[key], f"{key}_share{share}", seed, arguments, **options))
+    return runs
+
+
+def feature_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
+    method = Method("features_only", "features only", options="--logit_weight 0 --num_classes 0 --label_column none")
+    settings = settings_of(METHODS["scalekd"], tuned) | {"num_train_epochs": f"{arguments.epochs:g}"}
+    return [student_run(method, method.key, seed, arguments, **settings) for seed in arguments.seeds]
+
+
+def probe_runs(arguments: argparse.Namespace) -> list[Run]:
+    runs = []
+    for seed in arguments.seeds:
+        for key in ("features_only", "alone_images", "scalekd_images"):
+            student = student_folder(arguments.output_dir, key, seed)
+            folder = student.with_name(f"probe_{student.name}")
+            words = [sys.executable, str(RECIPES / "evaluate.py"), str(student), *common(arguments), "--probe", "true"]
+            words += ["--train_split", f"train[:{SHARE}%]", "--eval_split", "test", "--streaming", "false"]
+            runs.append(ProbeRun(folder.name, folder, (*words, "--output_dir", str(folder)), student))
+    return runs
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="a folder, or a data set on the Hub")
+    parser.add_argument("--image_column", help="column of the images, if not `image`")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/methods"), help="holds the runs' folders")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["tune", "methods"])
+    parser.add_argument("--budgets", nargs="+", choices=("images", "time"), default=["images", "time"])
+    parser.add_argument("--timed", nargs="+", choices=METHODS, default=[key for key in METHODS if key != "scalekd"])
+    parser.add_argument("--shares", type=int, nargs="+", default=[80, 10, 5, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once; they share the cores")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the budget")
+    parser.add_argument("--gpu", action="store_true", help="train on a GPU")
+    parser.add_argument("--report_only", action="store_true", help="train nothing")
+    arguments = parser.parse_args(words)
+    arguments.epochs = EPOCHS * arguments.scale
+    return arguments
+
+
+def plan_part(part: str, arguments: argparse.Namespace) -> list[list[Run]]:
+    """The runs of a part, in groups of which each needs the one before."""
+    tuned, others = read_tuned(arguments), list(TEACHERS)[1:]
+    if part == "methods":
+        return [method_runs(arguments, tuned)]
+    if part == "teachers":
+        return [[*(teacher_run(name, arguments) for name in others), *teacher_runs(arguments, tuned)]]
+    if part == "shares":
+        return [share_runs(arguments, tuned)]
+    return [feature_runs(arguments, tuned), probe_runs(arguments)]
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failed: list[str] = []
+    if not arguments.report_only:
+        failed = train([teacher_run(next(iter(TEACHERS)), arguments)], arguments.jobs)
+        if "tune" in arguments.parts and not failed:
+            failed = tune(list(METHODS.values()), arguments)
+        for part in [part for part in arguments.parts if part != "tune" and not failed]:
+            for runs in plan_part(part, arguments):
+                refuse_others(runs, arguments.output_dir)
+                failed += train(runs, arguments.jobs)
+    text, found = report(arguments, read_tuned(arguments))
+    (arguments.output_dir / "comparison.md").write_text(text, encoding="utf-8")
+    found = {"command": shlex.join(sys.argv[1:]), **found}
+    (arguments.output_dir / "comparison.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+    print(text)
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The methods that recipes/compare_methods.py compares, and the tables made of what their runs left."""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from results_report import (
+    MISSING,
+    Outcome,
+    cell,
+    minus,
+    read_json,
+    read_outcome,
+    spread,
+    student_folder,
+    student_top1,
+    table,
+    teacher_folder,
+    teacher_top1,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train the same student.
+
+    Attributes:
+        file: what is given after the recipe, of recipes/configs/compared.
+        options: further options of distill.py.
+    """
+
+    key: str
+    label: str
+    file: str = ""
+    options: str = ""
+
+
+@dataclass(frozen=True)
+class TeacherOf:
+    """A teacher: its recipe and what replaces settings in it."""
+
+    label: str
+    file: str
+    options: str = ""
+
+
+METHODS = {
+    method.key: method
+    for method in (
+        Method("alone", "student alone"),
+        Method("logits", "logits, T = 1", options="--spatial_weight 0 --frequency_weight 0"),
+        Method("logits_t4", "logits, T = 4", "logits_t4"),
+        Method("dist", "DIST", "dist"),
+        Method("patient", "logits of mixed images, no labels", "patient"),
+        Method("features", "linear feature matching", "features"),
+        Method("scalekd", "ScaleKD"),
+        Method("scalekd_dist", "ScaleKD with DIST", "scalekd_dist"),
+    )
+}
+
+SWIN = "--train_split train[:80%] --streaming false --bf16 false --eval_strategy no"
+TEACHERS = {  # the first is everyone's but in the comparison of teachers
+    "coatnet": TeacherOf("CoAtNet, 10 epochs", "teacher_coatnet"),
+    "coatnet_3": TeacherOf("CoAtNet, 3 epochs", "teacher_coatnet", "--num_train_epochs 3"),
+    "coatnet_1": TeacherOf("CoAtNet, 1 epoch", "teacher_coatnet", "--num_train_epochs 1"),
+    "swin_3": TeacherOf("Swin, smaller, 3 epochs", "teacher_swin_small", f"{SWIN} --num_train_epochs 3"),
+    "swin_1": TeacherOf("Swin, smaller, 1 epoch", "teacher_swin_small", f"{SWIN} --num_train_epochs 1"),
+}
+
+QUANTILES = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+)  # of Student's t, 97.5%, 1 to 9 degrees of freedom
+
+
+# Reading what the runs left
+
+
+def outcome(folder: Path) -> Outcome | None:
+    """Of a student with a teacher, or of one that learnt alone."""
+    top1 = student_top1(folder)
+    return read_outcome(folder, teacher_top1(folder) if top1 is None else top1)
+
+
+def by_seed(name: str, arguments: argparse.Namespace) -> dict[int, Outcome]:
+    found = {seed: outcome(student_folder(arguments.output_dir, name, seed)) for seed in arguments.seeds}
+    return {seed: one for seed, one in found.items() if one is not None}
+
+
+def accuracies(name: str, arguments: argparse.Namespace) -> dict[int, float]:
+    """Top-1 in %, by seed."""
+    return {seed: one.top1 for seed, one in by_seed(name, arguments).items()}
+
+
+def probes(name: str, arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
+    """Accuracies of features in %, by kind and seed."""
+    found: dict[str, dict[int, float]] = {"knn_top1": {}, "linear_top1": {}}
+    for seed in arguments.seeds:
+        folder = student_folder(arguments.output_dir, f"probe_{name}", seed)
+        rows = read_json(folder / "evaluation.json")
+        for row in rows if isinstance(rows, list) else []:
+            for kind in found:
+                if kind in row:
+                    found[kind][seed] = 100 * row[kind]
+    return found
+
+
+# Tables
+
+
+def interval(gains: dict[int, float]) -> str:
+    """Mean of paired differences with its 95% confidence interval, by Student's t."""
+    count = len(gains)
+    if count < 2:
+        return cell(gains, count, "+")
+    freedom = count - 1
+    quantile = QUANTILES[freedom - 1] if freedom <= len(QUANTILES) else 1.96 + 2.4 / freedom
+    half, mean = quantile * spread(gains) / math.sqrt(count), statistics.mean(gains.values())
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def methods_table(budget: str, arguments: argparse.Namespace, tuned: dict[str, dict]) -> str:
+    """One method a row, for equal images or equal time."""
+    names = {key: f"{key}_{budget}" for key in METHODS}
+    names["scalekd"] = "scalekd_images"  # whose images and time are everyone's
+    found = {key: by_seed(name, arguments) for key, name in names.items()}
+    top1 = {key: {seed: one.top1 for seed, one in outcomes.items()} for key, outcomes in found.items()}
+    rows = []
+    for key, method in METHODS.items():
+        if not found[key]:
+            continue
+        one = [statistics.mean(getattr(o, what) for o in found[key].values()) for what in ("images", "seconds")]
+        gain = {
+            seed: 100 * 36 * value / found[key][seed].seconds
+            for seed, value in minus(top1[key], top1["alone"]).items()
+        }
+        rows.append(
+            [method.label, f"{one[0]:,.0f}", f"{one[1] / 60:.1f}", cell(top1[key], len(arguments.seeds))]
+            + ["" if key == "alone" else interval(minus(top1[key], top1["alone"]))]
+            + ["" if key == "scalekd" else interval(minus(top1[key], top1["scalekd"]))]
+        )
+    header = ["method", "images seen", "minutes", "top-1, %", "over alone", "over ScaleKD"]
+    return table(header, rows)
+
+
+def tuning_table(tuned: dict[str, dict]) -> str:
+    rows = []
+    for key, found in tuned.items():
+        trials = ", ".join(f"{words} {top1:.1%}" for words, top1 in found["trials"].items())
+        rows.append([METHODS[key].label, found["learning_rate"], found["weight_decay"], trials])
+    return table(["method", "rate", "weight decay", "its trials (rate, decay, top-1 on the validation part)"], rows)
+
+
+def teachers_table(arguments: argparse.Namespace, tuned: dict[str, dict]) -> str:
+    alone, rows = accuracies("alone_images", arguments), []
+    for number, (name, teacher) in enumerate(TEACHERS.items()):
+        own = teacher_top1(teacher_folder(arguments.output_dir, name))
+        top1 = accuracies(f"scalekd_from_{name}" if number else "scalekd_images", arguments)
+        if own is not None and top1:
+            rows.append((own, [teacher.label, f"{own:.2%}", cell(top1, len(top1)), interval(minus(top1, alone))]))
+    rows.sort(key=lambda row: row[0])
+    return table(["teacher", "its top-1", "ScaleKD, %", "over the student alone"], [row for _, row in rows])
+
+
+def shares_table(arguments: argparse.Namespace, tuned: dict[str, dict]) -> str:
+    keys, rows = ("alone", "logits_t4", "scalekd"), []
+    for share in sorted({*arguments.shares, 25}, reverse=True):
+        names = {key: f"{key}_images" if share == 25 else f"{key}_share{share}" for key in keys}
+        top1 = {key: accuracies(name, arguments) for key, name in names.items()}
+        if any(top1.values()):
+            gains = [interval(minus(top1["scalekd"], top1[key])) for key in keys[:2]]
+            rows.append([f"{share}%", *(cell(top1[key], len(top1[key])) for key in keys), *gains])
+    labels = [METHODS[key].label for key in keys]
+    return table(["training images", *labels, "ScaleKD over alone", "over logits"], rows)
+
+
+def features_table(arguments: argparse.Namespace, tuned: dict[str, dict]) -> str:
+    labels = {"features_only": "ScaleKD's features alone, no labels", "alone_images": "student alone, with labels"}
+    labels["scalekd_images"] = "ScaleKD, with labels"
+    rows = []
+    for name, label in labels.items():
+        found = probes(name, arguments)
+        if any(found.values()):
+            rows.append([label, *(cell(values, len(values)) for values in found.values())])
+    return table(["student", "k-NN, %", "linear probe, %"], rows)
+
+
+def report(arguments: argparse.Namespace, tuned: dict[str, dict]) -> tuple[str, dict]:
+    """All tables that have rows, and the same for programs: by the name of a run, top-1, images and seconds of each seed."""
+    sections: dict[str, Callable[[], str]] = {
+        "Settings": lambda: tuning_table(tuned),
+        "Equal images": lambda: methods_table("images", arguments, tuned),
+        "Equal time": lambda: methods_table("time", arguments, tuned),
+        "Teachers": lambda: teachers_table(arguments, tuned),
+        "Training images": lambda: shares_table(arguments, tuned),
+        "Features": lambda: features_table(arguments, tuned),
+    }
+    tables = {title: write() for title, write in sections.items()}
+    tables = {title: text for title, text in tables.items() if text.count("\n") > 1}
+    seeds = ", ".join(map(str, arguments.seeds))
+    head = (
+        f"Mean ± sample standard deviation over the seeds {seeds}; differences are taken seed by seed, with their 95% "
+        f"confidence interval. {MISSING} is a run that is not there."
+    )
+    text = "\n\n".join([head, *(f"**{title}**\n\n{block}" for title, block in tables.items())]) + "\n"
+    names = {path.name.rsplit("_seed", 1)[0] for path in arguments.output_dir.glob("*_seed*") if path.is_dir()}
+    runs = {
+        name: {seed: {"top1": o.top1, "images": o.images, "seconds": o.seconds} for seed, o in found.items()}
+        for name in sorted(names)
+        if (found := by_seed(name, arguments))
+    }
+    return text, {"tuned": tuned, "runs": runs}
