@@ -140,16 +140,14 @@ def methods_table(budget: str, arguments: argparse.Namespace, tuned: dict[str, d
         if not found[key]:
             continue
         one = [statistics.mean(getattr(o, what) for o in found[key].values()) for what in ("images", "seconds")]
-        gain = {
-            seed: 100 * 36 * value / found[key][seed].seconds
-            for seed, value in minus(top1[key], top1["alone"]).items()
-        }
+        gains = minus(top1[key], top1["alone"])
+        hourly = f"{3600 * statistics.mean(gains.values()) / one[1]:+.0f}" if gains and key != "alone" else ""
         rows.append(
             [method.label, f"{one[0]:,.0f}", f"{one[1] / 60:.1f}", cell(top1[key], len(arguments.seeds))]
-            + ["" if key == "alone" else interval(minus(top1[key], top1["alone"]))]
+            + ["" if key == "alone" else interval(gains), hourly]
             + ["" if key == "scalekd" else interval(minus(top1[key], top1["scalekd"]))]
         )
-    header = ["method", "images seen", "minutes", "top-1, %", "over alone", "over ScaleKD"]
+    header = ["method", "images seen", "minutes", "top-1, %", "over alone", "points an hour", "over ScaleKD"]
     return table(header, rows)
 
 
