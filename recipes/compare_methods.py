@@ -5,7 +5,7 @@
 Parts, in their order:
 
 - `tune`: each method has four trials on a part of the training images that nothing else is trained on: three learning
-  rates, then a larger weight decay at the best of them. What is best, and the time of an image, goes to `tuned.json`.
+  rates, then a larger weight decay at the best of them. What is best goes to `tuned.json`.
 - `methods`: each method with each seed, for equal images, then for the time that ScaleKD takes for them.
 - `teachers`: ScaleKD from other teachers.
 - `shares`: three methods on other shares of the training images, for equal images seen.
@@ -22,12 +22,13 @@ import shlex
 import signal
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from methods_report import METHODS, TEACHERS, Method, report
+from methods_report import METHODS, TEACHERS, Method, by_seed, report
 from results import CONFIGS, ON_GPU, RECIPES, Run, refuse_others, train
-from results_report import read_json, read_outcome, student_folder, student_top1, teacher_folder, teacher_top1
+from results_report import read_json, student_folder, student_top1, teacher_folder, teacher_top1
 
 
 STUDENT = "resnet10"
@@ -115,16 +116,17 @@ def tune(methods: list[Method], arguments: argparse.Namespace) -> list[str]:
         trials = [*((rate, DECAYS[0]) for rate in RATES), (best[method], DECAYS[1])]
         runs = [*runs, second[method]]
         rate, decay = trials[best_of(runs)]
-        outcomes = [read_outcome(run.folder, run.top1()) for run in runs]
-        seconds = statistics.median(o.seconds / o.images for o in outcomes if o is not None and o.images)
         tuned[method.key] = {
             "learning_rate": rate,
             "weight_decay": decay,
-            "seconds_per_image": seconds,
             "trials": {" ".join(words): run.top1() for words, run in zip(trials, runs, strict=True)},
         }
-    (arguments.output_dir / "tuned.json").write_text(json.dumps(tuned, indent=2), encoding="utf-8")
+    write_tuned(tuned, arguments)
     return []
+
+
+def write_tuned(tuned: dict[str, dict], arguments: argparse.Namespace) -> None:
+    (arguments.output_dir / "tuned.json").write_text(json.dumps(tuned, indent=2), encoding="utf-8")
 
 
 def best_of(runs: list[Run]) -> int:
@@ -145,19 +147,27 @@ def settings_of(method: Method, tuned: dict[str, dict]) -> dict[str, str]:
 # The parts
 
 
-def method_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
-    """Equal images with all seeds, then equal time."""
-    runs = []
-    for budget in arguments.budgets:
-        for seed in arguments.seeds:
-            for method in METHODS.values():
-                ratio = tuned["scalekd"]["seconds_per_image"] / tuned[method.key]["seconds_per_image"]
-                if budget == "time" and method.key not in arguments.timed:
-                    continue
-                epochs = arguments.epochs * (ratio if budget == "time" else 1)
-                options = settings_of(method, tuned) | {"num_train_epochs": f"{epochs:.2f}"}
-                runs.append(student_run(method, f"{method.key}_{budget}", seed, arguments, **options))
+def method_runs(budget: str, arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
+    """All methods with all seeds, for equal images or for equal time."""
+    runs, epochs = [], {key: arguments.epochs for key in METHODS}
+    if budget == "time":
+        seconds = image_times(arguments, tuned)
+        epochs = {key: arguments.epochs * seconds["scalekd"] / seconds[key] for key in arguments.timed}
+    for seed in arguments.seeds:
+        for key in epochs:
+            options = settings_of(METHODS[key], tuned) | {"num_train_epochs": f"{epochs[key]:.2f}"}
+            runs.append(student_run(METHODS[key], f"{key}_{budget}", seed, arguments, **options))
     return runs
+
+
+def image_times(arguments: argparse.Namespace, tuned: dict[str, dict]) -> dict[str, float]:
+    """Seconds of an image by method, as the runs for equal images took; kept, so that further seeds have the same budget."""
+    for key, found in tuned.items():
+        if "seconds_per_image" not in found:
+            outcomes = by_seed(f"{key}_images", arguments).values()
+            found["seconds_per_image"] = statistics.median(one.seconds / one.images for one in outcomes)
+    write_tuned(tuned, arguments)
+    return {key: found["seconds_per_image"] for key, found in tuned.items()}
 
 
 def teacher_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
@@ -217,16 +227,20 @@ def parse(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def plan_part(part: str, arguments: argparse.Namespace) -> list[list[Run]]:
+def plan_part(part: str, arguments: argparse.Namespace) -> Iterator[list[Run]]:
     """The runs of a part, in groups of which each needs the one before."""
-    tuned, others = read_tuned(arguments), list(TEACHERS)[1:]
+    tuned = read_tuned(arguments)
     if part == "methods":
-        return [method_runs(arguments, tuned)]
-    if part == "teachers":
-        return [[*(teacher_run(name, arguments) for name in others), *teacher_runs(arguments, tuned)]]
-    if part == "shares":
-        return [share_runs(arguments, tuned)]
-    return [feature_runs(arguments, tuned), probe_runs(arguments)]
+        for budget in arguments.budgets:
+            yield method_runs(budget, arguments, tuned)
+    elif part == "teachers":
+        others = [teacher_run(name, arguments) for name in list(TEACHERS)[1:]]
+        yield others + teacher_runs(arguments, tuned)
+    elif part == "shares":
+        yield share_runs(arguments, tuned)
+    else:
+        yield feature_runs(arguments, tuned)
+        yield probe_runs(arguments)
 
 
 def main() -> None:
