@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import TrainerCallback, TrainerState
 
 from ..publishing.publisher import RESULTS_FILE, Publisher
 from ..tools.recipe import resolved, write_config
@@ -97,6 +98,17 @@ def check_same_settings(arguments: Any, config: RunConfig) -> None:
         )
 
 
+class _KeepSettings(TrainerCallback):
+    """Writes the settings of a run once nothing is left that could refuse it: those of before stay otherwise."""
+
+    def __init__(self, arguments: Any, config: RunConfig):
+        self.arguments, self.config = arguments, config
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_config(self.arguments, self.config, Path(str(self.config.output_dir)) / RESOLVED_FILE)
+
+
 def _named(value: Any) -> Any:
     """A setting, of a path its last part."""
     return Path(value).name if isinstance(value, str) else value
@@ -119,8 +131,7 @@ def train_and_save(trainer: RunTrainer, arguments: Any, config: RunConfig) -> No
         if finished(args.output_dir, args.max_steps):
             return check_same_settings(arguments, config)
         checkpoint = True if last_checkpoint(args.output_dir) else None  # none: the run was stopped before it began
-    if config.process_index == 0:
-        write_config(arguments, config, Path(str(config.output_dir)) / RESOLVED_FILE)
+    trainer.add_callback(_KeepSettings(arguments, config))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()  # with the evaluations on the way
