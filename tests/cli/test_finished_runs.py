@@ -95,7 +95,7 @@ def test_the_same_run_elsewhere_by_a_later_version_is_taken_for_it(pair, monkeyp
 def test_more_steps_go_on(pair):
     folder, words = pair
     kept, words = settings_of(folder), [*words, "--max_steps", "2"]
-    with pytest.raises(ValueError, match="learning_rate 5e-05 there"):
+    with pytest.raises(ValueError, match="learning_rate 5e-05 to 0.01"):
         distill.main([*words, "--learning_rate", "0.01"])
     assert settings_of(folder) == kept
     distill.main([*words, "--learning_rate", "0.01", "--allow_settings_mismatch", "true"])
