@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .method.heads import MimickingHeads
-    from .method.losses import frequency_mimicking_loss, logit_distillation_loss, spatial_mimicking_loss
+    from .method.losses import (
+        frequency_mimicking_loss,
+        logit_distillation_loss,
+        relational_logit_loss,
+        spatial_mimicking_loss,
+    )
     from .method.projector import CrossAttentionProjector
     from .models.mixers import mixer_b14_224
     from .models.students import Student, load_student
@@ -43,6 +48,7 @@ _MODULES = {
     "logit_distillation_loss": "method.losses",
     "mixer_b14_224": "models.mixers",
     "plan": "tools.plan",
+    "relational_logit_loss": "method.losses",
     "spatial_mimicking_loss": "method.losses",
     "vit_base_patch14_224_openmmlab": "models.variants",
 }
@@ -67,6 +73,7 @@ __all__ = [
     "logit_distillation_loss",
     "mixer_b14_224",
     "plan",
+    "relational_logit_loss",
     "spatial_mimicking_loss",
     "vit_base_patch14_224_openmmlab",
 ]
