@@ -10,10 +10,11 @@ Parts, in their order:
 - `teachers`: ScaleKD from other teachers.
 - `shares`: three methods on other shares of the training images, for equal images seen.
 - `features`: ScaleKD without labels and logits, and the student alone, by k-NN and a linear probe.
+- `pretrained`: the student alone on many images, then fine-tuned on few, beside `shares`, distilled on these few.
 
 Each run is a recipe in a process of its own, with its output in `<run folder>.log`. Call it again after an
 interruption: runs that have ended are kept. The tables are printed and written as `comparison.md` and
-`comparison.json` into the output folder.
+`comparison.json` into the output folder, with the picture `comparison.png`.
 """
 
 import argparse
@@ -26,17 +27,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from methods_report import METHODS, TEACHERS, Method, by_seed, report
+from methods_report import METHODS, TEACHERS, Method, by_seed, draw, report
 from results import CONFIGS, ON_GPU, RECIPES, Run, refuse_others, train
 from results_report import read_json, student_folder, student_top1, teacher_folder, teacher_top1
 
 
 STUDENT = "resnet10"
 SHARE = 25  # % of the training images that the student learns from; those from 80% on are for validation
-EPOCHS = 2.0
+EPOCHS, FEW = 2.0, 5  # passes of that share; % of the training images that are few
 RATES, DECAYS = ("1e-3", "3e-3", "1e-2"), ("0.05", "0.5")
 TUNING_SEED = 100
-PARTS = ("tune", "methods", "teachers", "shares", "features")
+PARTS = ("tune", "methods", "teachers", "shares", "features", "pretrained")
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,21 @@ def feature_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[
     return [student_run(method, method.key, seed, arguments, **settings) for seed in arguments.seeds]
 
 
+def pretrained_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[list[Run]]:
+    """The student alone on what the teacher has seen but for the few images, for four times the budget; then on these."""
+    many, few = f"train[{FEW}%:80%]", f"train[:{FEW}%]"
+    alone, groups = settings_of(METHODS["alone"], tuned), ([], [])
+    for seed in arguments.seeds:
+        epochs = f"{4 * arguments.epochs * SHARE / (80 - FEW):.3f}"
+        options = alone | {"train_split": many, "num_train_epochs": epochs}
+        first = student_run(METHODS["alone"], "alone_pretrained", seed, arguments, **options)
+        options = alone | {"train_split": few, "num_train_epochs": f"{arguments.epochs * SHARE / FEW:.3f}"}
+        options |= {"model": str(first.folder), "pretrained": "true", "model_args": "{}"}
+        groups[0].append(first)
+        groups[1].append(student_run(METHODS["alone"], "alone_fine_tuned", seed, arguments, **options))
+    return list(groups)
+
+
 def probe_runs(arguments: argparse.Namespace) -> list[Run]:
     runs = []
     for seed in arguments.seeds:
@@ -238,6 +254,8 @@ def plan_part(part: str, arguments: argparse.Namespace) -> Iterator[list[Run]]:
         yield others + teacher_runs(arguments, tuned)
     elif part == "shares":
         yield share_runs(arguments, tuned)
+    elif part == "pretrained":
+        yield from pretrained_runs(arguments, tuned)
     else:
         yield feature_runs(arguments, tuned)
         yield probe_runs(arguments)
@@ -259,6 +277,7 @@ def main() -> None:
     (arguments.output_dir / "comparison.md").write_text(text, encoding="utf-8")
     found = {"command": shlex.join(sys.argv[1:]), **found}
     (arguments.output_dir / "comparison.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+    draw(arguments, arguments.output_dir / "comparison.png")
     print(text)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {'; '.join(failed)}")

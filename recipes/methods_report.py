@@ -193,6 +193,54 @@ def features_table(arguments: argparse.Namespace, tuned: dict[str, dict]) -> str
     return table(["student", "k-NN, %", "linear probe, %"], rows)
 
 
+def pretrained_table(arguments: argparse.Namespace, tuned: dict[str, dict]) -> str:
+    names = {
+        "alone_share5": "student alone, from scratch",
+        "alone_fine_tuned": "student alone, pre-trained on the other images with their labels, then fine-tuned",
+        "scalekd_share5": "ScaleKD, from scratch",
+    }
+    before, rows = by_seed("alone_pretrained", arguments), []
+    for name, label in names.items():
+        found = by_seed(name, arguments)
+        if found and before:
+            seen = sum(
+                statistics.mean(o.images for o in runs.values())
+                for runs in ([found, before] if "fine" in name else [found])
+            )
+            rows.append([label, f"{seen:,.0f}", cell({seed: o.top1 for seed, o in found.items()}, len(found))])
+    return table(["student, on 5% of the training images", "images seen in all", "top-1, %"], rows)
+
+
+def draw(arguments: argparse.Namespace, file: Path) -> None:
+    """Top-1 against minutes of training: each method for equal images, and what the same time as ScaleKD's makes of it."""
+    if not any(by_seed(f"{key}_images", arguments) for key in METHODS):
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for number, (key, method) in enumerate(METHODS.items()):
+        points = []
+        for budget in ("images", "time"):
+            runs = by_seed(f"{key}_{budget}", arguments)
+            if runs:
+                top1 = {seed: one.top1 for seed, one in runs.items()}
+                minutes = statistics.mean(one.seconds for one in runs.values()) / 60
+                points.append((minutes, statistics.mean(top1.values()), spread(top1)))
+        for place, (x, y, error) in enumerate(points):
+            style = {
+                "markerfacecolor": f"C{number}" if place == 0 else "white",
+                "label": "" if place else method.label,
+            }
+            axis.errorbar(x, y, error, color=f"C{number}", marker="o", capsize=3, **style)
+        axis.plot([x for x, *_ in points], [y for _, y, _ in points], color=f"C{number}", linewidth=1, alpha=0.5)
+    axis.set(xscale="log", xlabel="minutes of training, one core", ylabel="top-1, %")
+    axis.set_title("filled: equal images; open: equal time; bars: standard deviation over the seeds", fontsize="small")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=120)
+
+
 def report(arguments: argparse.Namespace, tuned: dict[str, dict]) -> tuple[str, dict]:
     """All tables that have rows, and the same for programs: by the name of a run, top-1, images and seconds of each seed."""
     sections: dict[str, Callable[[], str]] = {
@@ -202,6 +250,7 @@ def report(arguments: argparse.Namespace, tuned: dict[str, dict]) -> tuple[str, 
         "Teachers": lambda: teachers_table(arguments, tuned),
         "Training images": lambda: shares_table(arguments, tuned),
         "Features": lambda: features_table(arguments, tuned),
+        "Pre-trained or distilled": lambda: pretrained_table(arguments, tuned),
     }
     tables = {title: write() for title, write in sections.items()}
     tables = {title: text for title, text in tables.items() if text.count("\n") > 1}

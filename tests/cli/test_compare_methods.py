@@ -119,10 +119,21 @@ def test_equal_time_is_what_the_runs_for_equal_images_took(trained):
 def test_every_command_is_one_that_its_recipe_takes(trained, monkeypatch):
     call, runs = trained
     text = call("--parts", *compare_methods.PARTS, "--seeds", "0")
-    for title in ("Settings", "Equal images", "Equal time", "Teachers", "Training images", "Features"):
+    for title in (
+        "Settings",
+        "Equal images",
+        "Equal time",
+        "Teachers",
+        "Training images",
+        "Features",
+        "Pre-trained or distilled",
+    ):
         assert f"**{title}**" in text
     assert "| ScaleKD's features alone, no labels | 25.00 | 75.00 |" in text
     kinds = {"distill.py": DistillArguments, "train_teacher.py": TeacherArguments, "evaluate.py": EvaluateArguments}
+    tuned = [run for run in runs if run.folder.name == "alone_fine_tuned_seed0"]
+    assert option(tuned[0], "model") == str(tuned[0].folder.with_name("alone_pretrained_seed0"))
+    assert (tuned[0].folder.parent / "comparison.png").stat().st_size > 10_000
     for run in runs:
         script, *words = run.command[1:]
         kind = kinds[script.rsplit("/", 1)[1]]
