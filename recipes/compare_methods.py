@@ -35,7 +35,7 @@ from results_report import read_json, student_folder, student_top1, teacher_fold
 STUDENT = "resnet10"
 SHARE = 25  # % of the training images that the student learns from; those from 80% on are for validation
 EPOCHS, FEW = 2.0, 5  # passes of that share; % of the training images that are few
-RATES, DECAYS = ("1e-3", "3e-3", "1e-2"), ("0.05", "0.5")
+RATES, DECAYS = ("3e-3", "1e-2", "3e-2"), ("0.05", "0.5")
 TUNING_SEED = 100
 PARTS = ("tune", "methods", "teachers", "shares", "features", "pretrained")
 
