@@ -288,6 +288,8 @@ def test_geometric_operations_move_pixels_as_pillow_does(name, resample):
 
 
 COLOUR = {
+    "AutoContrast": [()],
+    "Equalize": [()],
     "Invert": [()],
     "SolarizeIncreasing": [(0,), (26,), (256,)],
     "SolarizeAdd": [(0,), (110,)],
@@ -302,7 +304,11 @@ COLOUR = {
 @pytest.mark.parametrize("name", list(COLOUR))
 def test_colour_operations_give_pillows_levels(name):
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    for image in (scene(), Image.fromarray(noise)):
+    narrow = (noise % 7 + (3, 100, 248)).astype(
+        np.uint8
+    )  # of the last channel, whose levels go to 254, the largest is kept
+    flat = Image.new("RGB", (9, 8), (0, 7, 255))
+    for image in (scene(), Image.fromarray(noise), Image.fromarray(narrow), flat):
         for arguments in COLOUR[name]:
             expected = NAME_TO_OP[name](image, *arguments, **options(3))
             assert difference(module.OPERATIONS[name](tensor(image), *arguments, **options(3)), expected).max() <= 1
