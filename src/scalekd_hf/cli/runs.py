@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,11 @@ def check_same_settings(arguments: Any, config: RunConfig) -> None:
     except (OSError, yaml.YAMLError):
         return  # a run of no recipe: nothing is known
     now = resolved(arguments, config)
-    default = {field.name: field.default for part in (arguments, config) for field in fields(part)}
-    names = sorted(name for name in {*kept, *now} - WITHOUT_EFFECT if not name.startswith(REPORTING))
-    # A version of before did not write settings that it did not know.
-    others = [n for n in names if _named(kept.get(n, default.get(n))) != _named(now.get(n, default.get(n)))]
+    default = {field.name: _default(field) for part in (arguments, config) for field in fields(part)}
+    names = sorted(name for name in default.keys() - WITHOUT_EFFECT if not name.startswith(REPORTING))
+    # What is not kept was nothing, or not known to the version of then.
+    pairs = {n: (kept.get(n, default[n]), now.get(n, default[n])) for n in names if n in kept or n in now}
+    others = [n for n, (then, here) in pairs.items() if _named(then) != _named(here)]
     if others:
         told = ", ".join(f"`{name}` {kept.get(name)!r} -> {now.get(name)!r}" for name in others)
         raise ValueError(
@@ -109,8 +110,16 @@ class _KeepSettings(TrainerCallback):
             write_config(self.arguments, self.config, Path(str(self.config.output_dir)) / RESOLVED_FILE)
 
 
+def _default(field: Field) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
+
+
 def _named(value: Any) -> Any:
-    """A setting, of a path its last part."""
+    """A setting, of paths their last parts."""
+    if isinstance(value, list):
+        return [_named(part) for part in value]
     return Path(value).name if isinstance(value, str) else value
 
 
