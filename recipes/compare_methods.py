@@ -4,8 +4,9 @@
 
 Parts, in their order:
 
-- `tune`: each method has four trials on a part of the training images that nothing else is trained on: three learning
-  rates, then a larger weight decay at the best of them. What is best goes to `tuned.json`.
+- `tune`: each method has four trials of a quarter of the budget, measured on a part of the training images that nothing
+  else is trained on: three learning rates, then a larger weight decay at the best of them. What is best goes to
+  `tuned.json`.
 - `methods`: each method with each seed, for equal images, then for the time that ScaleKD takes for them.
 - `teachers`: ScaleKD from other teachers.
 - `shares`: three methods on other shares of the training images, for equal images seen.
@@ -34,7 +35,7 @@ from results_report import read_json, student_folder, student_top1, teacher_fold
 
 STUDENT = "resnet10"
 SHARE = 25  # % of the training images that the student learns from; those from 80% on are for validation
-EPOCHS, FEW = 2.0, 5  # passes of that share; % of the training images that are few
+EPOCHS, FEW = 4.0, 5  # passes of that share; % of the training images that are few
 RATES, DECAYS = ("3e-3", "1e-2", "3e-2"), ("0.05", "0.5")
 TUNING_SEED = 100
 PARTS = ("tune", "methods", "teachers", "shares", "features", "pretrained")
@@ -96,7 +97,7 @@ def student_run(method: Method, name: str, seed: int, arguments: argparse.Namesp
 
 
 def trial(method: Method, rate: str, decay: str, arguments: argparse.Namespace) -> Run:
-    settings = {"learning_rate": rate, "weight_decay": decay, "num_train_epochs": f"{arguments.epochs / 2:g}"}
+    settings = {"learning_rate": rate, "weight_decay": decay, "num_train_epochs": f"{arguments.epochs / 4:g}"}
     name = f"tune_{method.key}_{rate}_{decay}"
     return student_run(method, name, TUNING_SEED, arguments, **settings, eval_split="train[80%:]")
 
@@ -112,12 +113,12 @@ def tune(methods: list[Method], arguments: argparse.Namespace) -> list[str]:
     failed = train(list(second.values()), arguments.jobs)
     if failed:
         return failed
-    tuned = {}
+    tuned = read_json(arguments.output_dir / "tuned.json")  # of other methods, from another call
     for method, runs in first.items():
         trials = [*((rate, DECAYS[0]) for rate in RATES), (best[method], DECAYS[1])]
         runs = [*runs, second[method]]
         rate, decay = trials[best_of(runs)]
-        tuned[method.key] = {
+        tuned[method.key] = tuned.get(method.key, {}) | {
             "learning_rate": rate,
             "weight_decay": decay,
             "trials": {" ".join(words): run.top1() for words, run in zip(trials, runs, strict=True)},
@@ -150,10 +151,12 @@ def settings_of(method: Method, tuned: dict[str, dict]) -> dict[str, str]:
 
 def method_runs(budget: str, arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
     """All methods with all seeds, for equal images or for equal time."""
-    runs, epochs = [], {key: arguments.epochs for key in METHODS}
+    runs, epochs = [], {key: arguments.epochs for key in arguments.methods}
     if budget == "time":
         seconds = image_times(arguments, tuned)
-        epochs = {key: arguments.epochs * seconds["scalekd"] / seconds[key] for key in arguments.timed}
+        epochs = {
+            key: arguments.epochs * seconds["scalekd"] / seconds[key] for key in arguments.methods if key != "scalekd"
+        }
     for seed in arguments.seeds:
         for key in epochs:
             options = settings_of(METHODS[key], tuned) | {"num_train_epochs": f"{epochs[key]:.2f}"}
@@ -163,12 +166,13 @@ def method_runs(budget: str, arguments: argparse.Namespace, tuned: dict[str, dic
 
 def image_times(arguments: argparse.Namespace, tuned: dict[str, dict]) -> dict[str, float]:
     """Seconds of an image by method, as the runs for equal images took; kept, so that further seeds have the same budget."""
-    for key, found in tuned.items():
+    for key in {*arguments.methods, "scalekd"}:
+        found = tuned[key]
         if "seconds_per_image" not in found:
             outcomes = by_seed(f"{key}_images", arguments).values()
             found["seconds_per_image"] = statistics.median(one.seconds / one.images for one in outcomes)
     write_tuned(tuned, arguments)
-    return {key: found["seconds_per_image"] for key, found in tuned.items()}
+    return {key: found["seconds_per_image"] for key, found in tuned.items() if "seconds_per_image" in found}
 
 
 def teacher_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
@@ -231,7 +235,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/methods"), help="holds the runs' folders")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["tune", "methods"])
     parser.add_argument("--budgets", nargs="+", choices=("images", "time"), default=["images", "time"])
-    parser.add_argument("--timed", nargs="+", choices=METHODS, default=[key for key in METHODS if key != "scalekd"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of `tune` and `methods`")
     parser.add_argument("--shares", type=int, nargs="+", default=[80, 10, 5, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs at once; they share the cores")
@@ -268,7 +272,7 @@ def main() -> None:
     if not arguments.report_only:
         failed = train([teacher_run(next(iter(TEACHERS)), arguments)], arguments.jobs)
         if "tune" in arguments.parts and not failed:
-            failed = tune(list(METHODS.values()), arguments)
+            failed = tune([METHODS[key] for key in arguments.methods], arguments)
         for part in [part for part in arguments.parts if part != "tune" and not failed]:
             for runs in plan_part(part, arguments):
                 refuse_others(runs, arguments.output_dir)

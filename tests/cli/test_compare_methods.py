@@ -27,10 +27,10 @@ def option(run, name):
 
 
 def leave(run, top1):
-    """What a run leaves that saw 100 images in each of 2 epochs."""
+    """What a run leaves that saw 100 images in each epoch."""
     run.folder.mkdir(parents=True)
     epochs, kind = float(option(run, "num_train_epochs")), run.folder.name.split("_images")[0].split("_time")[0]
-    seconds, images = SECONDS.get(kind, 10.0) * epochs / 2, round(100 * epochs)
+    seconds, images = SECONDS.get(kind, 10.0) * epochs / 4, round(100 * epochs)
     log = [{"step": images, "loss": 1.0, "images_seen": images, "images_per_second": images / seconds}]
     state = {"global_step": images, "train_batch_size": 1, "epoch": epochs, "log_history": log}
     (run.folder / "trainer_state.json").write_text(json.dumps(state))
@@ -104,16 +104,16 @@ def test_equal_time_is_what_the_runs_for_equal_images_took(trained):
     call, runs = trained
     text = call("--seeds", "0", "1")
     epochs = {run.folder.name: option(run, "num_train_epochs") for run in runs if "--num_train_epochs" in run.command}
-    assert epochs["scalekd_images_seed0"] == epochs["alone_images_seed1"] == "2.00"
-    assert (epochs["alone_time_seed0"], epochs["features_time_seed1"]) == ("8.00", "4.00")
+    assert epochs["scalekd_images_seed0"] == epochs["alone_images_seed1"] == "4.00"
+    assert (epochs["alone_time_seed0"], epochs["features_time_seed1"]) == ("16.00", "8.00")
     assert "scalekd_time_seed0" not in epochs
-    assert "| ScaleKD | 200 | 0.7 | 52.10 ± 0.14 | +10.10 [+8.83, +11.37] | +909 |  |" in text
-    assert "| student alone | 800 | 0.7 | 42.00 ± 0.00 |" in text.partition("**Equal time**")[2]
+    assert "| ScaleKD | 400 | 0.7 | 52.10 ± 0.14 | +10.10 [+8.83, +11.37] | +909 |  |" in text
+    assert "| student alone | 1,600 | 0.7 | 42.00 ± 0.00 |" in text.partition("**Equal time**")[2]
     again = len(runs)
     call("--seeds", "0", "1", "2")  # a further seed has the same budgets
     assert len(runs) == again + len(METHODS) * 2 - 1
     found = json.loads((runs[0].folder.parent / "comparison.json").read_text())
-    assert found["runs"]["scalekd_images"]["1"]["images"] == 200
+    assert found["runs"]["scalekd_images"]["1"]["images"] == 400
 
 
 def test_every_command_is_one_that_its_recipe_takes(trained, monkeypatch):
