@@ -35,6 +35,7 @@ RUN = {  # blocks that are run elsewhere, by page and place in it
     ("docs/index.md", 1): "what the quickstart prints",
     ("docs/own_photos.md", 0): "the folder that the test makes",
     ("docs/published.md", 3): "tests/models/test_mmpretrain.py",
+    ("docs/recipes.md", 2): "tests/cli/test_compare_methods.py",
     ("docs/results.md", 0): "tests/cli/test_results.py",
     ("docs/results.md", 1): "tests/cli/test_compare_transfer.py",
     ("docs/transfer.md", 0): "tests/transfer/test_transfer_recipes.py",
@@ -158,7 +159,7 @@ def test_the_readmes_commands(here, my_pair, capsys):
 @pytest.mark.slow
 @runs("README.md", 4)
 @runs("docs/index.md", 3)
-@runs("docs/recipes.md", 0, 1, 2)
+@runs("docs/recipes.md", 0, 1, 3)
 def test_plans_on_the_pages(capsys):
     assert commands(blocks("docs/index.md")[3]) == commands(blocks("README.md")[4])
     words = [*commands(blocks("README.md")[4]), *(w for b in blocks("docs/recipes.md") for w in commands(b))]
