@@ -7,7 +7,8 @@ Parts, in their order:
 - `tune`: each method has four trials of a quarter of the budget, measured on a part of the training images that nothing
   else is trained on: three learning rates, then a larger weight decay at the best of them. What is best goes to
   `tuned.json`.
-- `methods`: each method with each seed, for equal images, then for the time that ScaleKD takes for them.
+- `methods`: each method with each seed, for equal images, then for the time that ScaleKD takes for them; with
+  `--budgets long` for as many images as the student alone sees in that time.
 - `teachers`: ScaleKD from other teachers.
 - `shares`: three methods on other shares of the training images, for equal images seen.
 - `features`: ScaleKD without labels and logits, and the student alone, by k-NN and a linear probe.
@@ -28,7 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from methods_report import METHODS, TEACHERS, Method, by_seed, draw, report
+from methods_report import BUDGETS, METHODS, TEACHERS, Method, by_seed, draw, report
 from results import CONFIGS, ON_GPU, RECIPES, Run, refuse_others, train
 from results_report import read_json, student_folder, student_top1, teacher_folder, teacher_top1
 
@@ -150,13 +151,13 @@ def settings_of(method: Method, tuned: dict[str, dict]) -> dict[str, str]:
 
 
 def method_runs(budget: str, arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
-    """All methods with all seeds, for equal images or for equal time."""
+    """All methods with all seeds, for equal images, for equal time, or for many images."""
     runs, epochs = [], {key: arguments.epochs for key in arguments.methods}
-    if budget == "time":
+    if budget != "images":
         seconds = image_times(arguments, tuned)
-        epochs = {
-            key: arguments.epochs * seconds["scalekd"] / seconds[key] for key in arguments.methods if key != "scalekd"
-        }
+        longer = {key: arguments.epochs * seconds["scalekd"] / seconds[key] for key in seconds}
+        known = "scalekd" if budget == "time" else "alone"  # whose runs of another budget are these, too
+        epochs = {key: longer["alone" if budget == "long" else key] for key in arguments.methods if key != known}
     for seed in arguments.seeds:
         for key in epochs:
             options = settings_of(METHODS[key], tuned) | {"num_train_epochs": f"{epochs[key]:.2f}"}
@@ -166,7 +167,7 @@ def method_runs(budget: str, arguments: argparse.Namespace, tuned: dict[str, dic
 
 def image_times(arguments: argparse.Namespace, tuned: dict[str, dict]) -> dict[str, float]:
     """Seconds of an image by method, as the runs for equal images took; kept, so that further seeds have the same budget."""
-    for key in {*arguments.methods, "scalekd"}:
+    for key in {*arguments.methods, "alone", "scalekd"}:
         found = tuned[key]
         if "seconds_per_image" not in found:
             outcomes = by_seed(f"{key}_images", arguments).values()
@@ -234,7 +235,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--image_column", help="column of the images, if not `image`")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/methods"), help="holds the runs' folders")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["tune", "methods"])
-    parser.add_argument("--budgets", nargs="+", choices=("images", "time"), default=["images", "time"])
+    parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=["images", "time"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of `tune` and `methods`")
     parser.add_argument("--shares", type=int, nargs="+", default=[80, 10, 5, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -281,7 +282,7 @@ def main() -> None:
     (arguments.output_dir / "comparison.md").write_text(text, encoding="utf-8")
     found = {"command": shlex.join(sys.argv[1:]), **found}
     (arguments.output_dir / "comparison.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
-    draw(arguments, arguments.output_dir / "comparison.png")
+    draw(arguments, read_tuned(arguments), arguments.output_dir / "comparison.png")
     print(text)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {'; '.join(failed)}")

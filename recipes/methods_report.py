@@ -61,6 +61,7 @@ METHODS = {
     )
 }
 
+BUDGETS = ("images", "time", "long")
 SWIN = "--train_split train[:80%] --streaming false --bf16 false --eval_strategy no"
 TEACHERS = {  # the first is everyone's but in the comparison of teachers
     "coatnet": TeacherOf("CoAtNet, 10 epochs", "teacher_coatnet"),
@@ -129,26 +130,37 @@ def interval(gains: dict[int, float]) -> str:
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
+def name_of(key: str, budget: str) -> str:
+    """What the runs of a method are called; where two budgets are the same, they are the same runs."""
+    return {("scalekd", "time"): "scalekd_images", ("alone", "long"): "alone_time"}.get(
+        (key, budget), f"{key}_{budget}"
+    )
+
+
+def minutes_of(key: str, runs: dict[int, Outcome], tuned: dict[str, dict]) -> float:
+    """Minutes of a run. An image takes as long as in the runs for equal images, which shared the machine with each other alone."""
+    seconds, images = (statistics.mean(getattr(one, what) for one in runs.values()) for what in ("seconds", "images"))
+    return images * tuned.get(key, {}).get("seconds_per_image", seconds / images) / 60
+
+
 def methods_table(budget: str, arguments: argparse.Namespace, tuned: dict[str, dict]) -> str:
-    """One method a row, for equal images or equal time."""
-    names = {key: f"{key}_{budget}" for key in METHODS}
-    names["scalekd"] = "scalekd_images"  # whose images and time are everyone's
-    found = {key: by_seed(name, arguments) for key, name in names.items()}
-    top1 = {key: {seed: one.top1 for seed, one in outcomes.items()} for key, outcomes in found.items()}
+    """One method a row, for one budget."""
+    found = {key: by_seed(name_of(key, budget), arguments) for key in METHODS}
+    top1 = {key: {seed: one.top1 for seed, one in runs.items()} for key, runs in found.items()}
     rows = []
-    for key, method in METHODS.items():
-        if not found[key]:
+    for key, runs in found.items():
+        if not runs:
             continue
-        one = [statistics.mean(getattr(o, what) for o in found[key].values()) for what in ("images", "seconds")]
+        images, minutes = statistics.mean(one.images for one in runs.values()), minutes_of(key, runs, tuned)
         gains = minus(top1[key], top1["alone"])
-        hourly = f"{3600 * statistics.mean(gains.values()) / one[1]:+.0f}" if gains and key != "alone" else ""
+        hourly = f"{60 * statistics.mean(gains.values()) / minutes:+.0f}" if gains and key != "alone" else ""
         rows.append(
-            [method.label, f"{one[0]:,.0f}", f"{one[1] / 60:.1f}", cell(top1[key], len(arguments.seeds))]
+            [METHODS[key].label, f"{images:,.0f}", f"{minutes:.1f}", cell(top1[key], len(arguments.seeds))]
             + ["" if key == "alone" else interval(gains), hourly]
             + ["" if key == "scalekd" else interval(minus(top1[key], top1["scalekd"]))]
         )
     header = ["method", "images seen", "minutes", "top-1, %", "over alone", "points an hour", "over ScaleKD"]
-    return table(header, rows)
+    return table(header, rows if len(rows) > 1 else [])
 
 
 def tuning_table(tuned: dict[str, dict]) -> str:
@@ -211,7 +223,7 @@ def pretrained_table(arguments: argparse.Namespace, tuned: dict[str, dict]) -> s
     return table(["student, on 5% of the training images", "images seen in all", "top-1, %"], rows)
 
 
-def draw(arguments: argparse.Namespace, file: Path) -> None:
+def draw(arguments: argparse.Namespace, tuned: dict[str, dict], file: Path) -> None:
     """Top-1 against minutes of training: each method for equal images, and what the same time as ScaleKD's makes of it."""
     if not any(by_seed(f"{key}_images", arguments) for key in METHODS):
         return
@@ -225,8 +237,7 @@ def draw(arguments: argparse.Namespace, file: Path) -> None:
             runs = by_seed(f"{key}_{budget}", arguments)
             if runs:
                 top1 = {seed: one.top1 for seed, one in runs.items()}
-                minutes = statistics.mean(one.seconds for one in runs.values()) / 60
-                points.append((minutes, statistics.mean(top1.values()), spread(top1)))
+                points.append((minutes_of(key, runs, tuned), statistics.mean(top1.values()), spread(top1)))
         for place, (x, y, error) in enumerate(points):
             style = {
                 "markerfacecolor": f"C{number}" if place == 0 else "white",
@@ -247,6 +258,7 @@ def report(arguments: argparse.Namespace, tuned: dict[str, dict]) -> tuple[str, 
         "Settings": lambda: tuning_table(tuned),
         "Equal images": lambda: methods_table("images", arguments, tuned),
         "Equal time": lambda: methods_table("time", arguments, tuned),
+        "Many images": lambda: methods_table("long", arguments, tuned),
         "Teachers": lambda: teachers_table(arguments, tuned),
         "Training images": lambda: shares_table(arguments, tuned),
         "Features": lambda: features_table(arguments, tuned),

@@ -116,6 +116,15 @@ def test_equal_time_is_what_the_runs_for_equal_images_took(trained):
     assert found["runs"]["scalekd_images"]["1"]["images"] == 400
 
 
+def test_many_images_are_those_of_the_student_alone_in_that_time(trained):
+    call, runs = trained
+    text = call("--budgets", "images", "time", "long", "--seeds", "0", "--methods", "alone", "features", "scalekd")
+    epochs = {run.folder.name: option(run, "num_train_epochs") for run in runs if "_long_" in run.folder.name}
+    assert epochs == {"features_long_seed0": "16.00", "scalekd_long_seed0": "16.00"}
+    long = text.partition("**Many images**")[2]
+    assert "| student alone | 1,600 | 0.7 |" in long and "| ScaleKD | 1,600 | 2.7 |" in long
+
+
 def test_every_command_is_one_that_its_recipe_takes(trained, monkeypatch):
     call, runs = trained
     text = call("--parts", *compare_methods.PARTS, "--seeds", "0")
