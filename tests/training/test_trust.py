@@ -18,6 +18,7 @@ from scalekd_hf import ScaleKDTrainer, load_student
 from scalekd_hf.cli.runs import train_and_save
 from scalekd_hf.manifest import MANIFEST_FILE, damage
 from scalekd_hf.models.saving import save_student
+from scalekd_hf.tools.recipe import TeacherArguments
 from scalekd_hf.training.loss_log import LossLog
 
 
@@ -220,7 +221,7 @@ def test_a_run_that_died_before_it_wrote_its_card_gets_it_when_it_is_resumed(tmp
     def trained(folder):
         config = settings(folder, resume_from_checkpoint=True, **options)
         trainer = ScaleKDTrainer(small_student(), None, config, digits, digits.select(range(8)))
-        train_and_save(trainer)
+        train_and_save(trainer, TeacherArguments(model="small", eval_split=None), config)
         return trainer
 
     trainer = trained(tmp_path / "run")

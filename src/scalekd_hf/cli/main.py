@@ -40,6 +40,7 @@ MODULES = {"train-teacher": "train_teacher", "plan": "distill", "quickstart": "d
 SETTINGS = {"distill": "distill", "plan": "distill", "quickstart": "distill", "train-teacher": "train-teacher"}
 SETTINGS |= {"evaluate": "evaluate", "transfer": "transfer"}
 TASKS = ("segment", "detect")  # of a transfer
+FIXED = "Must stay off"  # begins the help of a setting that is refused at any other value
 GROUPS = {
     "DistillArguments": "The pair",
     "TeacherArguments": "The teacher",
@@ -250,6 +251,8 @@ def settings_help(command: str, everything: bool) -> str:
     lines = [f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}.", "", f"  {USAGE[command]}"]
     group = ""
     for field in own:
+        if not everything and field.help.startswith(FIXED):
+            continue  # there is nothing to choose
         title = GROUPS.get(field.group, field.group)
         if title != group:
             lines.append(f"\n{title}")
