@@ -245,7 +245,7 @@ def draw(arguments: argparse.Namespace, tuned: dict[str, dict], file: Path) -> N
             }
             axis.errorbar(x, y, error, color=f"C{number}", marker="o", capsize=3, **style)
         axis.plot([x for x, *_ in points], [y for _, y, _ in points], color=f"C{number}", linewidth=1, alpha=0.5)
-    axis.set(xscale="log", xlabel="minutes of training, one core", ylabel="top-1, %")
+    axis.set(xlabel="minutes of training, one core", ylabel="top-1, %")
     axis.set_title("filled: equal images; open: equal time; bars: standard deviation over the seeds", fontsize="small")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
