@@ -15,7 +15,7 @@ Parts, in their order:
 - `pretrained`: the student alone on many images, then fine-tuned on few, beside `shares`, distilled on these few.
 
 Each run is a recipe in a process of its own, with its output in `<run folder>.log`. Call it again after an
-interruption: runs that have ended are kept. The tables are printed and written as `comparison.md` and
+interruption: runs that have ended are kept. A GPU is used where there is one. The tables are printed and written as `comparison.md` and
 `comparison.json` into the output folder, with the picture `comparison.png`.
 """
 
@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from methods_report import BUDGETS, METHODS, TEACHERS, Method, by_seed, draw, report
 from results import CONFIGS, ON_GPU, RECIPES, Run, refuse_others, train
 from results_report import read_json, student_folder, student_top1, teacher_folder, teacher_top1
@@ -68,7 +69,7 @@ def read_rows(folder: Path) -> list[dict]:
 def common(arguments: argparse.Namespace) -> list[str]:
     words = ["--dataset", arguments.dataset, "--disable_tqdm", "true"]
     words += ["--image_column", arguments.image_column] if arguments.image_column else []
-    return words + (shlex.split(ON_GPU) if arguments.gpu else [])
+    return words + (shlex.split(ON_GPU) if torch.cuda.is_available() else [])
 
 
 def teacher_run(name: str, arguments: argparse.Namespace) -> Run:
@@ -103,15 +104,21 @@ def trial(method: Method, rate: str, decay: str, arguments: argparse.Namespace) 
     return student_run(method, name, TUNING_SEED, arguments, **settings, eval_split="train[80%:]")
 
 
+def train_these(runs: list[Run], arguments: argparse.Namespace) -> list[str]:
+    """Train what has no result yet, unless it was made with other options; returns what failed."""
+    refuse_others(runs, arguments.output_dir)
+    return train(runs, arguments.jobs)
+
+
 def tune(methods: list[Method], arguments: argparse.Namespace) -> list[str]:
     """Train the trials and keep what came of them; returns what failed."""
     first = {method: [trial(method, rate, DECAYS[0], arguments) for rate in RATES] for method in methods}
-    failed = train([run for runs in first.values() for run in runs], arguments.jobs)
+    failed = train_these([run for runs in first.values() for run in runs], arguments)
     if failed:
         return failed
     best = {method: RATES[best_of(runs)] for method, runs in first.items()}
     second = {method: trial(method, best[method], DECAYS[1], arguments) for method in methods}
-    failed = train(list(second.values()), arguments.jobs)
+    failed = train_these(list(second.values()), arguments)
     if failed:
         return failed
     tuned = read_json(arguments.output_dir / "tuned.json")  # of other methods, from another call
@@ -241,7 +248,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs at once; they share the cores")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the budget")
-    parser.add_argument("--gpu", action="store_true", help="train on a GPU")
     parser.add_argument("--report_only", action="store_true", help="train nothing")
     arguments = parser.parse_args(words)
     arguments.epochs = EPOCHS * arguments.scale
@@ -271,13 +277,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed: list[str] = []
     if not arguments.report_only:
-        failed = train([teacher_run(next(iter(TEACHERS)), arguments)], arguments.jobs)
+        failed = train_these([teacher_run(next(iter(TEACHERS)), arguments)], arguments)
         if "tune" in arguments.parts and not failed:
             failed = tune([METHODS[key] for key in arguments.methods], arguments)
         for part in [part for part in arguments.parts if part != "tune" and not failed]:
             for runs in plan_part(part, arguments):
-                refuse_others(runs, arguments.output_dir)
-                failed += train(runs, arguments.jobs)
+                failed += train_these(runs, arguments)
     text, found = report(arguments, read_tuned(arguments))
     (arguments.output_dir / "comparison.md").write_text(text, encoding="utf-8")
     found = {"command": shlex.join(sys.argv[1:]), **found}

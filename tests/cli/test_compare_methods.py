@@ -159,6 +159,10 @@ def test_what_was_made_otherwise_is_refused(trained, tmp_path):
     run.log.write_text("$ python distill.py --learning_rate 7\n")
     with pytest.raises(SystemExit, match="dist_images, seed 0"):
         call("--seeds", "0", "--budgets", "images")
+    run = next(run for run in runs if run.folder.name.startswith("tune_dist"))
+    run.log.write_text("$ python distill.py --num_train_epochs 7\n")
+    with pytest.raises(SystemExit, match="tune_dist"):  # before anything is chosen by it
+        call("--parts", "tune")
     shutil.rmtree(tmp_path / "runs")
     with pytest.raises(SystemExit, match=r"no tuned.json: take the part `tune` first"):
         call("--parts", "shares")

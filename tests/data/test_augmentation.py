@@ -304,9 +304,7 @@ COLOUR = {
 @pytest.mark.parametrize("name", list(COLOUR))
 def test_colour_operations_give_pillows_levels(name):
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    narrow = (noise % 7 + (3, 100, 248)).astype(
-        np.uint8
-    )  # of the last channel, whose levels go to 254, the largest is kept
+    narrow = (noise % 7 + (3, 100, 248)).astype(np.uint8)  # seven levels
     flat = Image.new("RGB", (9, 8), (0, 7, 255))
     for image in (scene(), Image.fromarray(noise), Image.fromarray(narrow), flat):
         for arguments in COLOUR[name]:

@@ -53,9 +53,8 @@ def test_the_students_weights_are_in_a_head_before_and_after_saving(tmp_path, he
     ):
         assert set(kept) == set(again) and all(torch.equal(tensor, again[name]) for name, tensor in kept.items())
     assert list(loaded.config.id2label.values()) == NAMES
-    loaded = copy.deepcopy(
-        loaded
-    )  # as read from a file, tensors begin anywhere in memory, and some CPUs round by that
+    # As read from a file, tensors begin anywhere in memory, and some CPUs round by that.
+    loaded = copy.deepcopy(loaded)
     with torch.no_grad():
         inputs = {"pixel_values": images(2, 64)}
         if head == "upernet":
