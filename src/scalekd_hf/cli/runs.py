@@ -62,13 +62,9 @@ def has_finished(arguments: Any, config: RunConfig) -> bool:
     more = config.resume_from_checkpoint or config.overwrite_output_dir or config.push_to_hub
     if more or not (folder / RESULTS_FILE).exists():
         return False
-    try:
-        kept = yaml.safe_load((folder / RESOLVED_FILE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return False
-    now = resolved(arguments, config)
+    pairs = _then_and_now(arguments, config)
     how = {"resume_from_checkpoint", "overwrite_output_dir"}  # the run was begun, which is nothing of its result
-    same = all(kept.get(name) == now.get(name) for name in {*kept, *now} - how)
+    same = pairs is not None and all(then == now for name, (then, now) in pairs.items() if name not in how)
     return same and finished(folder, config.max_steps) and Publisher(config, None, None).is_described() is not False
 
 
@@ -79,24 +75,30 @@ def check_same_settings(arguments: Any, config: RunConfig) -> None:
         ValueError: `output_dir` was trained with other settings, which are named. Where files lie may differ, not what they
             are called.
     """
-    folder = Path(str(config.output_dir))
-    try:
-        kept = yaml.safe_load((folder / RESOLVED_FILE).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError):
-        return  # a run of no recipe: nothing is known
-    now = resolved(arguments, config)
-    default = {field.name: _default(field) for part in (arguments, config) for field in fields(part)}
-    names = sorted(name for name in default.keys() - WITHOUT_EFFECT if not name.startswith(REPORTING))
-    # What is not kept was nothing, or not known to the version of then.
-    pairs = {n: (kept.get(n, default[n]), now.get(n, default[n])) for n in names if n in kept or n in now}
-    others = [n for n, (then, here) in pairs.items() if _named(then) != _named(here)]
+    pairs = _then_and_now(arguments, config) or {}  # without any, a run of no recipe: nothing is known
+    names = sorted(name for name in pairs.keys() - WITHOUT_EFFECT if not name.startswith(REPORTING))
+    others = [name for name in names if _named(pairs[name][0]) != _named(pairs[name][1])]
     if others:
-        told = ", ".join(f"`{name}` {kept.get(name)!r} -> {now.get(name)!r}" for name in others)
+        told = ", ".join(f"`{name}` {pairs[name][0]!r} -> {pairs[name][1]!r}" for name in others)
         raise ValueError(
-            f"`output_dir` {str(folder)!r} holds a finished run with other settings ({told}): nothing would be trained. Give "
+            f"`output_dir` {str(config.output_dir)!r} holds a finished run with other settings ({told}): nothing would be trained. Give "
             "its settings to go on with it, choose another `output_dir`, or set `overwrite_output_dir` without "
             "`resume_from_checkpoint` to train anew."
         )
+
+
+def _then_and_now(arguments: Any, config: RunConfig) -> dict[str, tuple[Any, Any]] | None:
+    """Each setting as `output_dir` keeps it and as it is; None where none are kept.
+
+    What is not kept was nothing, or not known to the version of then: it is the default. What this version does not know is none.
+    """
+    try:
+        kept = yaml.safe_load((Path(str(config.output_dir)) / RESOLVED_FILE).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        return None
+    now = resolved(arguments, config)
+    default = {field.name: _default(field) for part in (arguments, config) for field in fields(part)}
+    return {n: (kept.get(n, d), now.get(n, d)) for n, d in default.items() if n in kept or n in now}
 
 
 class _KeepSettings(TrainerCallback):
