@@ -9,8 +9,8 @@ from helpers import DIGITS, run
 
 def rehearsed(folder, *words):
     """What a rehearsal has found, and its log."""
-    words = ["--rehearse", "--seconds", 900, "--data", DIGITS, "--output", folder, *words]
-    finished = run("python", "benchmarks/gpu.py", *words, timeout=1000)
+    words = ["--rehearse", "--seconds", 1700, "--data", DIGITS, "--output", folder, *words]
+    finished = run("python", "benchmarks/gpu.py", *words, timeout=1800)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads((folder / "gpu.json").read_text()), (folder / "gpu.log").read_text()
 
