@@ -31,6 +31,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from gpu_report import markdown
 
 
@@ -129,18 +130,25 @@ class Session:
 
 
 def stop(process: subprocess.Popen, patience: float = 0) -> None:
-    """End a command and what it started; pytest writes what it has when it is interrupted."""
+    """End a command and all that it started, in whichever session; pytest writes what it has when it is interrupted."""
+    try:
+        started = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
     if patience:
         process.send_signal(signal.SIGINT)
         try:
             process.wait(patience)
         except subprocess.TimeoutExpired:
-            pass
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+            started += psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait()
+    for one in started:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            pass
+    psutil.wait_procs(started, timeout=10)
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ interruption: runs that have ended are kept. A GPU is used where there is one. T
 import argparse
 import json
 import shlex
-import signal
 import statistics
 import sys
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import torch
 from methods_report import BUDGETS, METHODS, TEACHERS, Method, by_seed, draw, report
-from results import CONFIGS, ON_GPU, RECIPES, Run, refuse_others, train
+from results import CONFIGS, ON_GPU, RECIPES, Run, leave_on_signals, refuse_others, train
 from results_report import read_json, student_folder, student_top1, teacher_folder, teacher_top1
 
 
@@ -274,7 +273,7 @@ def plan_part(part: str, arguments: argparse.Namespace) -> Iterator[list[Run]]:
 
 def main() -> None:
     arguments = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    leave_on_signals()
     failed: list[str] = []
     if not arguments.report_only:
         failed = train_these([teacher_run(next(iter(TEACHERS)), arguments)], arguments)

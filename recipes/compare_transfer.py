@@ -13,14 +13,13 @@ printed and written as `comparison.md` and `comparison.json` into the output fol
 import argparse
 import json
 import shlex
-import signal
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from results import RECIPES, Run, refuse_others, train
+from results import RECIPES, Run, leave_on_signals, refuse_others, train
 from results_report import cell, minus, read_json, spread, student_folder, table
 
 
@@ -135,7 +134,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     arguments, options = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    leave_on_signals()
     runs = plan_runs(arguments, options)
     refuse_others(runs, arguments.output_dir)
     failed = [] if arguments.report_only else train(runs, arguments.jobs)

@@ -170,6 +170,14 @@ def finish(run: Run, process: subprocess.Popen, started: float) -> list[str]:
     return [run.title]
 
 
+def leave_on_signals() -> None:
+    """Let SIGTERM and a closed terminal end this command as Ctrl-C does, which stops its runs; `nohup` keeps it going."""
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        number = getattr(signal, name)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
 def stop(processes: list[subprocess.Popen]) -> None:
     """SIGTERM, on which a run saves a checkpoint and ends."""
     for process in processes:
@@ -211,7 +219,7 @@ def main() -> None:
     arguments = parse(sys.argv[1:])
     tables = chosen(arguments)
     arms = [arm for in_table in tables.values() for arm in in_table]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    leave_on_signals()
     runs = plan_runs(arms, arguments)
     refuse_others(runs, arguments.output_dir)
     failed = [] if arguments.report_only else train(runs, arguments.jobs)

@@ -1,10 +1,14 @@
 """benchmarks/gpu.py on a CPU: all parts run, one after the other, and say what they found."""
 
 import json
+import subprocess
+import sys
+import time
 import warnings
 
+import psutil
 import pytest
-from helpers import DIGITS, run
+from helpers import DIGITS, ROOT, run
 
 
 def rehearsed(folder, *words):
@@ -58,11 +62,24 @@ def test_without_time_each_part_says_so_and_the_report_is_written(tmp_path, seco
     assert "no time was left" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.parametrize("patience", [0, 0.5])
+def test_a_command_that_is_cut_short_leaves_nothing_behind_in_another_session(tmp_path, monkeypatch, patience):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+        "print(left.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as started:
+        left = psutil.Process(int(started.stdout.readline()))
+        begin = time.monotonic()
+        gpu.stop(started, patience)
+        assert started.returncode is not None and not left.is_running() and time.monotonic() - begin < 30
+
+
 def test_a_part_that_fails_is_said_and_the_next_one_runs(tmp_path, monkeypatch):
-    import sys
-
-    from helpers import ROOT
-
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu
 

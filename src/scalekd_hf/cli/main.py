@@ -214,8 +214,10 @@ def launch(options: list[str], command: str, words: list[str]) -> int:
         passed.append(number)
         _send(number, started.pid)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none, and `nohup` ignores it
+    for number in (signal.SIGINT, signal.SIGTERM, *([hang_up] if hang_up else [])):
+        if number != hang_up or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
     status = started.wait()
     return CANCELLED if signal.SIGINT in passed else TRY_AGAIN_LATER if passed and status else status
 

@@ -308,6 +308,7 @@ class StreamLoader(DataLoaderShard):
 
 
 def outlive_signals(worker: int) -> None:
-    """Let a worker live on after Ctrl-C and a first SIGTERM, which a whole group may get: its trainer still needs it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let a worker live on after what a whole group may get, Ctrl-C, SIGHUP and a first SIGTERM: its trainer needs it."""
+    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

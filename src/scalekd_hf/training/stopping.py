@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -29,13 +30,14 @@ __all__ = ["STOPPING_FAILURES", "EvaluationStopped", "MissedEvaluation", "RunCan
 STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError, LabelError)  # the images have ended
 TRY_AGAIN_LATER = 75  # exit status, EX_TEMPFAIL of sysexits.h
 PATIENCE = timedelta(minutes=1)  # of a process that cannot go on, with those that may never hear of it
+HANG_UP = getattr(signal, "SIGHUP", None)  # a terminal has closed; Windows has no such signal
 SAME_KEY = 1.0  # seconds within which a launcher passes on what the terminal has sent already
 
 logger = logging.getLogger(__name__)
 
 
 class RunInterrupted(SystemExit):
-    """Raised by `train()` after SIGTERM and a checkpoint; uncaught, the process exits with 75 ("try again later")."""
+    """Raised by `train()` after SIGTERM or SIGHUP and a checkpoint; uncaught, the process exits with 75 ("try again later")."""
 
     def __init__(self) -> None:
         super().__init__(TRY_AGAIN_LATER)
@@ -50,7 +52,7 @@ class EvaluationStopped(Exception):  # noqa: N818
 
 
 class Stopping(TrainerCallback):
-    """Has all processes stop where one of them must: for SIGTERM or Ctrl-C, or for want of images.
+    """Has all processes stop where one of them must: for SIGTERM, Ctrl-C or a closed terminal, or for want of images.
 
     They ask each other before each step, before each batch of an evaluation, which may take longer than a scheduler
     waits, and after the last step. The answer travels between the processes' CPUs; no device is waited for.
@@ -60,7 +62,7 @@ class Stopping(TrainerCallback):
 
     Attributes:
         failure: of this process, which then must stop.
-        terminated: this process got SIGTERM or Ctrl-C.
+        terminated: this process got SIGTERM, Ctrl-C or SIGHUP.
         cancelled: one of the processes got Ctrl-C.
         stopped: the run ends, on all processes.
         saved_step: of the last checkpoint that the run can go on from.
@@ -86,8 +88,10 @@ class Stopping(TrainerCallback):
             timeout = timedelta(seconds=args.ddp_timeout)
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         if threading.current_thread() is threading.main_thread():
-            for number, handler in ((signal.SIGTERM, self._terminate), (signal.SIGINT, self._cancel)):
-                self._handlers[number] = signal.signal(number, handler)
+            reactions = {signal.SIGTERM: self._terminate, signal.SIGINT: self._cancel}
+            if HANG_UP and signal.getsignal(HANG_UP) != signal.SIG_IGN:  # as it is after `nohup`
+                reactions[HANG_UP] = self._hang_up
+            self._handlers = {number: signal.signal(number, handler) for number, handler in reactions.items()}
         self._is_training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -225,6 +229,16 @@ class Stopping(TrainerCallback):
         raise RunCancelled if self.cancelled else RunInterrupted
 
     def _terminate(self, *_: Any) -> None:
+        self.terminated = True
+
+    def _hang_up(self, *_: Any) -> None:
+        """As SIGTERM; what would be written to a terminal that is gone is written nowhere, and raises nothing."""
+        for descriptor in (1, 2):
+            try:
+                os.write(descriptor, b"\n")
+            except OSError:
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
         self.terminated = True
 
     def _cancel(self, *_: Any) -> None:

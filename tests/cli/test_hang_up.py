@@ -1,0 +1,66 @@
+"""A terminal that closes, with the connection to it or by hand, costs no run anything."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from processes import run_module
+
+
+WORDS = ["quickstart", "--max_steps", "12", "--logging_steps", "1", "--baseline", "false", "--use_cpu", "true"]
+WORDS += ["--dataloader_num_workers", "1", "--output_dir", "run"]
+IN_A_TERMINAL = (  # a process of its own session, whose terminal standard input becomes
+    "import fcntl, sys, termios\n"
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "from scalekd_hf.cli.main import main\n"
+    "main(sys.argv[1:])"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no terminals that hang up")
+@pytest.mark.parametrize("launcher", [[], ["--num_processes", "2"]], ids=["one process", "two processes"])
+def test_a_terminal_that_closes_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, monkeypatch, launcher):
+    monkeypatch.chdir(tmp_path)
+    main, terminal = os.openpty()
+    command = [sys.executable, "-u", "-c", IN_A_TERMINAL, *WORDS, *launcher]
+    with subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+    ) as started:
+        os.close(terminal)
+        said = b""
+        while b"2/12" not in said:
+            said += os.read(main, 10_000)
+        os.close(main)
+        assert started.wait(120) == 75, said.decode()[-3000:]
+    saved = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
+    assert saved and saved != ["checkpoint-12"]
+    again = run_module("scalekd_hf.cli.main", *WORDS, *launcher)
+    assert again.returncode == 0 and "it is resumed" in again.stdout, again.stdout[-2000:] + again.stderr[-3000:]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+@pytest.mark.parametrize(("how", "status"), [("", 129), ("nohup", 0)])
+def test_a_comparison_stops_its_runs_as_its_terminal_closes_but_not_after_nohup(tmp_path, how, status):
+    code = (
+        "import os, signal, sys; from pathlib import Path; sys.path.insert(0, 'recipes'); import results\n"
+        "class Sleeping(results.Run):\n"
+        "    def top1(self): return 0.5 if self.log.exists() and 'ended' in self.log.read_text() else None\n"
+        'sleep = \'import time; print("begun", flush=True); time.sleep(2); print("ended")\'\n'
+        "run = Sleeping('sleeping', Path(sys.argv[1]) / 'run', (sys.executable, '-c', sleep))\n"
+        "start = results.start\n"
+        "def hang_up(*words):\n"
+        "    started = start(*words)\n"
+        "    while 'begun' not in run.log.read_text(): pass\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    return started\n"
+        "results.start = hang_up\n"
+        "results.leave_on_signals()\n"
+        "sys.exit(len(results.train([run], 1)))"
+    )
+    from helpers import run
+
+    ended = run(*([how] if how else []), sys.executable, "-c", code, tmp_path)
+    assert ended.returncode == status, ended.stderr[-2000:]
+    assert ("\nended" in (tmp_path / "run.log").read_text()) == (how == "nohup")
