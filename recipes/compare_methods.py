@@ -10,7 +10,8 @@ Parts, in their order:
 - `methods`: each method with each seed, for equal images, then for the time that ScaleKD takes for them; with
   `--budgets long` for as many images as the student alone sees in that time.
 - `teachers`: ScaleKD from other teachers.
-- `shares`: three methods on other shares of the training images, for equal images seen.
+- `shares`: three methods on other shares of the training images, for equal images seen and for equal time; after
+  `methods`.
 - `features`: ScaleKD without labels and logits, and the student alone, by k-NN and a linear probe.
 - `pretrained`: the student alone on many images, then fine-tuned on few, beside `shares`, distilled on these few.
 
@@ -24,18 +25,17 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from methods_report import BUDGETS, METHODS, TEACHERS, Method, by_seed, draw, report
+from methods_report import BUDGETS, METHODS, SHARE, SHARED, TEACHERS, Method, by_seed, draw, report, share_name
 from results import CONFIGS, ON_GPU, RECIPES, Run, leave_on_signals, refuse_others, train
 from results_report import read_json, student_folder, student_top1, teacher_folder, teacher_top1
 
 
 STUDENT = "resnet10"
-SHARE = 25  # % of the training images that the student learns from; those from 80% on are for validation
 EPOCHS, FEW = 4.0, 5  # passes of that share; % of the training images that are few
 RATES, DECAYS = ("3e-3", "1e-2", "3e-2"), ("0.05", "0.5")
 TUNING_SEED = 100
@@ -160,7 +160,7 @@ def method_runs(budget: str, arguments: argparse.Namespace, tuned: dict[str, dic
     """All methods with all seeds, for equal images, for equal time, or for many images."""
     runs, epochs = [], {key: arguments.epochs for key in arguments.methods}
     if budget != "images":
-        seconds = image_times(arguments, tuned)
+        seconds = image_times(arguments.methods, arguments, tuned)
         longer = {key: arguments.epochs * seconds["scalekd"] / seconds[key] for key in seconds}
         known = "scalekd" if budget == "time" else "alone"  # whose runs of another budget are these, too
         epochs = {key: longer["alone" if budget == "long" else key] for key in arguments.methods if key != known}
@@ -171,12 +171,14 @@ def method_runs(budget: str, arguments: argparse.Namespace, tuned: dict[str, dic
     return runs
 
 
-def image_times(arguments: argparse.Namespace, tuned: dict[str, dict]) -> dict[str, float]:
+def image_times(keys: Iterable[str], arguments: argparse.Namespace, tuned: dict[str, dict]) -> dict[str, float]:
     """Seconds of an image by method, as the runs for equal images took; kept, so that further seeds have the same budget."""
-    for key in {*arguments.methods, "alone", "scalekd"}:
+    for key in {*keys, "alone", "scalekd"}:
         found = tuned[key]
         if "seconds_per_image" not in found:
             outcomes = by_seed(f"{key}_images", arguments).values()
+            if not outcomes:
+                raise SystemExit(f"How long {key} takes is not known: take `--parts methods --budgets images` first.")
             found["seconds_per_image"] = statistics.median(one.seconds / one.images for one in outcomes)
     write_tuned(tuned, arguments)
     return {key: found["seconds_per_image"] for key, found in tuned.items() if "seconds_per_image" in found}
@@ -192,13 +194,21 @@ def teacher_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[
 
 
 def share_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
+    """Three methods on each share of the images, for equal images; then two for the time that ScaleKD takes."""
+    seconds = image_times(SHARED, arguments, tuned)
+    longer = {key: seconds["scalekd"] / seconds[key] for key in SHARED[:2]}
     runs = []
     for seed in arguments.seeds:
         for share in arguments.shares:
-            for key in ("alone", "logits_t4", "scalekd"):
+            epochs = arguments.epochs * SHARE / share
+            those = [(key, "images", epochs) for key in SHARED]
+            those += [(key, "time", epochs * longer[key]) for key in longer]
+            for key, budget, passes in those:
+                name = share_name(key, share, budget)
                 options = settings_of(METHODS[key], tuned) | {"train_split": f"train[:{share}%]"}
-                options["num_train_epochs"] = f"{arguments.epochs * SHARE / share:.3f}"
-                runs.append(student_run(METHODS[key], f"{key}_share{share}", seed, arguments, **options))
+                runs.append(
+                    student_run(METHODS[key], name, seed, arguments, **options, num_train_epochs=f"{passes:.3f}")
+                )
     return runs
 
 

@@ -62,6 +62,8 @@ METHODS = {
 }
 
 BUDGETS = ("images", "time", "long")
+SHARE = 25  # % of the training images that the student learns from; those from 80% on are for validation
+SHARED = ("alone", "logits_t4", "scalekd")  # on other shares of the images
 SWIN = "--train_split train[:80%] --streaming false --bf16 false --eval_strategy no"
 TEACHERS = {  # the first is everyone's but in the comparison of teachers
     "coatnet": TeacherOf("CoAtNet, 10 epochs", "teacher_coatnet"),
@@ -182,15 +184,22 @@ def teachers_table(arguments: argparse.Namespace, tuned: dict[str, dict]) -> str
     return table(["teacher", "its top-1", "ScaleKD, %", "over the student alone"], [row for _, row in rows])
 
 
-def shares_table(arguments: argparse.Namespace, tuned: dict[str, dict]) -> str:
-    keys, rows = ("alone", "logits_t4", "scalekd"), []
-    for share in sorted({*arguments.shares, 25}, reverse=True):
-        names = {key: f"{key}_images" if share == 25 else f"{key}_share{share}" for key in keys}
-        top1 = {key: accuracies(name, arguments) for key, name in names.items()}
-        if any(top1.values()):
-            gains = [interval(minus(top1["scalekd"], top1[key])) for key in keys[:2]]
-            rows.append([f"{share}%", *(cell(top1[key], len(top1[key])) for key in keys), *gains])
-    labels = [METHODS[key].label for key in keys]
+def share_name(key: str, share: int, budget: str) -> str:
+    """What the runs of a method on a share of the training images are called; all methods have the usual share."""
+    if share == SHARE:
+        return name_of(key, budget)
+    return f"{key}_share{share}" + ("_time" if budget == "time" and key != "scalekd" else "")
+
+
+def shares_table(budget: str, arguments: argparse.Namespace) -> str:
+    """One share a row, for equal images or for the time that ScaleKD takes for these."""
+    rows = []
+    for share in sorted({*arguments.shares, SHARE}, reverse=True):
+        top1 = {key: accuracies(share_name(key, share, budget), arguments) for key in SHARED}
+        if any(values for key, values in top1.items() if key != "scalekd" or budget == "images"):
+            gains = [interval(minus(top1["scalekd"], top1[key])) for key in SHARED[:2]]
+            rows.append([f"{share}%", *(cell(values, len(values)) for values in top1.values()), *gains])
+    labels = [METHODS[key].label for key in SHARED]
     return table(["training images", *labels, "ScaleKD over alone", "over logits"], rows)
 
 
@@ -260,7 +269,8 @@ def report(arguments: argparse.Namespace, tuned: dict[str, dict]) -> tuple[str, 
         "Equal time": lambda: methods_table("time", arguments, tuned),
         "Many images": lambda: methods_table("long", arguments, tuned),
         "Teachers": lambda: teachers_table(arguments, tuned),
-        "Training images": lambda: shares_table(arguments, tuned),
+        "Training images, equal images seen": lambda: shares_table("images", arguments),
+        "Training images, equal time": lambda: shares_table("time", arguments),
         "Features": lambda: features_table(arguments, tuned),
         "Pre-trained or distilled": lambda: pretrained_table(arguments, tuned),
     }

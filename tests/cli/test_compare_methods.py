@@ -133,12 +133,16 @@ def test_every_command_is_one_that_its_recipe_takes(trained, monkeypatch):
         "Equal images",
         "Equal time",
         "Teachers",
-        "Training images",
+        "Training images, equal images seen",
+        "Training images, equal time",
         "Features",
         "Pre-trained or distilled",
     ):
         assert f"**{title}**" in text
     assert "| ScaleKD's features alone, no labels | 25.00 | 75.00 |" in text
+    epochs = {run.folder.name: float(option(run, "num_train_epochs")) for run in runs if "_share5" in run.folder.name}
+    assert epochs["alone_share5_time_seed0"] == pytest.approx(4 * epochs["alone_share5_seed0"])
+    assert epochs["logits_t4_share5_seed0"] == epochs["scalekd_share5_seed0"] == 20
     kinds = {"distill.py": DistillArguments, "train_teacher.py": TeacherArguments, "evaluate.py": EvaluateArguments}
     tuned = [run for run in runs if run.folder.name == "alone_fine_tuned_seed0"]
     assert option(tuned[0], "model") == str(tuned[0].folder.with_name("alone_pretrained_seed0"))
@@ -165,6 +169,9 @@ def test_what_was_made_otherwise_is_refused(trained, tmp_path):
         call("--parts", "tune")
     shutil.rmtree(tmp_path / "runs")
     with pytest.raises(SystemExit, match=r"no tuned.json: take the part `tune` first"):
+        call("--parts", "shares")
+    call("--parts", "tune")
+    with pytest.raises(SystemExit, match="take `--parts methods --budgets images` first"):
         call("--parts", "shares")
 
 
