@@ -7,7 +7,7 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
-from helpers import settings, small_student, some_slow
+from helpers import RangeServer, settings, small_student, some_slow
 from PIL import Image
 
 from scalekd_hf import ScaleKDTrainer
@@ -176,3 +176,23 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path, kind):
     again = trainer_for(3)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3
+
+
+def test_a_stream_of_the_hub_that_has_had_another_commit_is_refused_with_the_former_one(tmp_path):
+    file, out = written(KINDS[0], tmp_path / "data") / "0.parquet", tmp_path / "run"
+    commits = ["a" * 40, "b" * 40]
+
+    def train(server, commit, steps, **changes):
+        place = f"{server.url}/datasets/me/photos@{commit}/0.parquet"
+        data = datasets.load_dataset("parquet", data_files=place, split="train", streaming=True)
+        options = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1}
+        student = small_student(labels=["class0", "class1", "class2"], num_classes=3)
+        trainer = ScaleKDTrainer(student, None, settings(out, **options, **changes), data)
+        return trainer.train(resume_from_checkpoint=steps > 1).global_step
+
+    with RangeServer({f"/datasets/me/photos@{commit}/0.parquet": file.read_bytes() for commit in commits}) as server:
+        train(server, commits[0], 1)
+        with pytest.raises(ValueError, match=rf"(?s)commit {commits[0]} to {commits[1]}.*revision='{commits[0]}'` reads"):
+            train(server, commits[1], 2)
+        assert train(server, commits[0], 2) == 2
+        assert train(server, commits[1], 3, allow_data_mismatch=True) == 3

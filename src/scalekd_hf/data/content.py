@@ -17,7 +17,7 @@ import pyarrow.compute
 from ..borrowed.datasets import chosen_rows, files_beneath
 
 
-__all__ = ["of_rows", "of_stream"]
+__all__ = ["commit_of", "of_rows", "of_stream"]
 
 END = 4096  # bytes of a file, at its beginning and at its end: a Parquet file ends in the sizes and the bounds of its columns
 SAMPLED = 32  # rows whose images are read
@@ -38,6 +38,12 @@ def of_stream(stream: datasets.IterableDataset) -> str:
         elif commit := COMMIT.search(place):
             _add(digest, commit[0])
     return digest.hexdigest()
+
+
+def commit_of(stream: datasets.IterableDataset) -> str | None:
+    """The commit of the Hub that a stream is read at; None where it is not read from there."""
+    found = (COMMIT.search(place) for place in files_beneath(stream))
+    return next((match[0].strip("@/") for match in found if match), None)
 
 
 def of_rows(rows: datasets.Dataset, image_column: str) -> str:

@@ -111,6 +111,11 @@ class Shards:
         """What the files are, in short; None where they are not known."""
         return content.of_stream(self.stream) if files_beneath(self.stream) else None
 
+    @property
+    def commit(self) -> str | None:
+        """Of the Hub, where the files are there."""
+        return content.commit_of(self.stream)
+
     def place(self, number: int) -> dict[str, int]:
         """Shard, and row in it, of a row number."""
         unit = bisect.bisect_right(self.offsets, number) - 1

@@ -118,10 +118,12 @@ class Checkpoints:
         self._check_settings(checkpoint, position)
         self.schedule.is_changed = bool(changed or position.changed_settings(self.settings))
         if changed and not (self.args.allow_data_mismatch and is_stream):
+            commit = (position.data or {}).get("commit")
+            at_commit = f" (`revision={commit!r}` reads the data set of then)" if commit != order.get("commit") else ""
             raise ValueError(
                 f"The checkpoint {str(checkpoint)!r} was written with other settings of the data: {', '.join(changed)}. "
-                "The images would come in another order. Go back to them, or accept it with `allow_data_mismatch=True`: the "
-                "run then goes on at the same number of images seen."
+                f"The images would come in another order. Go back to them{at_commit}, or accept it with "
+                "`allow_data_mismatch=True`: the run then goes on at the same number of images seen."
             )
         processes = (position.data or {}).get("processes", order["processes"])
         check_processes(checkpoint, processes, self.args, self.is_sharded)

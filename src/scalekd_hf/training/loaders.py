@@ -168,6 +168,7 @@ class Feed:
             if isinstance(dataset.source, Table):  # any reader can fetch any row
                 step = batch * accumulated * self.args.world_size
                 return settings | {"images per step": step, "processes": self.args.world_size}
+            settings |= {"commit": dataset.source.commit} if dataset.source.commit else {}
             settings |= {"files": dataset.source.name, "shuffle_buffer_size": self.args.shuffle_buffer_size}
         return settings | {
             "per_device_train_batch_size": batch,

@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["RUN_STATE_FILE", "RunPosition"]
 
 RUN_STATE_FILE = "scalekd_state.json"
-LATER = ("content",)  # what checkpoints of before do not tell
+LATER = ("content", "commit")  # what checkpoints of before do not tell
 
 
 @dataclass
