@@ -192,7 +192,9 @@ def test_a_stream_of_the_hub_that_has_had_another_commit_is_refused_with_the_for
 
     with RangeServer({f"/datasets/me/photos@{commit}/0.parquet": file.read_bytes() for commit in commits}) as server:
         train(server, commits[0], 1)
-        with pytest.raises(ValueError, match=rf"(?s)commit {commits[0]} to {commits[1]}.*revision='{commits[0]}'` reads"):
+        with pytest.raises(
+            ValueError, match=rf"(?s)commit {commits[0]} to {commits[1]}.*revision='{commits[0]}'` reads"
+        ):
             train(server, commits[1], 2)
         assert train(server, commits[0], 2) == 2
         assert train(server, commits[1], 3, allow_data_mismatch=True) == 3
