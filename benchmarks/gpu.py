@@ -19,6 +19,7 @@ with tiny models, so that no line runs for the first time on the card; in float3
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -131,24 +132,27 @@ class Session:
 
 def stop(process: subprocess.Popen, patience: float = 0) -> None:
     """End a command and all that it started, in whichever session; pytest writes what it has when it is interrupted."""
-    try:
-        started = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return
+    started: set[psutil.Process] = set()
     if patience:
         process.send_signal(signal.SIGINT)
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            started += psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    for one in started:
-        try:
+    end = time.monotonic() + patience
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started |= set(psutil.Process(process.pid).children(recursive=True))
+        if time.monotonic() >= end:
+            process.kill()
+        time.sleep(0.05)
+    for one in [*started, *(child for above in started for child in children(above))]:
+        with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-        except psutil.NoSuchProcess:
-            pass
     psutil.wait_procs(started, timeout=10)
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from helpers import DIGITS, TEACHER
 
+from scalekd_hf import ScaleKDTrainer
 from scalekd_hf.cli import distill, train_teacher
 
 
@@ -103,9 +104,28 @@ def test_more_steps_go_on(pair):
     assert json.loads((folder / "run" / "trainer_state.json").read_text())["global_step"] == 2
 
 
+def test_results_of_before_go_as_more_steps_begin(pair, monkeypatch):
+    folder, words = pair
+
+    def die(*_, **__):
+        raise RuntimeError("died")
+
+    monkeypatch.setattr(ScaleKDTrainer, "training_step", die)
+    with pytest.raises(RuntimeError, match="died"):
+        distill.main([*words, "--max_steps", "2", "--learning_rate", "0.01", "--allow_settings_mismatch", "true"])
+    assert settings_of(folder)["max_steps"] == 2 and not (folder / "run" / "results.json").exists()
+
+
 def test_a_teacher_too(tmp_path):
     words = [written(tmp_path, model="timm/convnext_atto", model_args=SMALL, pretrained=False), "--num_classes", "10"]
+    words += ["--ema_decay", "0.5", "--max_steps", "3", "--learning_rate", "0.01"]
     train_teacher.main(words)
+    evaluated = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    train_teacher.main([*words, "--resume_from_checkpoint", "true"])
+    again = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert [again[name] for name in ("eval_loss", "eval_top1")] == [
+        evaluated[name] for name in ("eval_loss", "eval_top1")
+    ]
     with pytest.raises(ValueError, match="finished run with other settings"):
         train_teacher.main([*words, "--seed", "7", "--resume_from_checkpoint", "true"])
     assert settings_of(tmp_path).get("seed") != 7

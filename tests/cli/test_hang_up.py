@@ -1,8 +1,10 @@
 """A terminal that closes, with the connection to it or by hand, costs no run anything."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from processes import run_module
@@ -38,6 +40,23 @@ def test_a_terminal_that_closes_leaves_a_checkpoint_and_the_same_command_goes_on
     assert saved and saved != ["checkpoint-12"]
     again = run_module("scalekd_hf.cli.main", *WORDS, *launcher)
     assert again.returncode == 0 and "it is resumed" in again.stdout, again.stdout[-2000:] + again.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
+def test_ctrl_c_that_ends_the_reader_of_the_log_too_leaves_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [word if word != "12" else "60" for word in WORDS]
+    command = [sys.executable, "-u", "-m", "scalekd_hf.cli.main", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as started:
+        said = b""
+        while b"2/60" not in said:
+            said += os.read(started.stdout.fileno(), 10_000)
+        time.sleep(0.1)  # not in the middle of a line
+        started.send_signal(signal.SIGINT)  # as `... 2>&1 | tee log` gets it, the first before the second
+        started.stdout.close()
+        assert started.wait(120) == 130
+    assert list((tmp_path / "run").glob("checkpoint-*")) and (tmp_path / "run" / "_interrupted.json").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")

@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -117,9 +118,24 @@ def test_the_log_tells_the_share_of_the_time_spent_waiting_for_images(tmp_path, 
     assert len(shares) == 4 and all(0.3 < share < 1 for share in shares)
 
 
+def test_epochs_are_counted_on_after_another_batch_and_another_stop(tmp_path, shards):
+    options = {"max_steps": -1, "num_train_epochs": 4, "save_strategy": "no"}
+    train_until = {"how": signal.SIGTERM, **options}
+    outcome = in_child(tmp_path, lambda: train(tmp_path / "run", shards, at=("step", 3), **train_until))
+    assert outcome.status == 75, outcome.text[-3000:]
+    options |= {"per_device_train_batch_size": 2, "allow_data_mismatch": True}
+    train_until |= {"at": ("step", 6), **options}
+    outcome = in_child(tmp_path, lambda: train(tmp_path / "run", shards, resume=True, **train_until))
+    assert outcome.status == 75, outcome.text[-3000:]
+    train(tmp_path / "run", shards, resume=True, **options)
+    found = result(tmp_path / "run")
+    assert (found["step"], found["images_seen"]) == (4 + (4 * ROWS - 32) // 4, 4 * ROWS)
+
+
 def replaced_twice(folder, shards):
-    """Train, go back a step, and die while the last checkpoint is written once more."""
+    """Train, go back from a damaged checkpoint, and die while it is written once more."""
     train(folder, shards, max_steps=3)
+    (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"damaged")
     trainer = trainer_for(folder, shards, max_steps=3)
     rename = Path.rename
 
@@ -129,7 +145,7 @@ def replaced_twice(folder, shards):
             os.kill(os.getpid(), signal.SIGKILL)
 
     Path.rename = die
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_that_is_being_replaced_is_not_lost(tmp_path, shards):
@@ -139,6 +155,37 @@ def test_a_checkpoint_that_is_being_replaced_is_not_lost(tmp_path, shards):
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
     train(tmp_path / "run", shards, resume=True, max_steps=4)
     assert [path.name for path in (tmp_path / "run").glob("_*")] == ["_lock"]
+
+
+@pytest.mark.parametrize("how", some_slow([signal.SIGTERM, signal.SIGKILL], 1))
+def test_a_run_that_went_back_goes_on_where_it_stood_and_not_at_what_it_left(tmp_path, shards, how):
+    train(tmp_path / "run", shards, max_steps=6)
+    here, elsewhere = tmp_path / "run" / "checkpoint-2", tmp_path / "checkpoint-2"
+    shutil.copytree(here, elsewhere)
+    last = 5 if how == signal.SIGTERM else 4
+    for start in map(str, (here, elsewhere)):
+        outcome = in_child(
+            tmp_path,
+            lambda: train(tmp_path / "run", shards, resume=start, at=("step", 4), how=how, max_steps=6),  # noqa: B023
+        )
+        assert outcome.status in (75, -signal.SIGKILL), outcome.text[-3000:]
+        assert last_checkpoint(tmp_path / "run").endswith(f"checkpoint-{last}")
+        (tmp_path / "run" / "_interrupted.json").unlink(missing_ok=True)
+    left = sorted(path.name for path in (tmp_path / "run").glob("_left-*"))
+    assert left[:5] == [f"_left-checkpoint-{name}" for name in ("2", "3", "3-2", "4", "4-2")], left
+    resumed = trainer_for(tmp_path / "run", shards, max_steps=6)
+    steps = []
+    resumed.add_callback(Noting(steps))
+    resumed.train(resume_from_checkpoint=True)
+    assert steps == list(range(last + 1, 7))
+
+
+class Noting(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, shards):

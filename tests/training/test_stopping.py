@@ -67,6 +67,31 @@ def test_a_second_ctrl_c_ends_at_once_and_one_that_a_launcher_repeats_does_not(m
         stopping._cancel()
 
 
+def test_ctrl_c_on_another_machine_does_not_count_as_the_first_here(monkeypatch):
+    stopping = Stopping(lambda: False)
+    monkeypatch.setattr("scalekd_hf.training.stopping.time.monotonic", lambda: 100.0)
+    stopping.terminated = stopping.cancelled = True  # by a process of another one
+    try:
+        stopping._cancel()
+    except KeyboardInterrupt:  # which would end pytest
+        pytest.fail("the first Ctrl-C here counts as the second")
+    monkeypatch.setattr("scalekd_hf.training.stopping.time.monotonic", lambda: 102.0)
+    with pytest.raises(KeyboardInterrupt):
+        stopping._cancel()
+
+
+def test_a_run_that_is_stopped_keeps_its_checkpoint_beside_the_best(tmp_path, shards):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_total_limit": 1}
+    options = {**EVALUATING, **best, "save_strategy": "steps", "save_steps": 3}
+    strike = {"at": ("step", 4), "how": signal.SIGTERM, **options}
+    outcome = in_child(tmp_path, lambda: train(tmp_path / "run", shards, **strike))
+    assert outcome.status == 75, outcome.text[-3000:]
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-5"}
+    train(tmp_path / "whole", shards, **options)
+    train(tmp_path / "run", shards, **options)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("stopped_before", some_slow([4, 0], 1))
 def test_sigterm_in_the_evaluation_before_the_first_step_keeps_the_checkpoint(tmp_path, shards, stopped_before):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

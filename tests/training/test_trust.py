@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from helpers import settings, small_student, some_slow
 from processes import in_child, in_processes, run_script
-from stopped_runs import EVALUATING, result, train, trainer_for
-from transformers import TrainerCallback
+from stopped_runs import EVALUATING, Trainer, result, train, trainer_for
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from scalekd_hf import ScaleKDTrainer, load_student
 from scalekd_hf.cli.runs import train_and_save
@@ -191,6 +191,50 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_and_may_be_the_bes
     ):  # the best
         for name, tensor in ended.state_dict().items():
             assert torch.equal(module.state_dict()[name], tensor), name
+
+
+class InTheSecondSet(Trainer):
+    """Gets SIGTERM in the second of two evaluation sets."""
+
+    told = None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        if self.at == (metric_key_prefix, self.state.global_step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+
+class Counting(TrainerCallback):
+    def __init__(self):
+        self.evaluated = []
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluated.append(state.global_step)
+
+
+def test_an_evaluation_that_is_made_up_for_counts_once(tmp_path, shards):
+    options = {**EVALUATING, "save_strategy": "steps", "save_steps": 3, "eval_on_start": True, "learning_rate": 1e-3}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_a_loss", "greater_is_better": False}
+    options |= {"restore_callback_states_from_checkpoint": True}
+
+    def trained(folder, at=("", 0)):
+        trainer = trainer_for(folder, shards, **options)
+        trainer.__class__, trainer.at = InTheSecondSet, at
+        trainer.eval_dataset = {name: trainer.eval_dataset for name in "ab"}
+        counting = Counting()
+        trainer.add_callback(EarlyStoppingCallback(10, 100.0))  # nothing is that much better
+        trainer.add_callback(counting)
+        trainer.train()
+        history = [(e["step"], *[key for key in e if key.endswith("_loss")]) for e in trainer.state.log_history]
+        (stopping,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        return stopping.early_stopping_patience_counter, counting.evaluated, [entry for entry in history if entry[1:]]
+
+    whole = trained(tmp_path / "whole")
+    assert whole[0] == 2 and whole[1] == [0, 0, 3, 3, 6, 6, 9, 9]
+    outcome = in_child(tmp_path, lambda: trained(tmp_path / "run", at=("eval_b", 6)))
+    assert outcome.status == 75, outcome.text[-3000:]
+    counter, evaluated, history = trained(tmp_path / "run")
+    assert counter == 2 and evaluated == [6, 6, 9, 9] and history == whole[2]
 
 
 def test_a_process_that_cannot_write_stops_all_with_the_cause(tmp_path, shards):

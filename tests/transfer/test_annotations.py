@@ -133,6 +133,7 @@ def boxes_alone(content):
     [
         (lambda content: content.pop("categories"), "cannot be read as a COCO file .KeyError, 'categories'"),
         (lambda content: content["categories"][0].update(name="cup"), "has several categories 'cup'"),
+        (lambda content: content["categories"].append({"id": 3, "name": "dog"}), "has 2 categories of the id 3"),
         (lambda content: content.update(images=[]), "no categories, or no images"),
         (
             lambda content: [entry.update(file_name="no.png") for entry in content["images"]],
@@ -288,6 +289,17 @@ def test_classes_of_objects_come_from_the_data_or_are_stated(tmp_path):
     with pytest.raises(ValueError, match="Nothing tells the classes of the objects"):
         load(train_files=plain, **how)
     assert load(train_files=plain, class_names=CLASSES, **how).class_names == CLASSES
+    objects = [row["category"] for row in datasets.Dataset.from_parquet(plain)["objects"]]
+    assert {0, 2} <= set(sum(objects, []))
+    shifted = datasets.Dataset.from_parquet(plain).map(
+        lambda row: {"objects": {**row["objects"], "category": [kind + 1 for kind in row["objects"]["category"]]}}
+    )
+    shifted.to_parquet(tmp_path / "shifted.parquet")
+    for streaming in (False, True):
+        counted_from_1 = {"train_files": str(tmp_path / "shifted.parquet"), "streaming": streaming, **how}
+        with pytest.raises(ValueError, match="categories up to 3, and none is 0, but the 3 classes are 0 to 2"):
+            load(class_names=CLASSES, **counted_from_1)
+        assert len(load(class_names=["none", *CLASSES], **counted_from_1).class_names) == 4
     with pytest.raises(ValueError, match="`label_column` is 'boxes', but the columns of the data set are"):
         load(train_files=plain, label_column="boxes", **how)
     with pytest.raises(ValueError, match="has boxes without a segmentation .*'bbox', 'category'"):

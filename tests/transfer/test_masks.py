@@ -141,3 +141,13 @@ def test_data_sets_with_a_column_of_masks_are_read(tmp_path, streaming):
     assert classes_in(data) == {kind for number in range(4) for kind, *_ in scene(number)[1]} | {255}
     with pytest.raises(ValueError, match="`label_column` is 'mask'"):
         load(class_names=CLASSES, label_column="mask", **how)
+
+
+def test_masks_whose_classes_are_counted_from_one_are_refused(tmp_path):
+    root = write_masks(tmp_path, {"train": range(8)}, masks="masks", first=1, around=255)
+    how = {"dataset": str(root), "class_names": CLASSES, "eval_split": "none"}
+    with pytest.raises(
+        ValueError, match="have values up to 3, and none is 0, but the 3 classes are 0 to 2: each would be taken"
+    ):
+        load(**how, zero_is_ignored=False)
+    assert classes_in(load(**how, zero_is_ignored=True)) == {0, 1, 2, 255}

@@ -208,6 +208,8 @@ def launch(options: list[str], command: str, words: list[str]) -> int:
     launcher = [sys.executable, "-m", "scalekd_hf.cli.launcher", *options, "-m", "scalekd_hf.cli.main"]
     # Apart from the terminal, whose Ctrl-C would end the launcher and leave the processes behind it.
     started = subprocess.Popen([*launcher, command, *words], start_new_session=True)
+    import psutil  # noqa: F401  # now: while it is imported, the processes would not know of a signal
+
     passed: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:

@@ -102,13 +102,17 @@ def _then_and_now(arguments: Any, config: RunConfig) -> dict[str, tuple[Any, Any
 
 
 class _KeepSettings(TrainerCallback):
-    """Writes the settings of a run once nothing is left that could refuse it: those of before stay otherwise."""
+    """Writes the settings of a run once nothing is left that could refuse it: those of before stay otherwise.
+
+    The results of before go: they are not those of these settings.
+    """
 
     def __init__(self, arguments: Any, config: RunConfig):
         self.arguments, self.config = arguments, config
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
+            Path(str(self.config.output_dir), RESULTS_FILE).unlink(missing_ok=True)
             write_config(self.arguments, self.config, Path(str(self.config.output_dir)) / RESOLVED_FILE)
 
 

@@ -43,6 +43,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if evaluation is not None:
         if not trainer.state.global_step:  # an earlier call has trained it
             load_student_weights(trainer.student, str(config.output_dir))
+            if trainer.averaged is not None:
+                trainer.averaged.restart(config.device)  # it is what is evaluated
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         if trainer.is_world_process_zero():

@@ -92,7 +92,7 @@ class Checkpoints:
         order = self.feed.order_settings(dataset)  # as the data are now, for the checkpoints to come
         if checkpoint is not None:
             position, is_changed = self._read(Path(checkpoint), order, isinstance(dataset, ImageStream))
-        if is_changed and epochs is not None:
+        if epochs is not None and (is_changed or position.layout_start):  # now, or before the checkpoint
             self.args.max_steps = position.step + count_steps(dataset, self.args, position.images_seen)
         self.feed.start_at(position)
         self.progress.reset(position.images_seen, position.log, self.args.train_batch_size * self.args.world_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ __all__ = ["RunFolder", "check_output_dir", "check_writable", "finished", "inter
 # Names that begin with `_` are never pushed to the Hub.
 LOCK_FILE = "_lock"
 UNFINISHED_FOLDER = "_unfinished_checkpoint"  # holds a checkpoint until it is whole
+LEFT = "_left-"  # before the name of a checkpoint that a run has gone back from
 REPLACED = "_replaced-"  # before the name of a checkpoint while another takes its place
 INTERRUPTED_FILE = "_interrupted.json"  # the run was stopped by SIGTERM, with these settings
 
@@ -81,6 +83,25 @@ class RunFolder:
         raise ValueError(
             f"There is no {'whole ' if checkpoints else ''}checkpoint to resume from in `output_dir` {str(self.path)!r}."
         )
+
+    def leave_later(self, checkpoint: str | Path, step: int) -> None:
+        """Rename the checkpoints of other steps than those before a named one, which the run goes back to: none of them may be
+        taken for its last.
+
+        Args:
+            checkpoint: that was named, here or elsewhere.
+            step: at which it was written.
+        """
+        paths = [path for path in self.path.glob("checkpoint-*") if path.resolve() != Path(checkpoint).resolve()]
+        later = sorted(path for path in paths if _step(path) >= step)
+        self.accelerator.wait_for_everyone()  # everyone has looked before anything goes
+        for path in later if self.args.should_save else []:
+            numbers = (f"-{number}" if number > 1 else "" for number in itertools.count(1))
+            names = (path.with_name(f"{LEFT}{path.name}{number}") for number in numbers)
+            aside = next(name for name in names if not name.exists())
+            path.rename(aside)
+            logger.warning("The run goes back to %r: %s is kept as %s.", str(checkpoint), path.name, aside.name)
+        self.accelerator.wait_for_everyone()
 
     def whole(self, checkpoint: str | Path) -> Path:
         """A checkpoint, before anything of it is loaded; every process must ask.

@@ -11,6 +11,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from ..data.stream import ImageStream
@@ -67,6 +68,7 @@ class RunTrainer(Trainer):
     ):
         self.feed, self.publisher, self.epochs = feed, publisher, epochs
         self.loss_log, self.stopwatch = LossLog(), Stopwatch()
+        self._kept: list[tuple[ExportableState, dict[str, Any]]] = []  # callbacks as an evaluation began
         settings = run_settings(given)
         super().__init__(model, args, **options)
         check_engine(self.accelerator, args)
@@ -109,10 +111,13 @@ class RunTrainer(Trainer):
             checkpoint = self.run_folder.begin(resume_from_checkpoint)
             position = self.checkpoints.start(checkpoint, self.train_dataset, self.epochs)
             self.missed.checkpoint = checkpoint if position.evaluation_is_due else None
+            self.missed.was_due = position.evaluation_is_due
             if 0 < self.args.max_steps <= position.step and not position.evaluation_is_due:
                 result = self._load_finished(str(checkpoint))  # the parent would train one more step
             else:
                 self.before_training()
+                if checkpoint is not None and isinstance(resume_from_checkpoint, (str, Path)):
+                    self.run_folder.leave_later(checkpoint, position.step)
                 with self.stopwatch.running(), self.stopping.within_training(self.run_folder):
                     result = super().train(checkpoint, *args, **kwargs)
                 result = result._replace(training_loss=result.metrics["train_loss"])  # that of the whole run
@@ -190,6 +195,16 @@ class RunTrainer(Trainer):
             logs["train_loss"] = self.loss_log.mean_loss(self.accelerator)
         super().log(logs, start_time)
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """The parent's, but for `eval_on_start` (which skips the schedule) where an evaluation is made up for at that step."""
+        if skip_scheduler and self.missed.was_due:
+            return {}
+        self._kept = [
+            (one, one.state()) for one in self.callback_handler.callbacks if isinstance(one, ExportableState)
+        ]
+        metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        return metrics
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The parent's; in training, SIGTERM or images that end stop it on all processes, and the run with it."""
         with self.stopping.within_evaluation(self.accelerator, self._save_stopped_run, self.control.should_evaluate):
@@ -203,10 +218,21 @@ class RunTrainer(Trainer):
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save_stopped_run(self) -> None:
+        for callback, state in self._kept if self.stopping.evaluation_is_due else []:  # all of it is made up for
+            vars(callback).update(state["attributes"])
         if self.stopping.saved_step != self.state.global_step or self.stopping.evaluation_is_due:
             self._save_checkpoint(cast(nn.Module, self.model), None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.run_folder.note_interruption()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The parent's; a run that was stopped keeps its last checkpoint beside the best one."""
+        limit = self.args.save_total_limit
+        try:
+            self.args.save_total_limit = None if self.stopping.stopped else limit
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(trial) if isinstance(trial, Path) else super()._get_output_dir(trial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import select
 import signal
 import threading
 import time
@@ -31,6 +32,7 @@ STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError, LabelError)  # the 
 TRY_AGAIN_LATER = 75  # exit status, EX_TEMPFAIL of sysexits.h
 PATIENCE = timedelta(minutes=1)  # of a process that cannot go on, with those that may never hear of it
 HANG_UP = getattr(signal, "SIGHUP", None)  # a terminal has closed; Windows has no such signal
+SAME_MOMENT = 0.2  # seconds in which what has got the same signal ends
 SAME_KEY = 1.0  # seconds within which a launcher passes on what the terminal has sent already
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ class Stopping(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.failure, self.terminated, self.cancelled, self.stopped = None, False, False, False
+        self._pressed = -math.inf
         self.saved_step = self._began_at = state.global_step
         self.evaluation_is_due = False
         if args.world_size > 1 and self._group is None:
@@ -90,7 +93,7 @@ class Stopping(TrainerCallback):
         if threading.current_thread() is threading.main_thread():
             reactions = {signal.SIGTERM: self._terminate, signal.SIGINT: self._cancel}
             if HANG_UP and signal.getsignal(HANG_UP) != signal.SIG_IGN:  # as it is after `nohup`
-                reactions[HANG_UP] = self._hang_up
+                reactions[HANG_UP] = self._terminate
             self._handlers = {number: signal.signal(number, handler) for number, handler in reactions.items()}
         self._is_training = True
 
@@ -229,22 +232,14 @@ class Stopping(TrainerCallback):
         raise RunCancelled if self.cancelled else RunInterrupted
 
     def _terminate(self, *_: Any) -> None:
-        self.terminated = True
-
-    def _hang_up(self, *_: Any) -> None:
-        """As SIGTERM; what would be written to a terminal that is gone is written nowhere, and raises nothing."""
-        for descriptor in (1, 2):
-            try:
-                os.write(descriptor, b"\n")
-            except OSError:
-                with open(os.devnull, "wb") as nowhere:
-                    os.dup2(nowhere.fileno(), descriptor)
+        leave_closed_outputs()
         self.terminated = True
 
     def _cancel(self, *_: Any) -> None:
         """The first time as SIGTERM; the second time at once."""
         now = time.monotonic()
-        if not self.cancelled:
+        if self._pressed == -math.inf:  # `cancelled` may be another process's
+            leave_closed_outputs()
             self.terminated = self.cancelled = True
             self._pressed = now
             logger.warning("Ctrl-C: the run stops after this step, with a checkpoint. Once more ends it at once.")
@@ -258,6 +253,19 @@ class Stopping(TrainerCallback):
         self._handlers = {}
 
 
+def leave_closed_outputs() -> None:
+    """Write nowhere what would go to a terminal that is gone, or to a `tee` that the same signal has ended: it would raise."""
+    if not hasattr(select, "poll"):  # Windows
+        return
+    time.sleep(SAME_MOMENT)
+    for descriptor in (1, 2):
+        output = select.poll()
+        output.register(descriptor, 0)
+        if output.poll(0):  # of errors, which are asked for in any case
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), descriptor)
+
+
 class MissedEvaluation(TrainerCallback):
     """Makes up for an evaluation that a signal cut short or left out, where its run goes on.
 
@@ -266,13 +274,14 @@ class MissedEvaluation(TrainerCallback):
 
     Attributes:
         checkpoint: that lacks an evaluation, or None.
+        was_due: the run went on from a checkpoint that lacked one.
         is_made_up: one is being made up for.
     """
 
     def __init__(self, evaluate: Callable[[str], None]):
         self.evaluate = evaluate
         self.checkpoint: str | None = None
-        self.is_made_up = False
+        self.was_due = self.is_made_up = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:  # there may be no epoch any more

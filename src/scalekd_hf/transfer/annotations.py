@@ -115,7 +115,7 @@ def load_dense_data(arguments: DenseDataArguments, task: str, masks: bool = Fals
             f"`class_names` has {len(data.class_names)} names; masks have at most {MAX_CLASSES} classes. Merge some."
         )
     if task == "segment":
-        columns.check_values(data.train, data.label_column, len(data.class_names))
+        columns.check_values(data.train, data.label_column, len(data.class_names), data.zero_is_ignored)
     logger.info("%d classes: %s.", len(data.class_names), some(data.class_names))
     return data
 
@@ -297,6 +297,7 @@ def _of_hub(arguments: DenseDataArguments, task: str, stated: list[str] | None, 
     data = DenseData(train, evaluation, names, task, arguments.image_column, label_column)
     data.zero_is_ignored = bool(arguments.zero_is_ignored)
     if task == "detect":
+        columns.check_categories(train, arguments.image_column, label_column, len(names))
         data.box_format = columns.fitting_format(train, arguments.image_column, label_column, arguments.box_format)
         if masks:
             columns.check_masks(train, arguments.image_column, label_column)

@@ -71,7 +71,7 @@ class CocoFile:
         categories: names by id, in the order of the ids, which may have gaps.
 
     Raises:
-        ValueError: it is no COCO file, names a category twice, or its images are not found.
+        ValueError: it is no COCO file, names a category or its id twice, or its images are not found.
     """
 
     def __init__(self, file: Path, images: str | Path | None = None):
@@ -92,6 +92,13 @@ class CocoFile:
             raise ValueError(
                 f"{str(file)!r} has {times} images of the id {number!r}, as files that were merged without new ids: which objects are whose is not "
                 "known. Give each image an id of its own."
+            )
+        if len(self.categories) < len(self.content["categories"]):
+            count = Counter(int(entry["id"]) for entry in self.content["categories"])
+            number, times = count.most_common(1)[0]
+            raise ValueError(
+                f"{str(file)!r} has {times} categories of the id {number}, as files that were merged without new ids: which objects are of "
+                "which class is not known. Give each category an id of its own."
             )
         self.categories = dict(sorted(self.categories.items()))
         twice = [name for name, number in Counter(self.categories.values()).items() if number > 1]

@@ -21,6 +21,7 @@ __all__ = [
     "MASKS",
     "check_masks",
     "check_objects",
+    "check_categories",
     "check_values",
     "fitting_format",
     "label_column_of",
@@ -120,11 +121,33 @@ def check_masks(dataset: Any, image_column: str, label_column: str) -> None:
         )
 
 
-def check_values(dataset: Any, label_column: str, num_classes: int) -> None:
-    """Refuse masks whose only object is 255, which means no class: the first of them are looked at.
+def check_categories(dataset: Any, image_column: str, label_column: str, num_classes: int) -> None:
+    """Refuse objects whose categories are counted from 1: each would be taken for the next. The first rows are looked at.
 
     Raises:
-        ValueError: of several classes one occurs, and 255.
+        ValueError: an object is of category `num_classes`, and none of 0.
+    """
+    seen: set[int] = set()
+    for row in _first_rows(dataset, image_column, label_column):
+        value = row[label_column]
+        for fields in value if isinstance(value, list) else [value]:
+            key = field_of(fields, "category") if isinstance(fields, dict) else None
+            found = fields[key] if key is not None else None
+            seen |= {one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)}
+    if num_classes in seen and 0 not in seen:
+        raise ValueError(
+            f"The first objects have categories up to {num_classes}, and none is 0, but the {num_classes} classes are 0 to "
+            f"{num_classes - 1}: each would be taken for the next one. Store the categories from 0 on, or their names, or put a name that no "
+            "object has first in `class_names`."
+        )
+
+
+def check_values(dataset: Any, label_column: str, num_classes: int, zero_is_ignored: bool) -> None:
+    """Refuse masks whose only object is 255, which means no class, or whose classes are counted from 1: the first of them are
+    looked at.
+
+    Raises:
+        ValueError: of several classes one occurs, and 255; or `num_classes` occurs, and not 0, which is not ignored.
     """
     rows = dataset.select_columns([label_column])
     rows = rows.cast_column(label_column, datasets.Image(decode=False)) if rows.features else rows
@@ -134,6 +157,11 @@ def check_values(dataset: Any, label_column: str, num_classes: int) -> None:
             seen |= set(np.unique(values_of(row[label_column])).tolist())
         except BadImageError:
             continue  # it is left out later, and counted
+    if not zero_is_ignored and num_classes in seen - {IGNORED_PIXEL} and 0 not in seen:
+        raise ValueError(
+            f"The first masks have values up to {num_classes}, and none is 0, but the {num_classes} classes are 0 to {num_classes - 1}: each would "
+            "be taken for the next one. Set `zero_is_ignored`, with which the first class is 1."
+        )
     if num_classes > 1 and IGNORED_PIXEL in seen and len(seen) == 2:
         (other,) = seen - {IGNORED_PIXEL}
         raise ValueError(
