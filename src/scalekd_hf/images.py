@@ -34,6 +34,7 @@ class ImageSpec:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     antialias: bool = True
+    crop_mode: str = "center"  # timm's: "squash" resizes without keeping the shape, "border" fills it up
 
     def updated(self, **changes: Any) -> ImageSpec:
         """A copy with the changes that are not None; an int `size` means a square."""

@@ -1,5 +1,6 @@
 """What a card says of teachers, data and evaluations, from what is known and no more."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,12 @@ DATA = Source("ILSVRC/imagenet-1k", "ILSVRC/imagenet-1k", "1" * 40)
 
 def facts(**changes):
     options = {"repo": "me/small", "library": "timm", "student": Source("timm/resnet50"), "parameters": 25_557_032}
-    return CardFacts(**{**options, "num_labels": 1000, "teacher": TEACHER, "data": DATA, **changes})
+    return CardFacts(**{**options, "num_labels": 1000, "teacher": TEACHER, "data": DATA, "evaluated": DATA, **changes})
 
 
 def test_metadata_names_teacher_data_and_results():
     results = {"student alone": {"top1": 0.7}, "student distilled": {"top1": 0.75, "top5": 0.92}}
-    card = make_card(facts(results=results, split="validation", license="apache-2.0"))
+    card = make_card(facts(results=results, evaluated=replace(DATA, split="validation"), license="apache-2.0"))
     data = card.data.to_dict()
     assert data["base_model"] == "timm/vit_large" and data["base_model_relation"] == "finetune"
     assert data["datasets"] == "ILSVRC/imagenet-1k" and data["license"] == "apache-2.0"

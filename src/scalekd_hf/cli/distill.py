@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..borrowed.transformers import whole_models
 from ..data.dataset import dataset_labels
+from ..data.holdout import held_out_share
 from ..data.loading import DataArguments, load_data
 from ..models.students import Student, load_student
 from ..models.teachers import Teacher, load_teacher
@@ -155,7 +156,7 @@ def baseline_config(words: Sequence[str], arguments: DistillArguments, config: S
 
 def describe(trainer: ScaleKDTrainer, arguments: DistillArguments, config: ScaleKDConfig) -> None:
     """Write the model card, and push it with the student where that was asked for."""
-    trainer.data = trainer.data or source_of(arguments)
+    trainer.data, trainer.evaluated = trainer.data or source_of(arguments), evaluated_of(arguments, trainer.evaluated)
     if trainer.state.global_step or trainer.publisher.is_described() is False:  # else an earlier call has done both
         trainer.create_model_card(license=arguments.license)
     if config.push_to_hub:
@@ -168,6 +169,21 @@ def source_of(arguments: DataArguments) -> Source:
         folder = Path(arguments.dataset) if arguments.dataset else Path(str(arguments.train_files)).parent
         return Source(folder.resolve().name, is_local="://" not in str(arguments.train_files))
     return Source(arguments.dataset, arguments.dataset, arguments.revision)
+
+
+def evaluated_of(arguments: DataArguments, known: Source | None) -> Source:
+    """What the model card calls the evaluated images.
+
+    Args:
+        known: where they come from on the Hub, as the data tell.
+    """
+    share = held_out_share(arguments.eval_split)
+    if arguments.eval_files is not None:
+        name = Path(str(arguments.eval_files)).parent.resolve().name
+        return known or Source(name, is_local="://" not in str(arguments.eval_files))
+    if share is not None:
+        return dataclasses.replace(known or source_of(arguments), split=f"{share:g} held out of {arguments.train_split}")
+    return known or dataclasses.replace(source_of(arguments), split=arguments.eval_split)
 
 
 def print_plan(words: list[str], plan_format: str) -> int:

@@ -74,6 +74,7 @@ def describe(arguments: EvaluateArguments, config: ScaleKDConfig, student: Stude
         "settings": {
             "image_size": list(spec.size),
             "crop_pct": spec.crop_pct,
+            "crop_mode": spec.crop_mode,
             "interpolation": spec.interpolation,
             "antialias": spec.antialias,
             "mean": list(spec.mean),

@@ -19,7 +19,7 @@ from ..transfer.card import METRICS
 from ..transfer.config import TransferArguments, TransferConfig
 from ..transfer.plan import plan_transfer
 from ..transfer.trainer import TransferTrainer
-from .distill import source_of, take_plan
+from .distill import evaluated_of, source_of, take_plan
 from .runs import has_finished, resume_or_refuse, train_and_save
 
 
@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> None:
     data = load_dense_data(arguments, task, masks=head == "mask_rcnn")
     set_seed(config.seed)
     trainer = TransferTrainer(build_model(task, arguments, config, data.class_names), config, data)
-    trainer.data = trainer.data or source_of(arguments)
+    trainer.data, trainer.evaluated = trainer.data or source_of(arguments), evaluated_of(arguments, trainer.evaluated)
     trainer.publisher.arguments = given_arguments(arguments)
     train_and_save(trainer, arguments, config)
     trainer.accelerator.wait_for_everyone()

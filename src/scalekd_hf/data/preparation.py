@@ -205,6 +205,7 @@ def _evaluation_transform(spec: ImageSpec) -> Any:
             is_training=False,
             interpolation=spec.interpolation,
             crop_pct=spec.crop_pct,
+            crop_mode=spec.crop_mode,
             normalize=False,  # to uint8
         )
     return partial(_resize_and_crop, spec=spec)  # which workers of any kind can be sent

@@ -21,7 +21,6 @@ from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     PreTrainedConfig,
@@ -31,12 +30,13 @@ from transformers import (
 
 from ..borrowed.timm import construction_arguments, listed_weights
 from ..borrowed.transformers import whole_models
-from ..images import INTERPOLATIONS, ImageSpec
+from ..images import ImageSpec
 from ..manifest import STUDENT_FILE, check_file
 from ..network import lost_connection
 from ..texts import redacted, without_secrets
 from . import mixers, variants  # noqa: F401  which register students by their names
 from .dry_run import SIZE_OPTIONS
+from .processors import config_spec, processor_spec
 from .vision_side import classifies, vision_side
 from .weights import (
     WeightsError,
@@ -211,8 +211,8 @@ def _wrap_module(module: nn.Module, role: str) -> Classifier:
         if role == "teacher":
             module = vision_side(module)
         labels = labels if classifies(module) else None
-        spec = _config_spec(module.config)
-        return Classifier(module, "transformers", _processor_spec(source, spec) if source else spec, name, labels)
+        spec = config_spec(module.config)
+        return Classifier(module, "transformers", processor_spec(source, spec) if source else spec, name, labels)
     if hasattr(module, "forward_features") and hasattr(module, "pretrained_cfg"):
         return _timm_classifier(module, name)
     raise ValueError(
@@ -294,6 +294,7 @@ def _timm_classifier(
     if built_for := getattr(patch_embed, "img_size", None):  # wins over the configuration of its source
         size = tuple(built_for)
     spec = ImageSpec(size, tuple(data["mean"]), tuple(data["std"]), data["interpolation"], data["crop_pct"])
+    spec = spec.updated(crop_mode=data["crop_mode"])
     names = module.pretrained_cfg.get("label_names")
     if labels is None and names:
         labels = list(names.values()) if isinstance(names, dict) else list(names)
@@ -349,7 +350,7 @@ def _load_transformers(
     classifier = _wrap_module(module, role)
     classifier.name = name
     if classifier.library == "transformers":
-        classifier.spec = _processor_spec(name, classifier.spec).updated(size=image_size)
+        classifier.spec = processor_spec(name, classifier.spec).updated(size=image_size)
     return classifier
 
 
@@ -357,40 +358,3 @@ def _config_labels(config: Any) -> list[str] | None:
     names = [str(config.id2label[index]) for index in sorted(config.id2label)] if config.id2label else []
     unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(names))
     return None if unnamed else names
-
-
-def _config_spec(config: Any) -> ImageSpec:
-    size = getattr(getattr(config, "vision_config", config), "image_size", None) or 224
-    return ImageSpec().updated(size=tuple(size) if isinstance(size, (list, tuple)) else size)
-
-
-def _processor_spec(name: str, default: ImageSpec) -> ImageSpec:
-    """The preprocessing that was published with a transformers model, where there is one."""
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False).to_dict()
-    except (OSError, ValueError) as error:
-        if Path(name, "preprocessor_config.json").exists():
-            raise ValueError(f"{name!r} has a preprocessor_config.json that cannot be read: {error}") from error
-        logger.warning(
-            "%r says nothing of its preprocessing: ImageNet's mean and standard deviation are assumed. Give others with "
-            "`mean` and `std`.",
-            name,
-        )
-        return default
-    resize, crop = processor.get("size") or {}, processor.get("crop_size") or {}
-    final = crop if processor.get("do_center_crop") and crop else resize
-    height = final.get("height") or final.get("shortest_edge")
-    width = final.get("width") or final.get("shortest_edge")
-    shortest = resize.get("shortest_edge") or resize.get("height")
-    crop_pct = processor.get("crop_pct") or (height / shortest if height and shortest else None)
-    resample = processor.get("resample")
-    if processor.get("do_normalize") is False:
-        processor |= {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
-    return default.updated(
-        size=(height, width) if height and width else None,
-        mean=processor.get("image_mean"),
-        std=processor.get("image_std"),
-        interpolation=INTERPOLATIONS[int(resample)] if resample is not None else None,
-        crop_pct=crop_pct,
-        antialias=processor.get("antialias"),
-    )

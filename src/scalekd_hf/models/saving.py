@@ -134,6 +134,7 @@ def _save_timm_config(student: Student, folder: Path) -> None:
         "std": spec.std,
         "interpolation": spec.interpolation,
         "crop_pct": spec.crop_pct,
+        "crop_mode": spec.crop_mode,
     }
     config_file = folder / "config.json"
     write_config(student.model, config_file, student.classifier.model_args, student.labels, data)
@@ -145,10 +146,12 @@ def _save_timm_config(student: Student, folder: Path) -> None:
 
 
 def _image_processor(student: Student) -> BitImageProcessor:
-    """The evaluation transform as an image processor: resize the shorter side, crop the centre, normalise."""
+    """The evaluation transform as an image processor: resize the shorter side and crop the centre, or resize both; normalise."""
     spec = student.spec
+    height, width = (int(side / spec.crop_pct) for side in spec.size)
+    squashed = spec.crop_mode == "squash"
     return BitImageProcessor(
-        size={"shortest_edge": int(min(spec.size) / spec.crop_pct)},
+        size={"height": height, "width": width} if squashed else {"shortest_edge": min(height, width)},
         crop_size={"height": spec.size[0], "width": spec.size[1]},
         resample=INTERPOLATIONS.index(spec.interpolation),
         image_mean=list(spec.mean),

@@ -64,7 +64,8 @@ class CardFacts:
         repo: the repository, or the name of the folder.
         num_labels: K; 0 of a backbone.
         library: "timm" or "transformers".
-        student, teacher, data: origins; `split` is that of the evaluation.
+        student, teacher, data: origins; `data` was trained on.
+        evaluated: what the results were measured on; without it no metadata tells them.
         student_pretrained: the student began with the weights of `student`.
         results: metrics by the name of a row, such as "student distilled".
         facts: name and value of what the run was.
@@ -83,7 +84,7 @@ class CardFacts:
     num_labels: int
     teacher: Source | None = None
     data: Source | None = None
-    split: str | None = None
+    evaluated: Source | None = None
     student_pretrained: bool = False
     results: dict[str, dict[str, float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -160,11 +161,11 @@ def _metadata(facts: CardFacts, own: dict[str, float]) -> ModelCardData:
         "base_model_relation": "finetune" if bases else None,  # of the Hub's four, the one that means trained on
         "metrics": ["accuracy"] if set(ACCURACIES) & set(own) else None,
     }
-    if facts.data is not None and "top1" in own:
+    if facts.evaluated is not None and "top1" in own:
+        data = facts.evaluated
         known["model_name"] = facts.repo.split("/")[-1]
         known["eval_results"] = _eval_results(
-            {"dataset": facts.data.hub_id or facts.data.name, "revision": facts.data.revision, "split": facts.split}
-            | own
+            {"dataset": data.hub_id or data.name, "revision": data.revision, "split": data.split} | own
         )
     task = "image-classification" if facts.num_labels else "image-feature-extraction"
     return ModelCardData(

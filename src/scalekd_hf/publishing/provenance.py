@@ -50,6 +50,7 @@ class Source:
         license: as its author names it.
         architecture: of a model.
         is_local: a folder, files or a module of whoever trained, which no reader can load.
+        split: of a data set.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Source:
     license: str | None = None
     architecture: str = ""
     is_local: bool = False
+    split: str | None = None
 
     @property
     def restriction(self) -> str | None:
@@ -72,7 +74,7 @@ class Source:
 
 def model_source(model: Any) -> Source:
     """The origin of a `Teacher` or `Student`, from its name, its configuration, and the Hub where that answers."""
-    module, name = model.model, model.name
+    module, name = model.model, model.name.removeprefix("local-dir:")
     config = getattr(module, "pretrained_cfg", None) or {}
     architecture = config.get("architecture") or type(module).__name__
     if Path(name).is_dir():
@@ -96,7 +98,8 @@ def data_source(dataset: Any) -> Source | None:
         places += [str(value) for value in files_of(dataset).values()]
     for place in places:
         if found := HUB_FILE.search(place):
-            return Source(found[1], found[1], found[2], getattr(info, "license", None) or None)
+            license, split = getattr(info, "license", None) or None, getattr(dataset, "split", None)
+            return Source(found[1], found[1], found[2], license, split=str(split) if split is not None else None)
     return None
 
 

@@ -148,4 +148,5 @@ def _facts(student: Student) -> dict[str, str]:
     labels = student.labels or [f"LABEL_{number}" for number in range(student.num_labels)]  # as transformers has it
     facts: dict[str, Any] = {"labels": labels, "size": spec.size, "mean": spec.mean, "std": spec.std}
     facts |= {"interpolation": spec.interpolation, "crop_pct": spec.crop_pct, "antialias": spec.antialias}
+    facts |= {"crop_mode": spec.crop_mode}
     return {name: json.dumps(value) for name, value in facts.items()}

@@ -82,6 +82,7 @@ def describe_run(
         num_labels=student.num_labels,
         teacher=teacher,
         data=data or (Source(dataset) if dataset else None),
+        evaluated=trainer.evaluated or (Source(dataset) if dataset else None),
         student_pretrained=student.pretrained,
         results=({DISTILLED if trainer.distiller.teacher is not None else ALONE: own} if own else {})
         | trainer.results,

@@ -222,7 +222,7 @@ def asked_images(student: Student, args: ScaleKDConfig) -> ImageSpec:
             f"`antialias` is false, which `interpolation` {spec.interpolation!r} cannot be: only {' and '.join(PLAIN_FILTERS)} "
             "can. Choose one of them, or leave `antialias` out."
         )
-    return spec
+    return spec if spec.antialias else spec.updated(crop_mode="center")  # timm's other ways are antialiased
 
 
 def _check_built_size(option: str, asked: int | None, model: Any) -> None:

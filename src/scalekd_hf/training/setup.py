@@ -44,7 +44,7 @@ class Setup:
         data_sets: `train_dataset` and `eval_dataset`, prepared.
         options: the other arguments of `Trainer`.
         epochs: to train a stream for, where `max_steps` was counted from them.
-        data: where the images come from, if that is known.
+        data, evaluated: where the images to train on and the evaluated ones come from, if that is known.
     """
 
     args: ScaleKDConfig
@@ -53,6 +53,7 @@ class Setup:
     options: dict[str, Any]
     epochs: float | None
     data: Source | None
+    evaluated: Source | None
 
 
 def set_up(
@@ -106,8 +107,9 @@ def set_up(
         epochs, args.max_steps = args.num_train_epochs, count_steps(train_dataset, args)
     eval_dataset = prepare_images(eval_dataset, "eval_dataset", student, args)
     source = data_source(next((dataset for dataset in data.values() if dataset is not None), None))
+    evaluated = data_source(data.get("eval_dataset"))  # of several, no figure is the model's
     data_sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    return Setup(args, distiller, data_sets, options, epochs, source)
+    return Setup(args, distiller, data_sets, options, epochs, source, evaluated)
 
 
 def _by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:

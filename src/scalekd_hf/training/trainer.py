@@ -72,7 +72,8 @@ class ScaleKDTrainer(RunTrainer):
         given = args if args is not None else ScaleKDConfig(output_dir="scalekd_output")
         setup = set_up(model, teacher, given, train_dataset, eval_dataset, kwargs)
         args, student = setup.args, setup.model.student
-        self.data, self.results = setup.data, cast(dict[str, dict[str, float]], {})
+        self.data, self.evaluated = setup.data, setup.evaluated
+        self.results = cast(dict[str, dict[str, float]], {})
         feed = ImageFeed(args, setup.model.normaliser, student.num_labels, setup.options["data_collator"])
         publisher = Publisher(args, student, setup.model.teacher)
         options = setup.data_sets | setup.options

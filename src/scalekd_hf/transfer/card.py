@@ -47,7 +47,8 @@ class TransferFacts:
         repo: the repository, or the name of the folder.
         head: the class of the model.
         pipeline: the task's name on the Hub.
-        student, data: origins.
+        student, data: origins; `data` was trained on.
+        evaluated: what the results were measured on; without it no metadata tells them.
         backbone: class, and whether it began with the student's weights.
         results: metrics by the name of a row.
         facts: name and value of what the run was.
@@ -61,6 +62,7 @@ class TransferFacts:
     parameters: int
     class_names: list[str]
     data: Source | None = None
+    evaluated: Source | None = None
     results: dict[str, dict[str, float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +109,7 @@ def describe_transfer(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         class_names=list(trainer.task.data.class_names),
         data=trainer.data or (Source(dataset) if dataset else None),
+        evaluated=trainer.evaluated or (Source(dataset) if dataset else None),
         results=({"this model": own} if own else {}) | trainer.results,
         facts=facts | run_facts(trainer, dataset),
         settings=changed(told_settings(args), type(args)),
@@ -159,14 +162,17 @@ def _metadata(facts: TransferFacts) -> ModelCardData:
         "base_model": facts.student.hub_id,
         "base_model_relation": "finetune" if facts.student.hub_id else None,
     }
-    if facts.data is not None and own:
-        name = one_line(facts.data.hub_id or facts.data.name)
+    if facts.evaluated is not None and own:
+        data = facts.evaluated
+        name = one_line(data.hub_id or data.name)
         known["model_name"] = one_line(facts.repo.split("/")[-1])
         known["eval_results"] = [
             EvalResult(
                 task_type=facts.pipeline,
                 dataset_type=name,
                 dataset_name=name,
+                dataset_split=one_line(data.split) if data.split else None,
+                dataset_revision=data.revision,
                 metric_type=key,
                 metric_name=METRICS[key],
                 metric_value=round(own[key], 6),

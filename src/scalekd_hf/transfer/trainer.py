@@ -85,7 +85,8 @@ class TransferTrainer(RunTrainer):
         args.ignore_data_skip |= is_stream
         if is_stream and args.max_steps <= 0:
             epochs, args.max_steps = args.num_train_epochs, count_steps(train, args)
-        self.data, self.results = data_source(data.train), cast(dict[str, dict[str, float]], {})
+        self.data, self.evaluated = data_source(data.train), data_source(data.evaluation)
+        self.results = cast(dict[str, dict[str, float]], {})
         self._metrics = self.task.metrics(args.device)
         options = {"train_dataset": train, "eval_dataset": feed.prepared(data.evaluation, "evaluation"), **kwargs}
         options |= {"data_collator": feed.collator, "processing_class": self.task.processor()}
