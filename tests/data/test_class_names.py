@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from helpers import TEACHER, settings, small_student, timm_vit, transformers_vit
 from test_labels import INTEGER, NAMES, pictures, with_labels
+from timm.data import ImageNetInfo
 
 from scalekd_hf import ScaleKDTrainer, load_student
 from scalekd_hf.cli import distill, train_teacher
@@ -18,6 +20,7 @@ from scalekd_hf.models.saving import save_student
 from scalekd_hf.tools.evaluation import evaluate_model
 from scalekd_hf.tools.plan import plan
 from scalekd_hf.tools.recipe import TeacherArguments, parse_config, write_config
+from scalekd_hf.training.setup import check_imagenet_order
 
 
 TEXT = datasets.Value("string")
@@ -217,3 +220,18 @@ def test_what_the_labels_are_read_as_is_said(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     shown_labels(stored(with_labels(LABELS, TEXT), tmp_path)[0], "label")
     assert "labels are names, sorted as text: 4 classes" in caplog.text
+
+
+def test_imagenet_in_another_order_than_the_teachers_is_refused():
+    config = {"tag": "ms_in22k_ft_in1k"}
+    teacher = SimpleNamespace(
+        model=SimpleNamespace(pretrained_cfg=config), labels=None, name="timm/swin", num_labels=1000
+    )
+    usual = ImageNetInfo().label_descriptions()
+    for names in (usual, usual[:10], [f"part {number}" for number in range(1000)], None):
+        check_imagenet_order(teacher, names)
+    for names in (sorted(usual), sorted(map(str, range(1000)))):
+        with pytest.raises(ValueError, match=r"Class \d+ is .* in the data, and .* to the teacher 'timm/swin', whose"):
+            check_imagenet_order(teacher, names)
+    teacher.labels = sorted(usual)  # it says itself what they are
+    check_imagenet_order(teacher, teacher.labels)

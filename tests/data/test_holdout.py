@@ -93,3 +93,14 @@ def test_a_missing_split_says_how_to_hold_out_a_share(photos):
         ValueError, match=r"split 'validation'\) cannot be loaded: .*hold out a share .*--eval_split 0.1"
     ):
         load_data(DataArguments(dataset=str(photos)))
+
+
+@pytest.mark.parametrize("ending", ["bmp", "tif", "ppm"])
+def test_images_with_the_same_border_are_told_from_each_other(tmp_path, ending):
+    for index in range(60):
+        pixels = np.zeros((256, 256, 3), np.uint8)
+        pixels[30:226, 30:226] = np.random.default_rng(index).integers(0, 256, (196, 196, 1))
+        (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "ab"[index % 2] / f"{index}.{ending}")
+    train, held_out = load_data(DataArguments(dataset=str(tmp_path), eval_split="0.3"))
+    assert 5 < len(held_out) < 35 and len(train) + len(held_out) == 60

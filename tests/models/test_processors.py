@@ -35,7 +35,9 @@ def test_images_are_those_of_the_processor(tmp_path, kind):
 
 def test_channels_in_another_order_are_refused(tmp_path):
     transformers.MobileViTImageProcessor().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`do_flip_channel_order` in its preprocessor_config.json: it takes images with their"):
+    with pytest.raises(
+        ValueError, match="`do_flip_channel_order` in its preprocessor_config.json: it takes images with their"
+    ):
         processor_spec(str(tmp_path), ImageSpec())
 
 

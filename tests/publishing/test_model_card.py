@@ -1,7 +1,8 @@
 """What a card says of teachers, data and evaluations, from what is known and no more."""
 
-from dataclasses import replace
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -9,8 +10,10 @@ from helpers import timm_swin
 from huggingface_hub import ModelCard
 
 from scalekd_hf import load_teacher
+from scalekd_hf.cli.distill import evaluated_of
 from scalekd_hf.publishing.model_card import CardFacts, make_card, table, update_evaluation
 from scalekd_hf.publishing.provenance import Source, citations, data_source, model_source
+from scalekd_hf.tools.recipe import DistillArguments
 
 
 TEACHER = Source("timm/vit_large", "timm/vit_large", "0" * 40, "cc-by-nc-4.0", "vit_large_patch16_224")
@@ -24,7 +27,9 @@ def facts(**changes):
 
 def test_metadata_names_teacher_data_and_results():
     results = {"student alone": {"top1": 0.7}, "student distilled": {"top1": 0.75, "top5": 0.92}}
-    card = make_card(facts(results=results, evaluated=replace(DATA, split="validation"), license="apache-2.0"))
+    card = make_card(
+        facts(results=results, evaluated=dataclasses.replace(DATA, split="validation"), license="apache-2.0")
+    )
     data = card.data.to_dict()
     assert data["base_model"] == "timm/vit_large" and data["base_model_relation"] == "finetune"
     assert data["datasets"] == "ILSVRC/imagenet-1k" and data["license"] == "apache-2.0"
@@ -153,3 +158,41 @@ def test_a_table_has_the_columns_that_are_known():
 def test_a_card_says_that_lighter_stems_are_a_departure():
     assert "a departure from ScaleKD as published" in make_card(facts(settings={"stem": "shared"})).text
     assert "departure" not in make_card(facts(settings={"temperature": 2.0})).text
+
+
+def test_evaluations_of_other_configurations_sources_and_features_stand_beside_each_other(tmp_path):
+    make_card(facts(results={"student distilled": {"top1": 0.75}})).save(tmp_path / "README.md")
+    row = {"dataset": "me/corrupted", "source": "me/corrupted", "split": "test", "top1": 0.9}
+    rows = [row | {"config": "blur"}, row | {"config": "snow", "top1": 0.2}]
+    v2 = {"dataset": "imagenet-v2", "split": "test"}
+    rows += [v2 | {"source": name, "top1": top1} for name, top1 in (("matched", 0.6), ("top", 0.7))]
+    update_evaluation(str(tmp_path), rows)
+    update_evaluation(str(tmp_path), rows[:1])
+    text = Path(tmp_path, "README.md").read_text()
+    for line in (
+        "me/corrupted, blur, test | 90.00%",
+        "me/corrupted, snow, test | 20.00%",
+        "imagenet-v2, matched, test | 60.00%",
+        "imagenet-v2, top, test | 70.00%",
+    ):
+        assert text.count(f"| {line} |") == 1, line
+    configs = {(result.dataset_type, result.dataset_config) for result in ModelCard(text).data.eval_results}
+    assert {("me/corrupted", "blur"), ("me/corrupted", "snow")} < configs
+
+
+def test_figures_are_filed_under_what_was_evaluated(tmp_path):
+    arguments = DistillArguments(dataset="me/photos", student="s", teacher="t", eval_split="0.1")
+    assert evaluated_of(arguments, None) == Source("me/photos", "me/photos", split="0.1 held out of train")
+    other = dataclasses.replace(arguments, eval_split="validation", eval_files=str(tmp_path / "mine" / "*.parquet"))
+    assert evaluated_of(other, None) == Source("mine", is_local=True)
+    known = Source("me/photos", "me/photos", "2" * 40, split="test")
+    assert evaluated_of(dataclasses.replace(arguments, eval_split="test"), known) == known
+    results = {"student distilled": {"top1": 0.75}}
+    (found,) = make_card(facts(results=results, evaluated=evaluated_of(other, None))).data.eval_results
+    assert found.dataset_name == "mine" and found.dataset_revision is None
+    assert make_card(facts(results=results, evaluated=None)).data.eval_results is None
+
+
+def test_a_folder_that_is_named_as_timm_names_it_is_no_repository(tmp_path):
+    teacher = SimpleNamespace(model=SimpleNamespace(), name=f"local-dir:{tmp_path}")
+    assert model_source(teacher) == Source(tmp_path.name, architecture="SimpleNamespace", is_local=True)

@@ -148,7 +148,7 @@ def facts_of(name, other):
         10,
         teacher=Source(other, other, other, other, "vit"),
         data=Source(name, name, other),
-        split=other,
+        evaluated=Source(name, name, other, split=other),
         student_pretrained=True,
         results=results,
         facts={"data": f"`{name}`, revision {other}", name: other},

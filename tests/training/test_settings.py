@@ -64,6 +64,24 @@ def test_mixup_and_cutmix_give_soft_labels_to_the_task_loss_and_mixed_images_to_
     assert ((labels > 0).sum(1) > 1).any()
 
 
+def test_images_without_a_label_may_be_mixed_and_do_not_count(tmp_path):
+    pixels, labels = torch.randn(5, 3, 32, 32), [3, -100, 5, 7, -100]
+    data = datasets.Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": labels})
+    trainer = trainer_for(tmp_path, data, max_steps=2, mixup_alpha=0.8, per_device_train_batch_size=4)
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["labels"]), with_kwargs=True)
+    trainer.train()
+    rows = torch.cat(seen)
+    without = (rows == -100).all(1)
+    assert (
+        len(rows) == 5
+        and torch.allclose(rows[~without].sum(1), torch.ones(5)[~without])
+        and (rows[~without] >= 0).all()
+    )
+    assert 2 <= without.sum() <= 4  # each, and what it was mixed with
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
 @pytest.mark.parametrize("rest", [1, 3])
 def test_an_odd_batch_at_the_end_of_a_pass_keeps_its_last_image_unmixed(tmp_path, rest):
     pixels, labels = torch.randn(8 + rest, 3, 32, 32), list(range(8 + rest))

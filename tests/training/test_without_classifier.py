@@ -36,6 +36,13 @@ def equal(one, other):
     return set(one) == set(other) and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def test_labels_that_are_names_are_refused_before_any_work(tmp_path, digits):
+    named = digits.cast_column("label", datasets.Value("string"))
+    with pytest.raises(ValueError, match="`eval_dataset` has names as labels .*dataset.class_encode_column"):
+        backbone_trainer(tmp_path, digits, named)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("make", [backbone, lambda: AutoModel.from_config(transformers_vit().config)])
 def test_the_loss_is_the_sum_of_the_feature_terms(tmp_path, digits, make):
     trainer = ScaleKDTrainer(make(), timm_swin(), settings(tmp_path), digits)

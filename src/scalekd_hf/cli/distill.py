@@ -182,7 +182,9 @@ def evaluated_of(arguments: DataArguments, known: Source | None) -> Source:
         name = Path(str(arguments.eval_files)).parent.resolve().name
         return known or Source(name, is_local="://" not in str(arguments.eval_files))
     if share is not None:
-        return dataclasses.replace(known or source_of(arguments), split=f"{share:g} held out of {arguments.train_split}")
+        return dataclasses.replace(
+            known or source_of(arguments), split=f"{share:g} held out of {arguments.train_split}"
+        )
     return known or dataclasses.replace(source_of(arguments), split=arguments.eval_split)
 
 

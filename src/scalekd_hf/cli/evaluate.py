@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,7 @@ IDENTITY = (
     "config",
     "split",
     "features",
+    "place",
 )  # a row with the same takes the place of another
 UNSET = "trainer_output"  # what transformers makes of no `output_dir`
 
@@ -70,6 +72,7 @@ def describe(arguments: EvaluateArguments, config: ScaleKDConfig, student: Stude
         "source": source,
         "revision": hub.revision if hub else arguments.revision,
         "config": arguments.dataset_config,
+        "place": _place(arguments) if local else None,
         "split": arguments.eval_split or Path(str(arguments.eval_files)).name,
         "settings": {
             "image_size": list(spec.size),
@@ -84,6 +87,12 @@ def describe(arguments: EvaluateArguments, config: ScaleKDConfig, student: Stude
         "versions": versions(),
     }
     return {key: redacted(value) if isinstance(value, str) else value for key, value in found.items()}
+
+
+def _place(arguments: EvaluateArguments) -> str:
+    """What tells local data of the same name from each other, and names no path."""
+    place = Path(str(arguments.dataset or arguments.eval_files)).resolve()
+    return hashlib.blake2b(str(place).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ __all__ = [
     "ReaL",
     "benchmark",
     "check_classes",
+    "check_usual_order",
     "class_names",
     "class_places",
     "label_places",
@@ -139,6 +140,29 @@ def class_places(names: list[str], role: str) -> list[int]:
         )
     rest = iter(known)
     return [next(rest) if places else place for place, places in enumerate(found)]
+
+
+def check_usual_order(names: list[str], whose: str, other: str) -> None:
+    """Refuse ImageNet's 1000 classes in another order than the usual one, which a network without names has.
+
+    Args:
+        names: of 1000 classes; others than ImageNet's are not looked at.
+        whose: the side that has them, and `other` the network, as errors call them.
+
+    Raises:
+        ValueError: with a class that stands elsewhere.
+    """
+    try:
+        places = class_places(names, whose)
+    except ValueError:
+        return
+    moved = next((place for place, usual in enumerate(places) if place != usual), None)
+    if len(names) == CLASSES and moved is not None:
+        raise ValueError(
+            f"Class {moved} is {names[moved]!r} in {whose}, and {class_names()[moved]!r} to {other}, whose classes are ImageNet's in their "
+            "usual order (ascending WordNet ids): the same label must mean the same to both. Call folders by their WordNet ids, or "
+            "store labels in that order; with `logit_weight=0` the teacher teaches through its features alone."
+        )
 
 
 def check_classes(model: str, names: list[str] | None, count: int) -> None:

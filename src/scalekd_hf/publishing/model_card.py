@@ -189,6 +189,7 @@ def _eval_results(row: dict[str, Any]) -> list[EvalResult]:
             task_type="image-classification",
             dataset_type=_plain(row["dataset"]),
             dataset_name=_plain(row["dataset"]),
+            dataset_config=_plain(_which(row)),
             dataset_split=_plain(row.get("split")),
             dataset_revision=_plain(row.get("revision")),
             metric_type="accuracy" if key in ACCURACIES else key,
@@ -265,7 +266,14 @@ def update_evaluation(model: str, rows: Iterable[dict[str, Any]], token: str | N
 
 
 def _key(result: EvalResult) -> tuple:
-    return result.dataset_type, result.dataset_split, result.metric_name or result.metric_type
+    return result.dataset_type, result.dataset_config, result.dataset_split, result.metric_name or result.metric_type
+
+
+def _which(row: dict[str, Any]) -> str | None:
+    """What else tells an evaluation from others of its data set and split: configuration, where a benchmark lies, features."""
+    source, features = row.get("source"), row.get("features")
+    parts = [row.get("config"), source if source != row["dataset"] else None, features]
+    return ", ".join(str(part) for part in parts if part) or None  # by it the Hub keeps results apart
 
 
 def _evaluation(results: Iterable[EvalResult]) -> str:
@@ -273,6 +281,8 @@ def _evaluation(results: Iterable[EvalResult]) -> str:
     rows: dict[str, dict[str, Any]] = {}
     for result in results:
         if result.metric_name in names:
-            split = f", {result.dataset_split}" if result.dataset_split else ""
-            rows.setdefault(f"{result.dataset_name}{split}", {})[names[result.metric_name]] = result.metric_value
+            parts = [result.dataset_name, result.dataset_config, result.dataset_split]
+            rows.setdefault(", ".join(part for part in parts if part), {})[names[result.metric_name]] = (
+                result.metric_value
+            )
     return f"\nAll evaluations, that of the run included:\n\n{table('data', rows)}\n"

@@ -12,11 +12,11 @@ from timm.data import Mixup
 from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.dataset import dataset_labels, prepare_dataset
+from ..data.dataset import dataset_labels, has_names, prepare_dataset
 from ..data.labels import class_order
 from ..data.preparation import Preparation
 from ..data.stream import ImageStream
-from ..images import Normaliser
+from ..images import IGNORED_LABEL, Normaliser
 from ..models.students import Student
 from .config import ScaleKDConfig
 from .loaders import Feed, check_same_files, seed_of_images
@@ -95,10 +95,14 @@ class ImageFeed(Feed):
         if labels.ndim != 1:
             raise ValueError(f"Mixup and CutMix need class indices (B,) as labels, got {tuple(labels.shape)}.")
         even = len(labels) // 2 * 2
+        counts = labels != IGNORED_LABEL
+        labels = labels.clamp(min=0)
         rest = F.one_hot(labels[even:], self.num_labels).float()
         if even:
             mixed, soft = mixup(pixel_values[:even].clone(), labels[:even])
             pixel_values, rest = torch.cat([mixed, pixel_values[even:]]), torch.cat([soft, rest])
+            counts = torch.cat([counts[:even] & counts[:even].flip(0), counts[even:]])  # each is mixed with one
+        rest = torch.where(counts[:, None], rest, float(IGNORED_LABEL))
         return {**batch, "pixel_values": pixel_values, **({"labels": rest} if "labels" in batch else {})}
 
     # Evaluation
@@ -171,6 +175,11 @@ def prepare_images(
     column = args.label_column if args.has_labels and not (is_backbone and training) else None
     classes = dataset_labels(dataset, args.label_column) if compare_labels and column else None
     model_names, num_labels = student.labels, student.num_labels
+    if is_backbone and column and has_names(dataset, column):
+        raise ValueError(
+            f"`{name}` has names as labels in its column {column!r}, and a backbone knows no classes that they could mean. Store them as "
+            f"indices (`dataset.class_encode_column({column!r})`), or set `label_column` to none."
+        )
     if is_backbone:
         model_names, num_labels, labels_optional = classes, len(classes or ()), True
     preparation = Preparation(

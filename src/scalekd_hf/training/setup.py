@@ -12,6 +12,7 @@ from torch import nn
 from transformers import set_seed
 
 from ..data.dataset import dataset_labels, has_names, shown_labels
+from ..data.imagenet import CLASSES, check_usual_order
 from ..data.preparation import Collator, collate
 from ..data.stream import ImageStream
 from ..models.saving import check_rebuildable
@@ -87,6 +88,8 @@ def set_up(
     student = distiller.student
     check_rebuildable(student)
     args.logit_weight = resolved_logit_weight(args, distiller)
+    if args.logit_weight and distiller.teacher is not None:
+        check_imagenet_order(distiller.teacher, student.labels or named)
     if not student.num_labels and train_dataset is not None:
         check_backbone_run(student, teacher, args)
     for dataset in data.values():
@@ -110,6 +113,18 @@ def set_up(
     evaluated = data_source(data.get("eval_dataset"))  # of several, no figure is the model's
     data_sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     return Setup(args, distiller, data_sets, options, epochs, source, evaluated)
+
+
+def check_imagenet_order(teacher: Teacher, names: list[str] | None) -> None:
+    """Refuse names of ImageNet's classes in another order than that of a timm teacher, which names none.
+
+    Raises:
+        ValueError: with a class that stands elsewhere.
+    """
+    tag = str((getattr(teacher.model, "pretrained_cfg", None) or {}).get("tag"))
+    usual = teacher.labels is None and teacher.name.startswith("timm/") and "in1k" in tag
+    if usual and names is not None and teacher.num_labels == CLASSES == len(names):
+        check_usual_order(names, "the data", f"the teacher {teacher.name!r}")
 
 
 def _by_name(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
