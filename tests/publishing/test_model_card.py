@@ -196,3 +196,10 @@ def test_figures_are_filed_under_what_was_evaluated(tmp_path):
 def test_a_folder_that_is_named_as_timm_names_it_is_no_repository(tmp_path):
     teacher = SimpleNamespace(model=SimpleNamespace(), name=f"local-dir:{tmp_path}")
     assert model_source(teacher) == Source(tmp_path.name, architecture="SimpleNamespace", is_local=True)
+
+
+def test_a_network_that_timm_lacks_is_imported_first():
+    ours = Source("timm/mixer_b14_224", architecture="mixer_b14_224")
+    assert "```python\nfrom scalekd_hf import mixer_b14_224  #" in make_card(facts(student=ours)).text
+    theirs = Source("timm/resnet50", architecture="resnet50")
+    assert "from scalekd_hf import resnet50" not in make_card(facts(student=theirs)).text

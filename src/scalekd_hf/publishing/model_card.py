@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
@@ -117,9 +118,7 @@ def make_card(facts: CardFacts) -> ModelCard:
         num_labels=facts.num_labels,
         teacher=facts.teacher,
         teacher_name=code(facts.teacher.name) if facts.teacher else None,
-        load_example=(LOAD if facts.num_labels else LOAD_BACKBONE)[facts.library].format(
-            repo=repo, timm=f"{'hf-hub' if '/' in facts.repo else 'local-dir'}:{repo}"
-        ),
+        load_example=_load_example(facts, repo),
         rows=table("", {name: row for name, row in facts.results.items() if set(ACCURACIES) & set(row)}),
         gain=gain,
         baseline_args=" and ".join(f"{code(name)} {inline(value)}" for name, value in facts.baseline_args.items()),
@@ -148,6 +147,15 @@ def _method(settings: dict[str, Any]) -> str:
     if not any(settings.get(name, has_one) for name, has_one in usual.items()):
         return "logits alone, not with ScaleKD,"
     return "[ScaleKD](https://arxiv.org/abs/2411.06786)"
+
+
+def _load_example(facts: CardFacts, repo: str) -> str:
+    """Lines that load the student; those of a network that timm lacks begin with its import."""
+    example = (LOAD if facts.num_labels else LOAD_BACKBONE)[facts.library]
+    text = example.format(repo=repo, timm=f"{'hf-hub' if '/' in facts.repo else 'local-dir'}:{repo}")
+    name = facts.student.architecture
+    is_own = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("scalekd_hf.")
+    return f"from scalekd_hf import {name}  # a network that timm lacks\n{text}" if is_own else text
 
 
 def _metadata(facts: CardFacts, own: dict[str, float]) -> ModelCardData:
