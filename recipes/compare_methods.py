@@ -53,8 +53,24 @@ class MethodRun(Run):
 
 
 @dataclass(frozen=True)
+class FeaturesRun(Run):
+    """A student without a classifier; its measure is how many images have neighbours of their class."""
+
+    measure = "neighbours' top-1"
+
+    def top1(self) -> float | None:
+        found = read_json(self.folder / "results.json").get("student distilled", {}).get("neighbours_top1")
+        return None if found is None else float(found)
+
+
+@dataclass(frozen=True)
 class ProbeRun(Run):
     """The features of a student that was trained before, by k-NN and a linear probe."""
+
+    measure = "linear probe"
+
+    def is_ready(self) -> bool:
+        return self.teacher is not None and (self.teacher / "model.safetensors").exists()
 
     def top1(self) -> float | None:
         return next((row["linear_top1"] for row in read_rows(self.folder)), None)
@@ -213,9 +229,11 @@ def share_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Ru
 
 
 def feature_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[Run]:
-    method = Method("features_only", "features only", options="--logit_weight 0 --num_classes 0 --label_column none")
+    """Labels are read of the evaluated images alone."""
+    method = Method("features_only", "features only", options="--logit_weight 0 --num_classes 0")
     settings = settings_of(METHODS["scalekd"], tuned) | {"num_train_epochs": f"{arguments.epochs:g}"}
-    return [student_run(method, method.key, seed, arguments, **settings) for seed in arguments.seeds]
+    runs = [student_run(method, method.key, seed, arguments, **settings) for seed in arguments.seeds]
+    return [FeaturesRun(run.title, run.folder, run.command, run.teacher) for run in runs]
 
 
 def pretrained_runs(arguments: argparse.Namespace, tuned: dict[str, dict]) -> list[list[Run]]:

@@ -66,6 +66,10 @@ class Run:
         """Its result; None before its end."""
         return teacher_top1(self.folder) if self.teacher is None else student_top1(self.folder)
 
+    def is_ready(self) -> bool:
+        """Whether what it needs is there."""
+        return self.teacher is None or teacher_top1(self.teacher) is not None
+
     def is_another(self) -> bool:
         """Whether its log says that it was made with other options. Where files lie does not count, their names do."""
         lines = self.log.read_text(errors="replace", encoding="utf-8").splitlines() if self.log.exists() else []
@@ -133,7 +137,7 @@ def train(runs: list[Run], jobs: int) -> list[str]:
                 failed += finish(*entry)
             under_way = {run.folder for run in (*waiting, *(run for run, *_ in running))}
             for run in list(waiting):
-                ready = run.teacher is None or teacher_top1(run.teacher) is not None
+                ready = run.is_ready()
                 if ready and len(running) < jobs:
                     waiting.remove(run)
                     running.append((run, start(run, jobs), time.monotonic()))
