@@ -1,6 +1,8 @@
 """Workers that are started anew (`spawn`, as on macOS and Windows) or from a clean process (`forkserver`): what they are sent."""
 
 import pickle
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -50,3 +52,19 @@ def test_a_run_with_spawned_workers_is_the_one_without(tmp_path, digits, digits_
         assert all(name in found for name in ("eval_stream_top1", "eval_table_top1"))
         logs.append([trainer.state.log_history[0]["loss"], found["eval_stream_loss"], found["eval_table_loss"]])
     assert logs[0] == pytest.approx(logs[1], rel=1e-6)
+
+
+def test_a_process_that_dies_with_workers_ends(tmp_path):
+    (tmp_path / "dies.py").write_text(
+        "from torch.utils.data import DataLoader\n"
+        "from scalekd_hf.data.stream import outlive_signals\n"
+        "options = {'num_workers': 1, 'persistent_workers': True, 'worker_init_fn': outlive_signals}\n"
+        "images = iter(DataLoader(list(range(8)), **options))\n"
+        "next(images)\n"
+        "kept = [images]\n"
+        "kept.append(kept)  # only the end of the process lets go of it\n"
+        "raise SystemExit(3)\n"
+    )
+    assert (
+        subprocess.run([sys.executable, tmp_path / "dies.py"], timeout=120, stdout=subprocess.DEVNULL).returncode == 3
+    )

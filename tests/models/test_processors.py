@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import transformers
+from helpers import transformers_vit
 from PIL import Image
 
 from scalekd_hf import load_student
@@ -24,7 +25,7 @@ def prepared(spec, image):
     return Normaliser(spec).for_student(torch.as_tensor(pixels)[None])[0]
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Bit", "Levit", "EfficientNet", "ConvNext", "CLIP"])
+@pytest.mark.parametrize("kind", ["ViT", "Bit", "Levit", "EfficientNet", "ConvNext", "CLIP", "DeiT"])
 def test_images_are_those_of_the_processor(tmp_path, kind):
     getattr(transformers, f"{kind}ImageProcessor")().save_pretrained(tmp_path)
     processor, image = transformers.AutoImageProcessor.from_pretrained(tmp_path), photo()
@@ -50,3 +51,16 @@ def test_images_that_timm_squashes_are_squashed_also_after_saving(tmp_path):
     transform = timm.data.create_transform(**{**data, "input_size": (3, 96, 96)}, is_training=False)
     assert torch.allclose(prepared(student.spec, photo()), transform(photo()), atol=1e-5)
     assert load_student("timm/tf_efficientnetv2_b3", num_classes=3).spec.crop_mode == "squash"
+
+
+def test_a_transformers_student_is_prepared_the_same_after_saving(tmp_path):
+    transformers_vit(num_labels=3).save_pretrained(tmp_path / "published")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "published")
+    student = load_student(str(tmp_path / "published"), pretrained=True)
+    assert student.spec.crop_mode == "squash"
+    save_student(student, tmp_path / "saved")
+    again = load_student(str(tmp_path / "saved"), pretrained=True)
+    assert again.spec == student.spec
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved")
+    expected = torch.as_tensor(np.asarray(processor(photo())["pixel_values"][0]))
+    assert (prepared(again.spec, photo()) - expected).abs().max() < 0.05

@@ -1,5 +1,6 @@
 """A run that is stopped, at any step and in any way, goes on as if it had not been."""
 
+import json
 import os
 import re
 import resource
@@ -7,16 +8,17 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 from helpers import settings, small_student, some_slow
 from processes import in_child, in_processes
 from stopped_runs import EVALUATING, result, train, trainer_for
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from scalekd_hf import ScaleKDTrainer
-from scalekd_hf.training.run_folder import last_checkpoint
+from scalekd_hf.training.run_folder import RunFolder, last_checkpoint
 
 
 ROWS = 28  # of three shards; 3.5 steps of 8 a pass
@@ -226,3 +228,30 @@ def test_early_stopping_evaluates_and_saves_an_epoch_once(tmp_path, shards):
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0))
     trainer.train()
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [4, 7]
+
+
+def test_the_best_checkpoint_is_not_left_behind(tmp_path):
+    for name in ("run/checkpoint-1", "run/checkpoint-2", "run/checkpoint-3", "copy/checkpoint-2"):
+        (tmp_path / name).mkdir(parents=True)
+    best = TrainerState(best_model_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    best.save_to_json(str(tmp_path / "copy" / "checkpoint-2" / "trainer_state.json"))
+    args = SimpleNamespace(output_dir=str(tmp_path / "run"), should_save=True)
+    folder = RunFolder(args, {}, SimpleNamespace(wait_for_everyone=lambda: None))
+    folder.leave_later(tmp_path / "copy" / "checkpoint-2", 2)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoint-1",
+        "checkpoint-2",
+        "_left-checkpoint-3",
+    }
+
+
+def test_a_checkpoint_tells_of_the_images_what_it_is_compared_by_and_no_more(tmp_path, shards):
+    train(tmp_path, shards, max_steps=1)
+    kept = json.loads((tmp_path / "checkpoint-1" / "scalekd_state.json").read_text())["settings"]
+    assert set(kept["student's images"]) == {
+        "size",
+        "mean",
+        "std",
+        "interpolation",
+        "antialias",
+    }  # else those of before are refused

@@ -50,6 +50,7 @@ def run(
     student = new_student(arguments, config, classes_of(arguments, config, train, teacher))
     trainer = ScaleKDTrainer(student, teacher if distil else None, config, train, evaluation)
     trainer.publisher.arguments = given_arguments(arguments)
+    trainer.data, trainer.evaluated = trainer.data or source_of(arguments), evaluated_of(arguments, trainer.evaluated)
     train_and_save(trainer, arguments, whole)
     trainer.accelerator.wait_for_everyone()
     if evaluation is None or not config.has_labels:
@@ -156,7 +157,6 @@ def baseline_config(words: Sequence[str], arguments: DistillArguments, config: S
 
 def describe(trainer: ScaleKDTrainer, arguments: DistillArguments, config: ScaleKDConfig) -> None:
     """Write the model card, and push it with the student where that was asked for."""
-    trainer.data, trainer.evaluated = trainer.data or source_of(arguments), evaluated_of(arguments, trainer.evaluated)
     if trainer.state.global_step or trainer.publisher.is_described() is False:  # else an earlier call has done both
         trainer.create_model_card(license=arguments.license)
     if config.push_to_hub:
@@ -168,7 +168,7 @@ def source_of(arguments: DataArguments) -> Source:
     if arguments.dataset is None or Path(arguments.dataset).is_dir():
         folder = Path(arguments.dataset) if arguments.dataset else Path(str(arguments.train_files)).parent
         return Source(folder.resolve().name, is_local="://" not in str(arguments.train_files))
-    return Source(arguments.dataset, arguments.dataset, arguments.revision)
+    return Source(arguments.dataset, arguments.dataset, arguments.revision, config=arguments.dataset_config)
 
 
 def evaluated_of(arguments: DataArguments, known: Source | None) -> Source:
@@ -178,6 +178,7 @@ def evaluated_of(arguments: DataArguments, known: Source | None) -> Source:
         known: where they come from on the Hub, as the data tell.
     """
     share = held_out_share(arguments.eval_split)
+    known = known and dataclasses.replace(known, config=arguments.dataset_config)
     if arguments.eval_files is not None:
         name = Path(str(arguments.eval_files)).parent.resolve().name
         return known or Source(name, is_local="://" not in str(arguments.eval_files))
@@ -185,7 +186,7 @@ def evaluated_of(arguments: DataArguments, known: Source | None) -> Source:
         return dataclasses.replace(
             known or source_of(arguments), split=f"{share:g} held out of {arguments.train_split}"
         )
-    return known or dataclasses.replace(source_of(arguments), split=arguments.eval_split)
+    return dataclasses.replace(known or source_of(arguments), split=arguments.eval_split)
 
 
 def print_plan(words: list[str], plan_format: str) -> int:

@@ -91,8 +91,9 @@ def describe(arguments: EvaluateArguments, config: ScaleKDConfig, student: Stude
 
 def _place(arguments: EvaluateArguments) -> str:
     """What tells local data of the same name from each other, and names no path."""
-    place = Path(str(arguments.dataset or arguments.eval_files)).resolve()
-    return hashlib.blake2b(str(place).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    place = str(arguments.dataset or arguments.eval_files)
+    place = place if "://" in place else str(Path(place).resolve())
+    return hashlib.blake2b(place.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -120,6 +121,7 @@ def write_rows(folder: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
         All rows.
     """
     rows = {tuple(old.get(key) for key in IDENTITY): old for old in read_rows(folder)}
+    rows.pop(tuple(row.get(key) if key != "place" else None for key in IDENTITY), None)  # as versions before wrote it
     rows[tuple(row.get(key) for key in IDENTITY)] = row
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"evaluation.json": json.dumps(list(rows.values()), indent=2) + "\n"}

@@ -156,7 +156,9 @@ def check_usual_order(names: list[str], whose: str, other: str) -> None:
         places = class_places(names, whose)
     except ValueError:
         return
-    moved = next((place for place, usual in enumerate(places) if place != usual), None)
+    words = [name.lower() for name in class_names()]
+    order = enumerate(zip(names, places, strict=True))  # two classes may share a first word
+    moved = next((at for at, (name, place) in order if at != place and not words[at].startswith(name.lower())), None)
     if len(names) == CLASSES and moved is not None:
         raise ValueError(
             f"Class {moved} is {names[moved]!r} in {whose}, and {class_names()[moved]!r} to {other}, whose classes are ImageNet's in their "

@@ -9,8 +9,10 @@ follows from the number of images it had seen.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -305,6 +307,15 @@ class StreamLoader(DataLoaderShard):
     def total_batch_size(self) -> int:
         """Images in a batch of all ranks."""
         return int(self.dataset.partition.step)
+
+
+def end_workers() -> None:
+    """Tell the workers that are left to end: multiprocessing tells them once more, which they follow, and waits for them."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+
+
+atexit.register(end_workers)  # runs before multiprocessing's own, which was registered before
 
 
 def outlive_signals(worker: int) -> None:

@@ -57,8 +57,7 @@ def processor_spec(name: str, default: ImageSpec) -> ImageSpec:
     shortest = resize.get("shortest_edge") or resize.get("height")
     crop_pct = processor.get("crop_pct") or (height / shortest if height and shortest else None)
     kind = str(processor.get("image_processor_type"))
-    cropped, sides = processor.get("do_center_crop") and crop, set(resize) >= {"height", "width"}
-    squashed = not cropped and sides
+    squashed = set(resize) >= {"height", "width"}
     if kind.startswith("ConvNext") and resize.get("shortest_edge", 0) >= 384:
         squashed, crop_pct = True, 1.0  # which it crops smaller images by alone
     if kind.startswith("Levit"):

@@ -173,7 +173,13 @@ def _metadata(facts: CardFacts, own: dict[str, float]) -> ModelCardData:
         data = facts.evaluated
         known["model_name"] = facts.repo.split("/")[-1]
         known["eval_results"] = _eval_results(
-            {"dataset": data.hub_id or data.name, "revision": data.revision, "split": data.split} | own
+            {
+                "dataset": data.hub_id or data.name,
+                "revision": data.revision,
+                "split": data.split,
+                "config": data.config,
+            }
+            | own
         )
     task = "image-classification" if facts.num_labels else "image-feature-extraction"
     return ModelCardData(

@@ -50,7 +50,7 @@ class Source:
         license: as its author names it.
         architecture: of a model.
         is_local: a folder, files or a module of whoever trained, which no reader can load.
-        split: of a data set.
+        split, config: of a data set, where they are known.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Source:
     architecture: str = ""
     is_local: bool = False
     split: str | None = None
+    config: str | None = None
 
     @property
     def restriction(self) -> str | None:
@@ -98,9 +99,18 @@ def data_source(dataset: Any) -> Source | None:
         places += [str(value) for value in files_of(dataset).values()]
     for place in places:
         if found := HUB_FILE.search(place):
-            license, split = getattr(info, "license", None) or None, getattr(dataset, "split", None)
-            return Source(found[1], found[1], found[2], license, split=str(split) if split is not None else None)
+            return Source(
+                found[1], found[1], found[2], getattr(info, "license", None) or None, split=_whole_split(dataset)
+            )
     return None
+
+
+def _whole_split(dataset: Any) -> str | None:
+    """The split that a data set on the disk is, where it is all of it; what is left of one keeps its name."""
+    split = str(getattr(dataset, "split", None))
+    counted = (getattr(getattr(dataset, "info", None), "splits", None) or {}).get(split)
+    whole = counted is not None and isinstance(dataset, datasets.Dataset) and len(dataset) == counted.num_examples
+    return split if whole else None
 
 
 def citations(architecture: str | None) -> str:

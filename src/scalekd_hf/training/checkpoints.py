@@ -119,7 +119,11 @@ class Checkpoints:
         self.schedule.is_changed = bool(changed or position.changed_settings(self.settings))
         if changed and not (self.args.allow_data_mismatch and is_stream):
             commit = (position.data or {}).get("commit")
-            at_commit = f" (`revision={commit!r}` reads the data set of then)" if commit != order.get("commit") else ""
+            at_commit = (
+                f" (`revision={commit!r}` reads the data set of then)"
+                if commit and commit != order.get("commit")
+                else ""
+            )
             raise ValueError(
                 f"The checkpoint {str(checkpoint)!r} was written with other settings of the data: {', '.join(changed)}. "
                 f"The images would come in another order. Go back to them{at_commit}, or accept it with "

@@ -92,8 +92,11 @@ class RunFolder:
             checkpoint: that was named, here or elsewhere.
             step: at which it was written.
         """
-        paths = [path for path in self.path.glob("checkpoint-*") if path.resolve() != Path(checkpoint).resolve()]
-        later = sorted(path for path in paths if _step(path) >= step)
+        best = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).best_model_checkpoint
+        kept = {Path(path).resolve() for path in (checkpoint, best) if path is not None}
+        later = sorted(
+            path for path in self.path.glob("checkpoint-*") if _step(path) >= step and path.resolve() not in kept
+        )
         self.accelerator.wait_for_everyone()  # everyone has looked before anything goes
         for path in later if self.args.should_save else []:
             numbers = (f"-{number}" if number > 1 else "" for number in itertools.count(1))

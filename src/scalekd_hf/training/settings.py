@@ -138,7 +138,7 @@ def _classes(names: list[str] | None) -> list[str] | None:
 
 def _images(spec: ImageSpec) -> dict[str, Any]:
     """Those that are trained on: the crop of an evaluation may change."""
-    return {name: value for name, value in asdict(spec).items() if name != "crop_pct"}
+    return {name: value for name, value in asdict(spec).items() if name not in ("crop_pct", "crop_mode")}
 
 
 def _fingerprint(module: nn.Module) -> list[str]:
