@@ -54,6 +54,7 @@ BORROWED = {
         "Trainer._get_output_dir": "checkpoints are written in place: a process that dies leaves half of one",
         "Trainer._push_from_checkpoint": "a checkpoint is pushed before it is whole",
         "Trainer._evaluate": "an evaluation that a signal cut short is not made up for",
+        "Trainer._finalize_training": "a stopped run loses its last checkpoint where the best alone is kept",
         "Trainer._determine_best_metric": "one that was made up for takes no part in choosing the best model",
         "Trainer._load_rng_state": "after one that was made up for, random numbers are others",
         "Trainer._load_from_checkpoint": "a run that has come to its end is not loaded as it ended",

@@ -13,7 +13,8 @@ from processes import run_module
 WORDS = ["quickstart", "--max_steps", "12", "--logging_steps", "1", "--baseline", "false", "--use_cpu", "true"]
 WORDS += ["--dataloader_num_workers", "1", "--output_dir", "run"]
 IN_A_TERMINAL = (  # a process of its own session, whose terminal standard input becomes
-    "import fcntl, sys, termios\n"
+    "import fcntl, signal, sys, termios\n"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whatever these tests run under
     "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
     "from scalekd_hf.cli.main import main\n"
     "main(sys.argv[1:])"
@@ -44,23 +45,26 @@ def test_a_terminal_that_closes_leaves_a_checkpoint_and_the_same_command_goes_on
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
-def test_ctrl_c_that_ends_the_reader_of_the_log_too_leaves_a_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bar", ["false", "true"])
+def test_a_reader_of_the_log_that_ends_costs_no_run_anything(tmp_path, monkeypatch, bar):
+    """As `tee` in `... 2>&1 | tee log`, which Ctrl-C ends first."""
     monkeypatch.chdir(tmp_path)
-    words = [word if word != "12" else "60" for word in WORDS]
+    words = [*(word if word != "12" else "60" for word in WORDS), "--disable_tqdm", bar]
     command = [sys.executable, "-u", "-m", "scalekd_hf.cli.main", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as started:
         said = b""
         while b"2/60" not in said:
             said += os.read(started.stdout.fileno(), 10_000)
-        time.sleep(0.1)  # not in the middle of a line
-        started.send_signal(signal.SIGINT)  # as `... 2>&1 | tee log` gets it, the first before the second
         started.stdout.close()
+        time.sleep(0.3)
+        assert started.poll() is None
+        started.send_signal(signal.SIGINT)
         assert started.wait(120) == 130
     assert list((tmp_path / "run").glob("checkpoint-*")) and (tmp_path / "run" / "_interrupted.json").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
-@pytest.mark.parametrize(("how", "status"), [("", 129), ("nohup", 0)])
+@pytest.mark.parametrize(("how", "status"), [("SIG_DFL", 129), ("SIG_IGN", 0)])
 def test_a_comparison_stops_its_runs_as_its_terminal_closes_but_not_after_nohup(tmp_path, how, status):
     code = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, 'recipes'); import results\n"
@@ -75,11 +79,12 @@ def test_a_comparison_stops_its_runs_as_its_terminal_closes_but_not_after_nohup(
         "    os.kill(os.getpid(), signal.SIGHUP)\n"
         "    return started\n"
         "results.start = hang_up\n"
+        "signal.signal(signal.SIGHUP, getattr(signal, sys.argv[2]))\n"  # whatever these tests run under
         "results.leave_on_signals()\n"
         "sys.exit(len(results.train([run], 1)))"
     )
     from helpers import run
 
-    ended = run(*([how] if how else []), sys.executable, "-c", code, tmp_path)
+    ended = run(sys.executable, "-c", code, tmp_path, how)
     assert ended.returncode == status, ended.stderr[-2000:]
-    assert ("\nended" in (tmp_path / "run.log").read_text()) == (how == "nohup")
+    assert ("\nended" in (tmp_path / "run.log").read_text()) == (how == "SIG_IGN")

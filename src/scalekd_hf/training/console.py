@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import select
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,9 @@ from ..method.distiller import ALL_TERMS
 from .backbones import FEATURES_ALONE
 
 
-__all__ = ["use_readable_log"]
+__all__ = ["leave_closed_outputs", "use_readable_log"]
 
+SAME_MOMENT = 0.2  # seconds in which what has got the same signal ends
 HIDDEN = ("model_preparation_time", "steps_per_second")
 
 
@@ -79,6 +84,28 @@ def _number(name: str, value: Any) -> str:
     return f"{value:.2%}" if name.endswith(("top1", "top5")) else f"{value:.4g}"
 
 
+def leave_closed_outputs() -> None:
+    """Write nowhere what would go to a terminal that is gone, or to a `tee` that the same signal has ended: it would raise."""
+    if not hasattr(select, "poll"):  # Windows
+        return
+    time.sleep(SAME_MOMENT)
+    for descriptor in (1, 2):
+        output = select.poll()
+        output.register(descriptor, 0)
+        if output.poll(0):  # of errors, which are asked for in any case
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), descriptor)
+
+
+@contextmanager
+def _outliving_readers() -> Iterator[None]:
+    """No run ends because nobody reads its log any more: a terminal that is gone, or a `tee` that has died."""
+    try:
+        yield
+    except OSError:
+        leave_closed_outputs()
+
+
 class _Readable(TrainerCallback):
     """What both logs share; `write` puts a line on the screen."""
 
@@ -90,14 +117,16 @@ class _Readable(TrainerCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.clock.start(state.global_step)
         if state.is_world_process_zero and getattr(model, "heads", None) is not None:
-            self.write(tapped(model.student))
+            with _outliving_readers():
+                self.write(tapped(model.student))
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
             name = getattr(getattr(model, "student", None), "name", None)
-            self.write(line(logs or {}, state, self.clock, name))
+            with _outliving_readers():
+                self.write(line(logs or {}, state, self.clock, name))
 
     def write(self, text: str) -> None:
         raise NotImplementedError
@@ -105,6 +134,26 @@ class _Readable(TrainerCallback):
 
 class BarLog(_Readable, ProgressCallback):
     """The Trainer's progress bar, with a readable line above it."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        with _outliving_readers():
+            super().on_step_end(*args, **kwargs)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        with _outliving_readers():
+            super().on_prediction_step(*args, **kwargs)
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        with _outliving_readers():
+            super().on_evaluate(*args, **kwargs)
+
+    def on_predict(self, *args: Any, **kwargs: Any) -> None:
+        with _outliving_readers():
+            super().on_predict(*args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        with _outliving_readers():
+            super().on_train_end(*args, **kwargs)
 
     def write(self, text: str) -> None:
         """Above the bar; nothing without one, as the parent."""

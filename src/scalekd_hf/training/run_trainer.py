@@ -225,12 +225,12 @@ class RunTrainer(Trainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.run_folder.note_interruption()
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> TrainOutput:
         """The parent's; a run that was stopped keeps its last checkpoint beside the best one."""
         limit = self.args.save_total_limit
         try:
             self.args.save_total_limit = None if self.stopping.stopped else limit
-            return super()._finalize_training(*args, **kwargs)
+            return super()._finalize_training(trial, num_train_samples, start_time)
         finally:
             self.args.save_total_limit = limit
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import select
 import signal
 import threading
 import time
@@ -23,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..data.bad_images import TooManyBadImagesError
 from ..data.labels import LabelError
 from ..data.sources import StreamReadError
+from .console import leave_closed_outputs
 from .run_folder import RunFolder
 
 
@@ -32,7 +31,6 @@ STOPPING_FAILURES = (StreamReadError, TooManyBadImagesError, LabelError)  # the 
 TRY_AGAIN_LATER = 75  # exit status, EX_TEMPFAIL of sysexits.h
 PATIENCE = timedelta(minutes=1)  # of a process that cannot go on, with those that may never hear of it
 HANG_UP = getattr(signal, "SIGHUP", None)  # a terminal has closed; Windows has no such signal
-SAME_MOMENT = 0.2  # seconds in which what has got the same signal ends
 SAME_KEY = 1.0  # seconds within which a launcher passes on what the terminal has sent already
 
 logger = logging.getLogger(__name__)
@@ -251,19 +249,6 @@ class Stopping(TrainerCallback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
-
-
-def leave_closed_outputs() -> None:
-    """Write nowhere what would go to a terminal that is gone, or to a `tee` that the same signal has ended: it would raise."""
-    if not hasattr(select, "poll"):  # Windows
-        return
-    time.sleep(SAME_MOMENT)
-    for descriptor in (1, 2):
-        output = select.poll()
-        output.register(descriptor, 0)
-        if output.poll(0):  # of errors, which are asked for in any case
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), descriptor)
 
 
 class MissedEvaluation(TrainerCallback):
