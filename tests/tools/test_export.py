@@ -82,15 +82,16 @@ def export_and_compare(folder, make):
 
 
 @pytest.mark.slow
-def test_the_examples_of_the_document_run_and_answer_as_the_student(tmp_path):
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_the_examples_of_the_document_run_and_answer_as_the_student(tmp_path, crop_mode):
     pytest.importorskip("onnxruntime")
-    outcome = in_child(tmp_path / "log", run_the_examples, tmp_path)
+    outcome = in_child(tmp_path / "log", run_the_examples, tmp_path, crop_mode)
     assert outcome.status == 0, outcome.text[-3000:]
 
 
-def run_the_examples(folder):
+def run_the_examples(folder, crop_mode):
     student = STUDENTS["timm_resnet"]().eval()
-    student.spec = student.spec.updated(crop_pct=0.8)
+    student.spec = student.spec.updated(crop_pct=0.8, crop_mode=crop_mode)
     save_student(student, folder)
     saved = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     finished = run_script("recipes/export.py", folder)
