@@ -120,6 +120,7 @@ def test_the_log_tells_the_share_of_the_time_spent_waiting_for_images(tmp_path, 
     assert len(shares) == 4 and all(0.3 < share < 1 for share in shares)
 
 
+@pytest.mark.slow
 def test_epochs_are_counted_on_after_another_batch_and_another_stop(tmp_path, shards):
     options = {"max_steps": -1, "num_train_epochs": 4, "save_strategy": "no"}
     train_until = {"how": signal.SIGTERM, **options}
@@ -159,7 +160,8 @@ def test_a_checkpoint_that_is_being_replaced_is_not_lost(tmp_path, shards):
     assert [path.name for path in (tmp_path / "run").glob("_*")] == ["_lock"]
 
 
-@pytest.mark.parametrize("how", some_slow([signal.SIGTERM, signal.SIGKILL], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_went_back_goes_on_where_it_stood_and_not_at_what_it_left(tmp_path, shards, how):
     train(tmp_path / "run", shards, max_steps=6)
     here, elsewhere = tmp_path / "run" / "checkpoint-2", tmp_path / "checkpoint-2"
