@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from helpers import run
 from processes import run_module
 
 
@@ -83,8 +84,6 @@ def test_a_comparison_stops_its_runs_as_its_terminal_closes_but_not_after_nohup(
         "results.leave_on_signals()\n"
         "sys.exit(len(results.train([run], 1)))"
     )
-    from helpers import run
-
     ended = run(sys.executable, "-c", code, tmp_path, how)
     assert ended.returncode == status, ended.stderr[-2000:]
     assert ("\nended" in (tmp_path / "run.log").read_text()) == (how == "SIG_IGN")

@@ -12,6 +12,7 @@ from ..models.saving import load_student_weights
 from ..models.students import load_student
 from ..tools.recipe import TeacherArguments, given_arguments, mapping, parse_config
 from ..training.trainer import ScaleKDTrainer
+from .distill import evaluated_of, source_of
 from .runs import resume_or_refuse, train_and_save
 
 
@@ -39,6 +40,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     trainer = ScaleKDTrainer(model, None, config, train, evaluation)
     trainer.publisher.arguments = given_arguments(arguments)
+    trainer.data, trainer.evaluated = trainer.data or source_of(arguments), evaluated_of(arguments, trainer.evaluated)
     train_and_save(trainer, arguments, config)
     if evaluation is not None:
         if not trainer.state.global_step:  # an earlier call has trained it

@@ -135,25 +135,11 @@ class _Readable(TrainerCallback):
 class BarLog(_Readable, ProgressCallback):
     """The Trainer's progress bar, with a readable line above it."""
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        with _outliving_readers():
-            super().on_step_end(*args, **kwargs)
-
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        with _outliving_readers():
-            super().on_prediction_step(*args, **kwargs)
-
-    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        with _outliving_readers():
-            super().on_evaluate(*args, **kwargs)
-
-    def on_predict(self, *args: Any, **kwargs: Any) -> None:
-        with _outliving_readers():
-            super().on_predict(*args, **kwargs)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        with _outliving_readers():
-            super().on_train_end(*args, **kwargs)
+    on_step_end = _outliving_readers()(ProgressCallback.on_step_end)
+    on_prediction_step = _outliving_readers()(ProgressCallback.on_prediction_step)
+    on_evaluate = _outliving_readers()(ProgressCallback.on_evaluate)
+    on_predict = _outliving_readers()(ProgressCallback.on_predict)
+    on_train_end = _outliving_readers()(ProgressCallback.on_train_end)
 
     def write(self, text: str) -> None:
         """Above the bar; nothing without one, as the parent."""

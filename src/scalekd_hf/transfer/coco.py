@@ -60,6 +60,20 @@ def of_split(known: dict[str, Any], split: str, argument: str, root: Path) -> An
     return known[fitting[0]]
 
 
+def _check_ids(file: Path, ids: list[Any], what: str, unknown: str, one: str) -> None:
+    """Refuse entries that share an id.
+
+    Raises:
+        ValueError: with the id.
+    """
+    number, times = next(iter(Counter(ids).most_common(1)), (None, 0))
+    if times > 1:
+        raise ValueError(
+            f"{str(file)!r} has {times} {what} of the id {number!r}, as files that were merged without new ids: which objects {unknown} is not "
+            f"known. Give each {one} an id of its own."
+        )
+
+
 class CocoFile:
     """A COCO file, read.
 
@@ -86,20 +100,9 @@ class CocoFile:
                 f"{str(file)!r} cannot be read as a COCO file ({type(error).__name__}, {error}): that is JSON with `images`, "
                 "`annotations` and `categories`. Check which file is named."
             ) from error
-        if len(self.images) < len(self.content["images"]):
-            count = Counter(_number(entry["id"]) for entry in self.content["images"])
-            number, times = count.most_common(1)[0]
-            raise ValueError(
-                f"{str(file)!r} has {times} images of the id {number!r}, as files that were merged without new ids: which objects are whose is not "
-                "known. Give each image an id of its own."
-            )
-        if len(self.categories) < len(self.content["categories"]):
-            count = Counter(int(entry["id"]) for entry in self.content["categories"])
-            number, times = count.most_common(1)[0]
-            raise ValueError(
-                f"{str(file)!r} has {times} categories of the id {number}, as files that were merged without new ids: which objects are of "
-                "which class is not known. Give each category an id of its own."
-            )
+        _check_ids(file, [_number(entry["id"]) for entry in self.content["images"]], "images", "are whose", "image")
+        ids = [int(entry["id"]) for entry in self.content["categories"]]
+        _check_ids(file, ids, "categories", "are of which class", "category")
         self.categories = dict(sorted(self.categories.items()))
         twice = [name for name, number in Counter(self.categories.values()).items() if number > 1]
         if twice or not self.categories or not self.images:
